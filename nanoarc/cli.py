@@ -1,0 +1,150 @@
+"""
+the command, nothing else: `nanoarc COMMAND ...`, flags with underscores, every default in a dataclass.
+"""
+import os
+import sys
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+CORE = ['data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py'] # in reading order
+REST = ['sources.py', 'view.py', 'cli.py']
+
+def parse(cls, args, command, help, default=None):
+    """ list of strings -> a config, --help is made of the comments behind its fields. exits with 2 on an unknown flag """
+    return tyro.cli(cls, args=args, default=default, prog=f"nanoarc {command}", description=help, config=(tyro.conf.OmitArgPrefixes,),
+                    use_underscores=True)
+
+# -----------------------------------------------------------------------------
+# one function a command, its docstring is its help. imports are inside: torch takes a second
+
+def train(args):
+    """ train a model on a source of tasks """
+    from nanoarc import checkpoint
+    from nanoarc.data import DataConfig
+    from nanoarc.model import ModelConfig
+    from nanoarc.train import TrainConfig, main
+
+    @dataclass
+    class Train:
+        train: TrainConfig
+        model: ModelConfig
+        data: DataConfig
+
+    default = Train(TrainConfig(), ModelConfig(), DataConfig())
+    if resume := flag(args, 'resume'): # the settings of that run are the defaults then
+        meta = checkpoint.load(resume)[1]
+        default = Train(TrainConfig(**meta['train']), ModelConfig(**meta['model']), DataConfig(**meta['data']))
+    if path := flag(args, 'config'):
+        default = apply_toml(default, path)
+    cfg = parse(Train, args, 'train', train.__doc__, default)
+    main(cfg.train, cfg.model, cfg.data)
+
+def solve(args):
+    """ a trained model and a source -> submission.json """
+    from nanoarc.solve import SolveConfig, main
+    print(main(parse(SolveConfig, args, 'solve', solve.__doc__)))
+
+def score(args):
+    """ a submission against the answers of a source """
+    from nanoarc.solve import ScoreConfig, score_main
+    score_main(parse(ScoreConfig, args, 'score', score.__doc__))
+
+def view(args):
+    """ tasks, attempts and loss curves, in the terminal or as png """
+    from nanoarc.view import ViewConfig, main
+    main(parse(ViewConfig, args, 'view', view.__doc__))
+
+def data(args):
+    """ data check SRC: read a source, say what is in it or what is wrong with it """
+    from nanoarc.sources import read_sources
+
+    @dataclass
+    class Check:
+        action: Annotated[str, tyro.conf.Positional] # 'check'
+        src: Annotated[str, tyro.conf.Positional] # a source, e.g. arc1/training or a path
+
+    cfg = parse(Check, args, 'data', data.__doc__)
+    if cfg.action != 'check':
+        raise ValueError(f"data {cfg.action}: want data check SRC")
+    tasks = read_sources(cfg.src)
+    for source, n in Counter(task.source for task, _ in tasks).items():
+        mine = [task for task, _ in tasks if task.source == source]
+        queries = [answer is not None for task in mine for _, answer in task.queries]
+        print(f"{source}: {n} tasks, {sum(len(task.demos) for task in mine)} demos, {len(queries)} queries, {sum(queries)} of them with an answer")
+
+def source(args):
+    """ print the core, a header before each file, to read or to paste into a language model """
+    @dataclass
+    class Source:
+        all: bool = False # every file of the package, not the core alone
+        count: bool = False # only a table of lines and tokens (characters / 4)
+
+    cfg = parse(Source, args, 'source', source.__doc__)
+    texts = {name: (Path(__file__).parent / name).read_text() for name in CORE + REST * (cfg.all or cfg.count)}
+    if not cfg.count:
+        for name, text in texts.items():
+            print(f"# {'=' * 77}\n# nanoarc/{name}\n# {'=' * 77}\n{text}")
+        return
+    core = "".join(texts[name] for name in CORE)
+    for name, text in [*texts.items(), ('the core five', core), ('all', "".join(texts.values()))]:
+        print(f"{name:14s} {text.count(chr(10)):6,} lines {len(text) // 4:7,} tokens")
+
+COMMANDS = {'train': train, 'solve': solve, 'score': score, 'view': view, 'data': data, 'source': source}
+
+# -----------------------------------------------------------------------------
+
+def flag(args, name):
+    """ the value of --name in a list of strings, '' if it is not there """
+    for i, x in enumerate(args):
+        if x == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if x.startswith(f"--{name}="):
+            return x.partition('=')[2]
+    return ''
+
+def apply_toml(default, path):
+    """ a group of configs with the values that a TOML file has for them. raises ValueError on a key that none of them knows """
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path}: {e}") from None
+    for group in fields(default):
+        part = getattr(default, group.name)
+        mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values}
+        for key, x in mine.items():
+            want = type(getattr(part, key))
+            if type(x) is not want and not (want is float and type(x) is int):
+                raise ValueError(f"{path}: {key} = {x!r}, want a {want.__name__}")
+        default = replace(default, **{group.name: replace(part, **mine)})
+    if values:
+        raise ValueError(f"{path}: unknown setting {', '.join(values)}")
+    return default
+
+def main(args=None):
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ('-h', '--help') or args[0] not in COMMANDS:
+        print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
+        for name, f in COMMANDS.items():
+            print(f"  {name:8s}{f.__doc__.strip()}")
+        if args and args[0] not in ('-h', '--help'):
+            print(f"\nnanoarc: no command {args[0]!r}", file=sys.stderr)
+        sys.exit(0 if args and args[0] in ('-h', '--help') else 2)
+    try:
+        COMMANDS[args[0]](args[1:])
+    except BrokenPipeError: # `nanoarc source | head`
+        os._exit(1)
+    except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
+        if os.environ.get('NANOARC_DEBUG'):
+            raise
+        print(f"nanoarc: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,232 @@
+"""
+a trained model and a source -> submission.json, candidates.jsonl; and the score of any submission.
+
+each query is decoded under several views (augments of it), greedily and under a grammar that knows what a grid is; the
+answers are turned back and vote. nothing here opens an answer but `score`.
+"""
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import track
+
+from nanoarc import checkpoint
+from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, Corpus, DataConfig, decode_grid, grammar, hash64, next_pos, too_long,
+                          undo_dihedral)
+from nanoarc.model import Cache, Model, ModelConfig
+from nanoarc.sources import grid_bytes, read_json, read_sources
+from nanoarc.train import get_device
+
+@dataclass
+class SolveConfig:
+    run: str # out_dir of a training run
+    data: str = 'arc1/evaluation' # sources whose queries are to be answered, their answers stay closed
+    out_dir: str = '' # where submission.json and candidates.jsonl go, '' = into the run
+    views: int = 32 # augments of each query that are decoded and vote. view 0 is the query as it is
+    max_pair: int = 0 # solve only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
+    decode_rows: int = 128 # views decoded together
+    seed: int = 1337 # of the views
+    device: str = 'auto' # 'auto' = cuda, else mps, else cpu
+    dtype: str = 'auto' # as in train
+
+@dataclass
+class ScoreConfig:
+    submission: Annotated[str, tyro.conf.Positional] # a submission.json
+    data: Annotated[str, tyro.conf.Positional] # the source that it answers
+    max_pair: int = 0 # score only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
+
+def read_fitting(data, max_pair, answers):
+    """ tasks of some sources, once each, without those that have a demo of more than max_pair tokens. raises ValueError """
+    tasks = {}
+    for task, _ in read_sources(data, answers):
+        if not too_long(task, max_pair) and tasks.setdefault(task.name, task) is not task:
+            raise ValueError(f"two tasks of {data} are named {task.name}, a submission can hold one")
+    if len(tasks) == 0:
+        raise ValueError(f"no task in {data!r} with max_pair={max_pair}")
+    return list(tasks.values())
+
+def load_model(run, device):
+    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}). raises ValueError """
+    tensors, meta = checkpoint.load(run)
+    model = Model(ModelConfig(**meta['model'])).to(device).eval()
+    checkpoint.restore_model(model, tensors)
+    return model, DataConfig(**meta['data']), meta['rows']
+
+# -----------------------------------------------------------------------------
+# decoding
+
+@torch.no_grad()
+def decode(model, idx, pos, task=None, dihedral=None):
+    """
+    greedy answers to (B, T) prompts of one length, all ending in OUT. pos (B, T, 3), task and dihedral (B,) or None
+    -> (B, MAX_GRID + 1) int64 tokens up to END, then PAD, and the (B,) fp64 log-probability of each, under the grammar.
+    rows that are done leave the batch, so the longest answer does not hold up the rest.
+    """
+    B, T = idx.shape
+    device = idx.device
+    cache = Cache(model)
+    out = torch.full((B, MAX_GRID + 1), PAD, device=device)
+    logp = torch.zeros(B, dtype=torch.float64, device=device)
+    rows, width = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+    extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
+    logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0]
+    at = pos[:, -1].long() # (b, 3) where the last token stands
+    for t in range(MAX_GRID + 1):
+        logits = logits[:, -1].masked_fill(~grammar(at, width), float('-inf'))
+        score, token = logits.double().log_softmax(-1).max(-1)
+        out[rows, t], logp[rows] = token, logp[rows] + score
+        width = torch.where((token == ROW) & (width == 0), at[:, 1], width)
+        at = next_pos(at, token)
+        going = token != END
+        if not going.all(): # waits for the device
+            rows, width, at, token = (x[going] for x in (rows, width, at, token))
+            extra = tuple(x[going] for x in extra)
+            cache.keep(going)
+            if len(rows) == 0:
+                break
+        logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0]
+    return out, logp
+
+def make_views(corpus, pair, n, seed):
+    """
+    query -> (Documents of n views, {number: prompt} of those that differ). view 0 is the query as it is; view k >= 1 is
+    the augment that visit k - 1 would see in training.
+    """
+    pairs = np.full(n, pair)
+    d, cmap = corpus.augments(pairs, np.arange(n) - (np.arange(n) > 0), seed)
+    d[0], cmap[0] = 0, np.arange(10)
+    docs = corpus.documents(pairs, d, cmap, hash64(seed, DEMOS, pair, np.arange(n)[:, None], np.arange(corpus.demos.shape[1])))
+    return docs, write_prompts(corpus, docs)
+
+def write_prompts(corpus, docs):
+    """ Documents -> {number: (idx (T,), pos (T, 3))}, prompts that stop after OUT, each one once """
+    prompts, known = {}, set()
+    for i in range(len(docs.length)):
+        T = int(docs.length[i]) # enough: an answer that is known counts too
+        idx, pos = np.empty(T, np.int64), np.empty((T, 3), np.uint8)
+        T = corpus.write(docs, i, idx, None, pos, prompt=True)
+        key = (int(docs.dihedral[i]), idx[:T].tobytes())
+        if key not in known:
+            known.add(key)
+            prompts[i] = idx[:T], pos[:T]
+    return prompts
+
+def undo(grid, d, cmap):
+    """ the inverse of an augment: colors first, then the dihedral """
+    return undo_dihedral(np.argsort(cmap).astype(np.uint8)[grid], d)
+
+def main(cfg):
+    """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
+    device, autocast, _, _ = get_device(cfg.device, cfg.dtype, 'off')
+    tasks = read_fitting(cfg.data, cfg.max_pair, answers=False)
+    model, data_cfg, rows = load_model(cfg.run, device)
+    corpus = Corpus(tasks, data_cfg, rows)
+    unknown = [task.name for task, row in zip(tasks, corpus.row) if row < 0] if model.cfg.n_task > 0 else []
+    if unknown:
+        raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {', '.join(unknown[:5])}"
+                         f"{', ...' if len(unknown) > 5 else ''}. train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
+    # every view of every query, by prompt length
+    by_length, found = defaultdict(list), {}
+    for k, task in enumerate(tasks):
+        for i in range(len(task.queries)):
+            pair = int(corpus.first[k] + corpus.n_demos[k] + i)
+            found[k, i] = defaultdict(list)
+            docs, prompts = make_views(corpus, pair, cfg.views, cfg.seed)
+            for v, (idx, pos) in prompts.items():
+                by_length[len(idx)].append((k, i, v, int(docs.dihedral[v]), docs.cmap[v], idx, pos))
+    batches = [group[j : j + cfg.decode_rows] for _, group in sorted(by_length.items()) for j in range(0, len(group), cfg.decode_rows)]
+    for batch in track(batches, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views"):
+        k, i, v, d, cmap, idx, pos = zip(*batch)
+        extra = [torch.from_numpy(x).to(device) for x in (corpus.row[list(k)], np.array(d, np.uint8))] if model.cfg.n_task > 0 else []
+        with autocast():
+            tokens, logp = decode(model, *(torch.from_numpy(np.stack(x)).to(device) for x in (idx, pos)), *extra)
+        tokens, logp = tokens.cpu().numpy(), logp.cpu().numpy()
+        for b in range(len(batch)):
+            end = np.flatnonzero(tokens[b] == END)[0] # the grammar saw to it that there is one
+            grid = undo(decode_grid(tokens[b, :end].tolist()), d[b], cmap[b])
+            found[k[b], i[b]][grid_bytes(grid)].append((v[b], round(float(logp[b]), 4), grid))
+    ranked = {key: rank(candidates) for key, candidates in found.items()}
+    out_dir = Path(cfg.out_dir or cfg.run)
+    write_results(out_dir, tasks, ranked)
+    return out_dir / 'submission.json'
+
+def rank(candidates):
+    """
+    {grid bytes: [(view, log-probability, grid), ...]} -> list of (grid, votes, log-probability, views), best first:
+    most votes, then the higher mean log-probability (rounded, so that machines agree), then the bytes of the grid.
+    """
+    rows = []
+    for key, found in candidates.items():
+        logp = round(sum(x for _, x, _ in found) / len(found), 4)
+        rows.append((-len(found), -logp, key, (found[0][2], len(found), logp, sorted(v for v, _, _ in found))))
+    return [row[-1] for row in sorted(rows, key=lambda row: row[:3])]
+
+# -----------------------------------------------------------------------------
+# results
+
+def write_results(out_dir, tasks, ranked):
+    """
+    ranked: {(task number, query number): rank(...)} -> submission.json in Kaggle's shape, {id: [{"attempt_1": rows,
+    "attempt_2": rows}, ...]} with every query of every task in order, and candidates.jsonl, a candidate a line.
+    """
+    submission, lines = {}, []
+    for k, task in enumerate(tasks):
+        submission[task.name] = [None] * len(task.queries) # filled by index: a missing one must not shift the rest
+        for i in range(len(task.queries)):
+            best = ranked.get((k, i), [])
+            grids = [grid.tolist() for grid, *_ in best[:2]] or [[[0]]]
+            submission[task.name][i] = {'attempt_1': grids[0], 'attempt_2': grids[-1]} # a copy only if there is no other
+            lines += [json.dumps({'task': task.name, 'query': i, 'votes': votes, 'log_prob': logp, 'views': views, 'grid': grid.tolist()})
+                      for grid, votes, logp, views in best]
+    checkpoint.write_file(Path(out_dir) / 'candidates.jsonl', "".join(line + "\n" for line in lines).encode())
+    checkpoint.write_file(Path(out_dir) / 'submission.json', json.dumps(submission).encode())
+
+def score(submission, tasks):
+    """
+    a parsed submission.json and tasks with answers -> dict. the official rule: a query counts if either attempt equals its
+    answer, a task is worth the share of its queries that count, and the score is the mean over all tasks, in percent; a task
+    or attempt that is missing or malformed is worth 0. `solved` is stricter: tasks with every query right.
+    """
+    result = {'score': 0.0, 'solved': 0, 'tasks': len(tasks), 'right': 0, 'outputs': 0, 'per_task': {}, 'missing': [], 'unknown': []}
+    for task in tasks:
+        tried = submission.get(task.name)
+        if not isinstance(tried, list):
+            result['missing'].append(task.name)
+            tried = []
+        right = 0
+        for i, (_, answer) in enumerate(task.queries):
+            if answer is None:
+                raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
+            attempts = tried[i] if i < len(tried) and isinstance(tried[i], dict) else {}
+            right += any(attempts.get(key) == answer.tolist() for key in ('attempt_1', 'attempt_2'))
+        n = len(task.queries)
+        result['per_task'][task.name] = [right, n]
+        result['right'] += right
+        result['outputs'] += n
+        result['solved'] += right == n
+        result['score'] += 100 * right / n / len(tasks)
+    result['score'] = round(result['score'], 2)
+    result['unknown'] = [name for name in submission if name not in result['per_task']]
+    return result
+
+def score_main(cfg):
+    """ print the score of a submission, a json object as the last line -> the dict of `score`. raises ValueError """
+    submission = read_json(cfg.submission)
+    if type(submission) is not dict:
+        raise ValueError(f"{cfg.submission}: want an object of attempts by task id")
+    result = score(submission, read_fitting(cfg.data, cfg.max_pair, answers=True))
+    for key, what in (('missing', "not in the submission, worth 0"), ('unknown', "not in the source, ignored")):
+        if names := result.pop(key):
+            print(f"{len(names)} tasks {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    partly = [f"{name} {right}/{n}" for name, (right, n) in result['per_task'].items() if 0 < right < n]
+    solved = [name for name, (right, n) in result.pop('per_task').items() if right == n]
+    print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))
+    print(f"{result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every output right, "
+          f"{result['right']} of {result['outputs']} outputs")
+    print(json.dumps(result))
+    return result

@@ -1,0 +1,150 @@
+"""
+tasks, runs and results for the eye. grids are drawn in the terminal, or with matplotlib into a png.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nanoarc.sources import read_sources
+
+# the ten colors as arcprize.org paints them
+COLORS = ['#000000', '#0074d9', '#ff4136', '#2ecc40', '#ffdc00', '#aaaaaa', '#f012be', '#ff851b', '#7fdbff', '#870c25']
+
+@dataclass
+class ViewConfig:
+    things: Annotated[list[str], tyro.conf.Positional] # task ids, or directories of runs
+    data: str = 'arc1/training+arc1/evaluation+arc2/training+arc2/evaluation' # sources to look task ids up in
+    submission: str = '' # a submission.json: show its attempts too, and whether they are right
+    out: str = '' # write a .png here instead of the terminal
+
+def main(cfg):
+    """ show task ids or runs. raises ValueError for an id that no source has """
+    if len(cfg.things) == 0:
+        raise ValueError("name a task id or a run directory to view")
+    if cfg.out and not cfg.out.endswith('.png'):
+        raise ValueError(f"--out {cfg.out}: want a .png")
+    if all(Path(x).is_dir() for x in cfg.things):
+        out = cfg.out or f"{cfg.things[0]}/loss.png"
+        draw_loss(cfg.things, out)
+        print(out)
+        return
+    tasks = {}
+    for task, _ in read_sources(cfg.data):
+        tasks.setdefault(task.name, task) # the first source that has it
+    missing = [x for x in cfg.things if x not in tasks]
+    if missing:
+        raise ValueError(f"no task and no directory named {', '.join(missing)} in {cfg.data}")
+    attempts = json.loads(Path(cfg.submission).read_bytes()) if cfg.submission else {}
+    tasks = [(tasks[name], attempts.get(name, [])) for name in cfg.things]
+    if cfg.out:
+        draw_tasks(tasks, cfg.out)
+        print(cfg.out)
+    else:
+        for task, tried in tasks:
+            print_task(task, tried)
+
+def captioned(task, tried):
+    """ a task and its submitted attempts -> list of (caption, [grids]), each a column of the picture """
+    columns = [(f"demo {i}", [x, y]) for i, (x, y) in enumerate(task.demos)]
+    for i, (x, answer) in enumerate(task.queries):
+        columns.append((f"query {i}", [x] + ([] if answer is None else [answer])))
+        pair = tried[i] if i < len(tried) else {}
+        for key, grid in sorted(pair.items()):
+            grid = np.array(grid, dtype=np.uint8)
+            right = "" if answer is None else " right" if np.array_equal(grid, answer) else " wrong"
+            columns.append((f"{key.replace('_', ' ')}{right}", [grid]))
+    return columns
+
+# -----------------------------------------------------------------------------
+# terminal
+
+def print_task(task, tried=(), console=None):
+    """ demos, queries, attempts and answers side by side, inputs over outputs """
+    console = console or Console()
+    console.print(f"[bold]{task.name}[/bold] ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries")
+    blocks = []
+    for caption, grids in captioned(task, tried):
+        table = Table(caption, box=None, padding=0, header_style="dim" if "wrong" not in caption else "red")
+        for k, grid in enumerate(grids):
+            if k > 0:
+                table.add_row("")
+            table.add_row(grid_text(grid))
+        blocks.append(table)
+    console.print(Columns(blocks, padding=(1, 3)))
+
+def grid_text(grid):
+    """ a grid as rich Text, a cell two columns wide, with its digit so that it reads without color too """
+    text = Text()
+    for r, row in enumerate(grid):
+        if r > 0:
+            text.append("\n")
+        for x in row:
+            text.append(f"{x} ", style=f"{'black' if x in (3, 4, 5, 8) else 'white'} on {COLORS[x]}")
+    return text
+
+# -----------------------------------------------------------------------------
+# pictures
+
+def pyplot():
+    """ matplotlib without a window, imported late: it takes a second """
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+def draw_grid(ax, grid, title="", color='black'):
+    """ one grid into a matplotlib axis """
+    from matplotlib.colors import ListedColormap
+    ax.pcolormesh(grid, cmap=ListedColormap(COLORS), vmin=0, vmax=9, edgecolors='#555555', linewidth=0.5)
+    ax.set(aspect='equal', xticks=[], yticks=[], ylim=(grid.shape[0], 0))
+    ax.set_title(title, fontsize=8, color=color)
+
+def draw_tasks(tasks, out):
+    """ list of (Task, attempts) -> a png, two rows of grids a task: inputs over outputs, then the attempts """
+    plt = pyplot()
+    rows = [captioned(task, tried) for task, tried in tasks]
+    n = max(len(columns) for columns in rows)
+    fig, axes = plt.subplots(2 * len(rows), n, figsize=(1.5 * n, 3.4 * len(rows)), squeeze=False, layout='constrained')
+    for ax in axes.flat:
+        ax.axis('off')
+    for k, ((task, _), columns) in enumerate(zip(tasks, rows)):
+        axes[2 * k, 0].text(0, 1.3, task.name, transform=axes[2 * k, 0].transAxes, fontsize=10, weight='bold')
+        for i, (caption, grids) in enumerate(columns):
+            color = 'green' if caption.endswith("right") else 'red' if caption.endswith("wrong") else 'black'
+            grids = [None] * (caption.startswith("attempt")) + grids # attempts stand beside the answer
+            for j, grid in enumerate(grids):
+                if grid is not None:
+                    axes[2 * k + j, i].axis('on')
+                    title = caption if grids[0] is None or j == 0 else "answer" if caption.startswith("query") else ""
+                    draw_grid(axes[2 * k + j, i], grid, title, color)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(out, dpi=110)
+    plt.close(fig)
+
+def draw_loss(runs, out):
+    """ training and validation loss of one or several run directories -> a png """
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7, 4), layout='constrained')
+    for k, run in enumerate(runs):
+        path = Path(run) / 'metrics.jsonl'
+        if not path.is_file():
+            raise ValueError(f"{run}: no metrics.jsonl, not a run directory")
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        name = "" if len(runs) == 1 else f"{Path(run).name} "
+        for key, label, style in (('loss', "training", dict(alpha=0.5, linewidth=1)), ('val_loss', "validation", dict(marker='o', markersize=3))):
+            points = [(x['step'], x[key]) for x in rows if key in x]
+            if points:
+                ax.plot(*zip(*points), color=f"C{k if len(runs) > 1 else int(key == 'val_loss')}", label=name + label, **style)
+    ax.set(xlabel="step", ylabel="nats per output token", yscale='log')
+    ax.grid(alpha=0.3, which='both')
+    ax.legend()
+    fig.savefig(out, dpi=110)
+    plt.close(fig)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# the main job, end to end: set up, train on the small tasks of ARC-AGI-1 (every demo at most 100 tokens: 81 training and
+# 34 evaluation tasks, of the latter the demos alone), solve the 34 with two attempts each, score.
+# hardware: a laptop, 2 cpu cores. minutes: 6, of which 5 are training. dollars: 0. expect: QUICKSTART_EXPECT
+# words are passed to the training: bash runs/quickstart.sh --seed=1. run again after an interruption, it continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/venv.sh
+venv ""
+SECONDS=0
+OUT=${OUT:-out/quickstart}
+SMALL="--max_pair=100"
+if [ -e "$OUT/latest.json" ]; then
+    echo "== $OUT is there already, continuing it (remove it to start over)"
+    nanoarc train --resume "$OUT" "$@"
+else
+    echo "== training 5 minutes, into $OUT"
+    nanoarc train --data arc1/training --adapt arc1/evaluation $SMALL --minutes 5 --out_dir "$OUT" "$@"
+fi
+echo "== solving 34 evaluation tasks, answers unseen"
+nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL
+echo "== scoring"
+nanoarc score "$OUT/submission.json" arc1/evaluation $SMALL | tee "$OUT/score.txt" | sed '$d'
+nanoarc view $(python -c "import json; print(*list(json.load(open('$OUT/submission.json')))[:8])") \
+    --data arc1/evaluation --submission "$OUT/submission.json" --out "$OUT/tasks.png" > /dev/null
+echo "pictures: $OUT/tasks.png $OUT/loss.png"
+echo "next: nanoarc view 66e6c45b --submission $OUT/submission.json    or: nanoarc train --mixer MA --minutes 10 --max_pair 100 --adapt arc1/evaluation --out_dir out/mine"
+python - "$OUT" $SECONDS <<'EOF'
+import json, sys
+from nanoarc import checkpoint
+score = json.loads(open(f"{sys.argv[1]}/score.txt").read().splitlines()[-1])
+meta = checkpoint.load(sys.argv[1])[1]
+keys = 'solved', 'tasks', 'outputs', 'score'
+print(json.dumps({**{key: score[key] for key in keys}, 'val_nats': round(meta['val_loss'], 4), 'tokens': meta['tokens'],
+                  'train_seconds': round(meta['seconds']), 'total_seconds': int(sys.argv[2])}))
+EOF

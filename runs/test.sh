@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# the tests: set up what they need, then run the quick and the reliability ones. minutes: 3 on 2 cpu cores.
+# words are passed to pytest: bash runs/test.sh tests/test_data.py -k roundtrip, or -m 'not gpu' for the slow ones too.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/venv.sh
+venv "[dev]"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a thread a test process, there are as many of these as cores
+ruff check --quiet .
+python -m pytest -q -n auto -m "not slow and not browser and not gpu" "$@"

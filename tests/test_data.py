@@ -1,0 +1,349 @@
+""" python -m pytest tests/test_data.py """
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+
+from nanoarc import data
+from nanoarc.data import END, IN, OUT, PAD, ROW, WINDOW, ArcDataset, ArcLoader, Batch, Corpus, DataConfig
+from nanoarc.sources import Task, read_sources
+
+sides = st.integers(1, 30)
+grids = st.tuples(sides, sides).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
+small = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
+
+def corpus_of(*pairs, queries=(), **kwargs):
+    """ a corpus of one task with these demos """
+    return Corpus([Task('toy', 'toy', list(pairs), list(queries) or [(pairs[0][0], None)])], DataConfig(**kwargs))
+
+def written(corpus, docs, i=0, **kwargs):
+    """ document i of a plan -> (idx, targets, pos) of its own length """
+    T = int(docs.length[i])
+    idx, targets, pos = np.full(T, PAD), np.full(T, -100), np.zeros((T, 3), np.uint8)
+    n = corpus.write(docs, i, idx, targets, pos, **kwargs)
+    return idx[:n], targets[:n], pos[:n]
+
+def documents(corpus, target, d=0, cmap=range(10)):
+    """ a plan of one document, its context in the order of the file """
+    return corpus.documents([target], np.array([d]), np.array([cmap], np.uint8), np.arange(corpus.demos.shape[1], dtype=np.uint64)[None])
+
+def pairs_of(idx):
+    """ tokens of a document -> list of (input, output), read by hand """
+    idx, pairs = [x for x in idx.tolist() if x != PAD], []
+    while idx:
+        assert idx[0] == IN
+        out, end = idx.index(OUT), idx.index(END)
+        pairs.append((data.decode_grid(idx[1:out]), data.decode_grid(idx[out + 1 : end])))
+        idx = idx[end + 1 :]
+    return pairs
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+# -----------------------------------------------------------------------------
+# faults of the 2024 attempt, each as a claim
+
+@pytest.mark.parametrize('shots', [0, -1])
+def test_every_demo_of_every_task_is_used(toy, shots):
+    ds = ArcDataset(DataConfig(data=toy(n=5, demos=4, queries=2), shots=shots, val_tasks=0))
+    seen = Counter(ds.plan(np.arange(len(ds))).pairs[:, 0].tolist())
+    assert len(ds) == 5 * (4 + 2) and seen == Counter(range(30)) # each pair is the target exactly once an epoch
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 30), (30, 1), (30, 30), (2, 6), (3, 4)])
+def test_the_shape_of_a_grid_survives_the_round_trip(shape):
+    x, y = np.random.default_rng(0).integers(0, 10, (2, *shape)).astype(np.uint8)
+    c = corpus_of((x, y))
+    idx, _, _ = written(c, documents(c, 0))
+    assert same(pairs_of(idx)[0], (x, y)) and len(idx) == 3 + 2 * shape[0] * (shape[1] + 1)
+
+def test_padding_carries_no_loss(toy):
+    ds = ArcDataset(DataConfig(data=toy(), batching='pad', block_size=64, batch_tokens=256, loss_on='all'))
+    batch = ArcLoader(ds).next_batch()
+    pad = batch.idx == PAD
+    assert pad.any() and (batch.targets[pad] == -100).all() and (batch.doc[pad] == -1).all() and not pad[batch.doc >= 0].any()
+    assert not (batch.targets == PAD).any()
+
+@pytest.mark.parametrize('loss_on', ['query', 'outputs', 'all'])
+def test_targets_are_the_next_token_and_the_plan_knows_how_many(toy, loss_on):
+    ds = ArcDataset(DataConfig(data=toy(n=4), shots=-1, loss_on=loss_on))
+    docs = ds.plan(np.arange(40))
+    for i in range(40):
+        idx, targets, _ = written(ds.corpus, docs, i)
+        on = np.flatnonzero(targets != -100)
+        assert (targets[on] == idx[on + 1]).all() and len(on) == docs.loss_tokens[i] and targets[-1] == -100
+        outs, ends = np.flatnonzero(idx == OUT), np.flatnonzero(idx == END)
+        spans = [np.arange(a, b) for a, b in zip(outs, ends)] # OUT predicts the first cell, the last ROW predicts END
+        want = {'query': spans[-1], 'outputs': np.concatenate(spans[1:]), 'all': np.arange(len(idx) - 1)}[loss_on]
+        assert on.tolist() == want.tolist()
+
+@pytest.mark.parametrize('block_size', [60, 100, 200])
+def test_an_over_long_document_loses_demos_never_cells(toy, block_size):
+    src = toy(n=6, demos=5)
+    known = {(x.tobytes(), y.tobytes(), *x.shape) for task, _ in read_sources(src) for x, y in task.demos + task.queries}
+    ds = ArcDataset(DataConfig(data=src, shots=-1, block_size=block_size, colors='none', val_tasks=0))
+    docs, n = ds.plan(np.arange(len(ds))), []
+    for i in range(len(ds)):
+        idx, _, _ = written(ds.corpus, docs, i)
+        assert len(idx) == docs.length[i] <= block_size
+        pairs = [tuple(data.undo_dihedral(g, int(docs.dihedral[i])) for g in pair) for pair in pairs_of(idx)]
+        assert {(x.tobytes(), y.tobytes(), *x.shape) for x, y in pairs} <= known # whole, every one of them
+        n.append(len(pairs))
+    assert min(n) >= 2 and (max(n) == 6 or block_size < 200) and (min(n) < 6 or block_size == 200)
+
+def test_a_pair_that_cannot_fit_is_left_out_and_counted(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=6, demos=5), block_size=25, val_tasks=0))
+    assert 0 < ds.num_long < 36 and len(ds) == 36 - ds.num_long
+    assert ds.plan(np.arange(4 * len(ds))).length.max() <= 25 # in any orientation
+    with pytest.raises(ValueError, match="nothing to train on.*over block_size=4"):
+        ArcDataset(DataConfig(data=toy('other', n=2), block_size=4))
+
+def test_a_target_without_context_is_skipped_and_counted(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=4, demos=1, queries=1), shots=-1, val_tasks=0))
+    assert ds.num_alone == 4 and len(ds) == 4 # the demo stands before the query, before the demo there is nothing
+
+def test_augments_differ_between_epochs_and_never_touch_val(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=6), val_tasks=3))
+    n = len(ds)
+    views = defaultdict(set)
+    for e in range(8):
+        docs = ds.plan(np.arange(e * n, (e + 1) * n))
+        for pair, d in zip(docs.pairs[:, 0].tolist(), docs.dihedral.tolist()):
+            views[pair].add(d)
+    assert all(len(v) == 8 for v in views.values()) # 8 epochs see each symmetry once
+    docs = ds.val_plan()
+    assert len(ds.val_pairs) == 3 and (docs.dihedral == 0).all() and (docs.cmap == np.arange(10)).all()
+    assert not set(ds.val_pairs) & set(ds.targets.tolist())
+    assert all(torch.equal(a, b) for x, y in zip(ds.val_batches(), ds.val_batches()) for a, b in zip(x, y))
+    assert ArcDataset(DataConfig(data=ds.cfg.data, val_tasks=3), seed=7).val_pairs == ds.val_pairs # each seed is judged on the same
+
+def test_train_and_val_never_run_dry(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=3, demos=2), batch_tokens=64))
+    loader = ArcLoader(ds)
+    for _ in range(10_000):
+        batch = loader.next_batch()
+        assert batch.idx.shape[0] > 0
+    assert loader.window > 1 and len(list(ds.val_batches())) > 0 and len(list(ds.val_batches())) > 0
+
+# -----------------------------------------------------------------------------
+# properties
+
+@given(grids, st.integers(0, 7))
+def test_a_dihedral_and_its_inverse_are_the_identity(grid, d):
+    assert np.array_equal(data.undo_dihedral(data.dihedral(grid, d), d), grid)
+    assert data.dihedral(grid, d).shape == (grid.shape[::-1] if data.swaps_sides(d) else grid.shape)
+
+def test_the_eight_dihedrals_are_eight():
+    grid = np.arange(6).reshape(2, 3)
+    assert len({data.dihedral(grid, d).tobytes() + bytes(data.dihedral(grid, d).shape) for d in range(8)}) == 8
+
+@settings(max_examples=40, deadline=None)
+@given(grids, grids, st.integers(0, 7), st.permutations(range(10)))
+def test_decode_of_encode_is_the_pair_under_any_augment(x, y, d, cmap):
+    c = corpus_of((x, y))
+    idx, _, _ = written(c, documents(c, 0, d, cmap))
+    undone = [np.argsort(cmap)[data.undo_dihedral(g, d)] for g in pairs_of(idx)[0]]
+    assert same(undone, (x, y)) and len(idx) <= data.MAX_PAIR
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(small, small), min_size=1, max_size=4), st.integers(0, 7))
+def test_every_cell_stands_one_to_the_right_of_the_token_before_it(pairs, d):
+    c = corpus_of(*pairs, shots=-1)
+    idx, _, pos = written(c, documents(c, 0, d))
+    pos = pos.astype(int)
+    cells = np.flatnonzero(idx < ROW)
+    assert (pos[cells] - pos[cells - 1] == (0, 1, 0)).all()
+    follow = np.array([data.next_pos(pos[i], idx[i + 1]) for i in range(len(idx) - 1)])
+    assert np.array_equal(follow, pos[1:]) # one rule for writing and for decoding
+    torch_pos = data.next_pos(torch.from_numpy(pos[:-1]), torch.from_numpy(idx[1:]))
+    assert np.array_equal(torch_pos.numpy(), pos[1:])
+    assert pos[idx == IN][:, 2].tolist() == [2 * k for k in reversed(range(len(pairs)))] # the target is always 0 and 1
+    # the grammar allows each answer and nothing that would not decode
+    out = np.flatnonzero(idx == OUT)[-1]
+    width = 0
+    for i in range(out, len(idx) - 1):
+        legal = data.grammar(torch.from_numpy(pos[i][None]), torch.tensor([width]))[0]
+        r, col = pos[i, 0], pos[i, 1]
+        want = set(range(10)) if col < (width or 30) and r < 30 else set()
+        want |= {ROW} if col == width > 0 or (width == 0 and col > 0) else set()
+        want |= {END} if col == 0 and r > 0 else set()
+        assert legal[idx[i + 1]] and set(legal.nonzero()[:, 0].tolist()) == want
+        width = width or (int(col) if idx[i + 1] == ROW else 0)
+
+def test_the_grammar_ends_at_thirty():
+    def legal(r, c, w):
+        return data.grammar(torch.tensor([[r, c, 1]]), torch.tensor([w]))[0].nonzero()[:, 0].tolist()
+    assert legal(0, 30, 0) == [ROW] and legal(30, 0, 5) == [END] and legal(29, 0, 5) == [*range(10), END] and legal(3, 5, 5) == [ROW]
+
+def test_same_seed_same_batches(toy):
+    src = toy(n=5)
+    a, b, c = (ArcLoader(ArcDataset(DataConfig(data=src, batch_tokens=128), seed=seed)) for seed in (1, 1, 2))
+    for _ in range(50):
+        x, y, z = a.next_batch(), b.next_batch(), c.next_batch()
+        assert all(torch.equal(p, q) for p, q in zip(x, y))
+    assert x.idx.shape != z.idx.shape or not torch.equal(x.idx, z.idx)
+
+def test_same_seed_same_batches_in_another_process():
+    code = ("import hashlib; from nanoarc.data import *; l = ArcLoader(ArcDataset(DataConfig(max_pair=60), seed=3)); h = hashlib.sha256()\n"
+            "for _ in range(20): [h.update(x.numpy().tobytes()) for x in l.next_batch()]\nprint(h.hexdigest())")
+    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(runs) == 1
+
+# -----------------------------------------------------------------------------
+# the stream
+
+def hash64_slowly(*parts):
+    """ the same in plain python, where no integer overflows unseen """
+    h, M = 0, 2**64 - 1
+    for x in parts:
+        h = ((h ^ int(x)) + 0x9e3779b97f4a7c15) & M
+        h = ((h ^ (h >> 30)) * 0xbf58476d1ce4e5b9) & M
+        h = ((h ^ (h >> 27)) * 0x94d049bb133111eb) & M
+        h ^= h >> 31
+    return h
+
+def test_the_hash_is_64_bit_and_equals_plain_python():
+    parts = [[1, 2, 3], [2**64 - 1, 0, 2**63], [7, 2**33, 2**40 + 1]]
+    got = data.hash64(*(np.array(x, dtype=np.uint64) for x in parts))
+    assert got.tolist() == [hash64_slowly(*x) for x in zip(*parts)] and got.dtype == np.uint64
+    assert data.hash64(0).tolist() == [0xe220a8397b1dcdaf] # splitmix64's first output from state 0, as published
+
+@pytest.mark.parametrize('n', [*range(1, 40), 255, 256, 257, 1000, 1120, 65_537])
+def test_the_bijection_is_a_permutation(n):
+    for key in (0, 2**64 - 1, 12345):
+        assert sorted(data.bijection(np.arange(n), n, key).tolist()) == list(range(n))
+
+def test_color_maps_come_without_replacement_and_keep_what_is_fixed():
+    x, y = np.array([[0, 1, 2]], np.uint8), np.array([[3, 1, 2]], np.uint8) # 3 is in outputs only
+    c = corpus_of((x, y), queries=[(np.array([[4, 1]], np.uint8), np.array([[5]], np.uint8))])
+    assert c.domain[0, : c.n_domain[0]].tolist() == [1, 2, 4, 5, 6, 7, 8, 9] # an answer's 5 is not looked at
+    d, cmap = c.augments(np.zeros(40320, int), np.arange(40320), 1)
+    assert len(np.unique(cmap, axis=0)) == 40320 and (cmap[:, [0, 3]] == [0, 3]).all() # 8! maps, each one once
+    assert all(sorted(m) == list(range(10)) for m in cmap[:100].tolist())
+    assert np.bincount(d).tolist() == [5040] * 8
+    for colors, n in (('nonzero', 9), ('all', 10), ('none', 0)):
+        assert corpus_of((x, y), colors=colors).n_domain[0] == n
+
+def test_a_fifth_of_the_documents_keep_their_colors(toy):
+    docs = ArcDataset(DataConfig(data=toy(n=5))).plan(np.arange(WINDOW))
+    assert 0.17 < (docs.cmap == np.arange(10)).all(1).mean() < 0.23
+
+def test_a_context_is_other_demos_and_never_a_query(toy):
+    ds = ArcDataset(DataConfig(data=toy('a', n=4, queries=2), adapt=toy('b', n=4, queries=2, seed=1), shots=-1, val_tasks=0))
+    c, orders = ds.corpus, set()
+    docs = ds.plan(np.arange(10 * len(ds)))
+    for row in docs.pairs:
+        target, context = row[0], row[1:][row[1:] >= 0]
+        task = c.pair_task[target]
+        assert target not in context and (c.pair_task[context] == task).all() and (context < c.first[task] + c.n_demos[task]).all()
+        assert len(context) == (2 if target < c.first[task] + c.n_demos[task] else 3)
+        orders.add(tuple(row))
+    assert len(orders) > 8 * 8 # demo order is shuffled
+    assert {task for task in c.pair_task[ds.targets].tolist()} == set(range(8))
+    assert not any(c.known[p] for task in range(4, 8) for p in range(c.first[task] + c.n_demos[task], c.first[task + 1])) # adapt: closed
+
+def test_up_to_k_shots_are_drawn(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=4, demos=5), shots=2, val_tasks=0))
+    docs = ds.plan(np.arange(500))
+    assert ((docs.pairs >= 0).sum(1) == 3).all() and len({tuple(row) for row in docs.pairs.tolist()}) > 200
+
+def test_a_repeated_source_is_seen_that_often_and_equal_tasks_share_a_row(toy):
+    a = toy('a', n=2)
+    ds = ArcDataset(DataConfig(data=f"{a}*3+{toy('b', n=3)}", val_tasks=0)) # b's first two tasks are a's
+    assert len(ds) == 2 * 4 * 3 + 3 * 4 and len(ds.corpus.rows) == 3 and ds.corpus.row.tolist() == [0, 1, 0, 1, 2]
+    docs = ds.plan(np.arange(8 * len(ds)))
+    seen = defaultdict(list)
+    for p, d in zip(docs.pairs[:, 0].tolist(), docs.dihedral.tolist()):
+        seen[p].append(d)
+    assert all(np.bincount(d, minlength=8).tolist() == [3 * (p < 8) or 1] * 8 for p, d in seen.items()) # 24 visits, each dihedral 3 times
+
+def test_a_held_out_query_is_trained_on_nowhere(toy):
+    a = toy('a', n=4)
+    ds = ArcDataset(DataConfig(data=f"{a}+{a}*2", val_tasks=2))
+    assert len(ds.val_pairs) == 2 and ds.num_held == 4 # itself and its copy in the second source
+    for row in ds.plan(np.arange(WINDOW)).pairs:
+        assert not set(row.tolist()) & set(ds.val_pairs)
+
+@pytest.mark.parametrize('batching', ['bucket', 'pad'])
+def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, batching):
+    ds = ArcDataset(DataConfig(data=toy(n=5, side=6), batching=batching, block_size=128, batch_tokens=500))
+    docs, batches = ArcLoader(ds).plan(3)
+    assert sorted(i for ids, _ in batches for i in ids) == list(range(WINDOW))
+    assert all(len(ids) * T <= 500 and docs.length[ids].max() <= T for ids, T in batches)
+    if batching == 'pad':
+        assert {T for _, T in batches} == {128}
+
+def test_buckets_are_at_least_95_percent_useful():
+    loader = ArcLoader(ArcDataset(DataConfig(batch_tokens=4096)))
+    docs, batches = loader.plan(0)
+    assert docs.length.sum() / sum(len(ids) * T for ids, T in batches) > 0.95
+    assert len({T for _, T in batches}) < 100
+
+@pytest.mark.parametrize('shots', [0, -1])
+def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
+    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batch_tokens=2000))
+    loader = ArcLoader(ds)
+    states, batches = [], []
+    for _ in range(80): # over the border of a window
+        states.append(loader.state_dict())
+        batches.append([None if x is None else x.clone() for x in loader.next_batch()])
+    assert loader.window > 0
+    for i in range(0, 80, 7):
+        other = ArcLoader(ds)
+        other.load_state_dict(states[i])
+        for want in batches[i : i + 5]:
+            n = other.loss_tokens()
+            got = other.next_batch()
+            assert all(x is y is None or torch.equal(x, y) for x, y in zip(got, want)) and n == (got.targets != -100).sum()
+
+def test_a_place_in_another_stream_is_refused_by_field_name(toy):
+    src = toy(n=4)
+    state = ArcLoader(ArcDataset(DataConfig(data=src))).state_dict()
+    for field, other in (('seed', dict(seed=1)), ('corpus_sha256', dict(data=toy('b', n=5))), ('pipeline_sha256', dict(p_identity=0.3)),
+                         ('global_batch', dict(batch_tokens=77))):
+        ds = ArcDataset(DataConfig(**{'data': src, **{k: x for k, x in other.items() if k != 'seed'}}), seed=other.get('seed', 1337))
+        with pytest.raises(ValueError, match=f"resume refused: .*{field} differs"):
+            ArcLoader(ds).load_state_dict(state)
+
+def test_any_number_of_ranks_sees_the_same_global_batch(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=4), batch_tokens=100))
+    one = ArcLoader(ds)
+    for world in (2, 3, 7):
+        ranks = [ArcLoader(ds, rank=r, world=world) for r in range(world)]
+        for x in [one, *ranks]:
+            x.window = x.batch = 0
+        for _ in range(20):
+            want, parts = one.next_batch(), [x.next_batch() for x in ranks]
+            rows = torch.cat([p.idx[(p.doc >= 0).any(1)] for p in parts])
+            assert torch.equal(rows, want.idx) # a rank without rows ran one of no loss
+            assert sum(int((p.targets != -100).sum()) for p in parts) == int((want.targets != -100).sum())
+
+def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=3), block_size=64), epochs=2)
+    assert len(ds) == 2 * len(ds.targets) and ds[10**12].idx.shape == (64,)
+    batch = next(iter(torch.utils.data.DataLoader(ds, batch_size=4, collate_fn=ds.collate)))
+    assert isinstance(batch, Batch) and all(torch.equal(batch.idx[i], ds[i].idx) for i in range(4)) and batch.pos.shape == (4, 64, 3)
+    x, y = batch[:2]
+    assert x.dtype == y.dtype == torch.int64 and batch.pos.dtype == torch.uint8 and batch.doc.dtype == torch.int32
+    with pytest.raises(IndexError):
+        ds[-1]
+
+def test_a_prompt_is_a_document_without_its_answer(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=3), shots=-1))
+    docs = ds.plan(np.arange(10))
+    for i in range(10):
+        whole, prompt = written(ds.corpus, docs, i)[0], written(ds.corpus, docs, i, prompt=True)[0]
+        assert prompt[-1] == OUT and np.array_equal(whole[: len(prompt)], prompt) and OUT not in whole[len(prompt) :]
+
+def test_small_tasks_of_arc1_are_81_and_34():
+    tasks = {subset: [t for t, _ in read_sources(f"arc1/{subset}") if not data.too_long(t, 100)] for subset in ('training', 'evaluation')}
+    assert [len(x) for x in tasks.values()] == [81, 34] and sum(len(t.queries) for t in tasks['evaluation']) == 42
+    c = Corpus(tasks['evaluation'], DataConfig())
+    assert (c.n_domain < 9).sum() == 14 # so many have colors that only outputs have
+    ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
+    demos = [p for k in range(115) for p in range(ds.corpus.first[k], ds.corpus.first[k] + ds.corpus.n_demos[k])]
+    assert ds.corpus.long[demos].max() == 100 and len(ds.val_pairs) >= 32

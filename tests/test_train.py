@@ -1,0 +1,148 @@
+""" python -m pytest tests/test_train.py """
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from nanoarc import checkpoint, train
+from nanoarc.cli import main as cli
+from nanoarc.data import DataConfig
+from nanoarc.model import ModelConfig
+from nanoarc.train import TrainConfig, get_lr, read_metrics
+
+def losses(out_dir):
+    """ every logged loss, to the last bit """
+    return [(x['step'], float(x[key]).hex()) for x in read_metrics(out_dir) for key in ('loss', 'val_loss') if key in x]
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
+    cfg = TrainConfig(warmup_iters=10, decay_frac=0.5)
+    lr = [get_lr(step, 100, cfg) for step in range(100)]
+    assert lr[0] == 0.1 and lr[9:51] == [1.0] * 42 and lr[75] == 0.5 and lr[99] == pytest.approx(0.02)
+    assert [get_lr(step, 0, cfg) for step in range(50)] == lr[:50] # while --minutes still measures, it is the same
+
+def test_it_overfits_a_few_tasks(toy, tmp_path):
+    cli(['train', f"--data={toy(n=2, side=3)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=250', '--val_tasks=0', '--colors=none', *TINY])
+    rows = [x['loss'] for x in read_metrics(tmp_path / 'run') if 'loss' in x]
+    assert rows[0] > 2 and rows[-1] < 0.5 and (tmp_path / 'run' / 'loss.png').read_bytes()[:4] == b"\x89PNG"
+
+@pytest.mark.parametrize('mixer, accum', [('A', 1), ('MA', 2)])
+def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, mixer, accum):
+    out = tmp_path / 'run'
+    args = [f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=13', '--save_every=6', '--eval_every=4', '--log_every=2', f"--mixer={mixer}",
+            f"--grad_accum={accum}", *TINY]
+    cli(['train', *args])
+    want, logged = checkpoint.load(out)[0], losses(out)
+    assert len(logged) > 8
+    (out / 'latest.json').write_text(json.dumps(checkpoint.read_index(out)[1:])) # as if killed after step 12 ...
+    (out / 'ckpt' / 'step-000013.safetensors').unlink()
+    with open(out / 'metrics.jsonl', 'a') as f:
+        f.write('{"step": 13, "lo') # ... in the middle of a line
+    cli(['train', '--resume', str(out)])
+    got = checkpoint.load(out)[0]
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    assert losses(out) == logged
+
+def test_what_would_change_a_resumed_run_is_refused_by_name(tiny_run):
+    run, _ = tiny_run
+    for flag, field in (('--seed=1', 'seed'), ('--batch_tokens=999', 'global_batch'), ('--p_identity=0.5', 'pipeline_sha256'), ('--adapt=arc2/evaluation', 'wtask'),
+                        ('--n_embd=64', 'fit this model')):
+        result = subprocess.run([sys.executable, '-m', 'nanoarc.cli', 'train', '--resume', run, flag], capture_output=True, text=True)
+        assert result.returncode == 2 and field in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+def test_minutes_become_a_number_of_steps(toy, tmp_path):
+    args = [x for x in TINY if not x.startswith('--minutes')]
+    cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--minutes=0.05', *args])
+    meta = checkpoint.load(tmp_path / 'run')[1]
+    assert meta['max_iters'] == meta['step'] > 5 and 1.5 < meta['seconds'] < 9 # 3 s were asked for
+
+def test_metrics_have_what_is_promised(tiny_run):
+    rows = read_metrics(tiny_run[0])
+    assert all('step' in x and set(x) <= {'step', 'loss', 'val_loss', 'lr', 'tok_s', 'wait'} for x in rows)
+    assert set(rows[-1]) >= {'loss', 'lr', 'tok_s', 'wait'} and rows[-1]['step'] == 30
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(toy, tmp_path, capsys):
+    out = tmp_path / 'run'
+    cli(['train', f"--data={toy()}", f"--out_dir={out}", '--max_iters=6', '--save_every=3', *TINY])
+    path = out / 'ckpt' / 'step-000006.safetensors'
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert checkpoint.load(out)[1]['step'] == 3 and "step-000006.safetensors: damaged" in capsys.readouterr().out
+    (out / 'ckpt' / 'step-000003.safetensors').unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint.*damaged.*missing"):
+        checkpoint.load(out)
+    (out / 'latest.json').write_text("[]")
+    with pytest.raises(ValueError, match="latest.json: damaged"):
+        checkpoint.load(out)
+
+def test_checkpoints_are_pruned_to_two(toy, tmp_path):
+    cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=9', '--save_every=2', *TINY])
+    assert sorted(p.name for p in (tmp_path / 'run' / 'ckpt').iterdir()) == ['step-000008.safetensors', 'step-000009.safetensors']
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.write_file(tmp_path / 'x', b"old")
+    monkeypatch.setattr('os.replace', lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        checkpoint.write_file(tmp_path / 'x', b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b"old")]
+
+@pytest.mark.parametrize('args, want', [
+    (['--loss_on=all'], "add --no_prefix"), (['--batching=pack'], "batching='pack'"), (['--mixer=X'], "mixer='X'"), (['--max_iters=0'], "set --minutes or --max_iters"),
+    (['--dtype=int8'], "dtype='int8'"), (['--data=no/where'], "no such source"), (['--config=no.toml'], "no.toml"), (['--resume=/no/run'], "no checkpoint here"),
+    (['--colors=blue'], "colors='blue'"), (['--loss_on=x'], "loss_on='x'"), (['--shots=-2'], "shots=-2")])
+def test_a_wrong_setting_is_one_line_and_exit_2(args, want, toy, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=1', *TINY, *args])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and want in err and err.count("\n") == 1
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(tiny_run, capsys):
+    with pytest.raises(SystemExit):
+        cli(['train', f"--data={tiny_run[1]}", f"--out_dir={tiny_run[0]}", '--max_iters=1', *TINY])
+    assert "--resume" in capsys.readouterr().err
+
+def test_a_toml_file_sets_fields_and_flags_win(toy, tmp_path, capsys):
+    path = tmp_path / 'mine.toml'
+    path.write_text(f"data = '{toy()}'\nn_layer = 1\nlr = 1\nmax_iters = 2\nbatch_tokens = 99")
+    cli(['train', '--config', str(path), f"--out_dir={tmp_path / 'run'}", '--batch_tokens=64'])
+    meta = checkpoint.load(tmp_path / 'run')[1]
+    assert (meta['model']['n_layer'], meta['train']['lr'], meta['data']['batch_tokens'], meta['step']) == (1, 1, 64, 2)
+    for text, want in (("n_layers = 1", "unknown setting n_layers"), ("n_layer = '1'", "n_layer = '1', want a int"), ("n_layer =", "mine.toml: ")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            cli(['train', '--config', str(path)])
+        assert want in capsys.readouterr().err
+
+def test_no_name_stands_in_two_configs():
+    names = [name for cls in (TrainConfig, ModelConfig, DataConfig) for name in cls.__dataclass_fields__]
+    assert len(names) == len(set(names))
+
+def test_training_never_opens_the_answers_of_adapt(toy, tmp_path):
+    src = Path(toy(n=2))
+    for path in src.iterdir():
+        obj = json.loads(path.read_text())
+        for pair in obj['test']:
+            pair['output'] = "closed"
+        path.write_text(json.dumps(obj))
+    cfg = TrainConfig(out_dir=str(tmp_path / 'run'), minutes=0, max_iters=2, device='cpu', compile='off')
+    assert train.main(cfg, ModelConfig(n_layer=1, n_embd=32), DataConfig(data='', adapt=str(src)))['step'] == 2
+
+@pytest.mark.slow
+def test_the_2024_form_runs_and_its_loss_falls(tmp_path):
+    cli(['train', '--data', 'arc1/training', '--shots=-1', '--batching=pad', '--block_size=4096', '--mixer=MA', '--max_iters=20', f"--out_dir={tmp_path}", '--log_every=1'])
+    rows = [x['loss'] for x in read_metrics(tmp_path) if 'loss' in x]
+    assert len(rows) == 20 and all(x < 4 for x in rows) and sum(rows[-5:]) < 0.8 * sum(rows[:5])
+
+@pytest.mark.slow
+def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
+    root = Path(__file__).parent.parent
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', tmp_path / 'wheel', root], check=True)
+    subprocess.run([*pip, 'install', '--no-deps', '--target', tmp_path / 'site', *(tmp_path / 'wheel').glob('*.whl')], check=True)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import nanoarc; assert 'site' in nanoarc.__file__; from nanoarc.cli import main; main()"
+    args = [f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=5', *TINY]
+    subprocess.run([sys.executable, '-c', code, 'train', *args], cwd=tmp_path, check=True)
+    assert checkpoint.load(tmp_path / 'run')[1]['step'] == 5

@@ -1,0 +1,76 @@
+""" python -m pytest tests/test_view.py """
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nanoarc import view
+from nanoarc.cli import COMMANDS, main as cli
+from nanoarc.sources import read_sources
+
+def test_a_task_is_drawn_in_the_terminal():
+    task = {task.name: task for task, _ in read_sources('arc1/training')}['007bbfb7']
+    out = io.StringIO()
+    view.print_task(task, [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[1]]}], Console(file=out, width=200, force_terminal=True, color_system='truecolor'))
+    text = out.getvalue()
+    assert "007bbfb7" in text and "demo 4" in text and "attempt 1 right" in text and "attempt 2 wrong" in text
+    assert "48;2;255;65;54" in text # red cells are red
+
+def test_a_png_has_the_colors_of_the_grid(tmp_path):
+    import matplotlib.image
+    path = tmp_path / 'submission.json'
+    task = {task.name: task for task, _ in read_sources('arc1/evaluation')}['66e6c45b']
+    path.write_text(json.dumps({'66e6c45b': [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[8]]}]}))
+    cli(['view', '66e6c45b', '007bbfb7', '--submission', str(path), '--out', str(tmp_path / 'x.png')])
+    image = (matplotlib.image.imread(tmp_path / 'x.png')[..., :3] * 255).round().astype(int)
+    have = {tuple(x) for x in np.unique(image.reshape(-1, 3), axis=0).tolist()}
+    used = {int(c) for pair in task.demos for grid in pair for c in np.unique(grid)}
+    for c in used | {8}:
+        assert tuple(int(view.COLORS[c][i : i + 2], 16) for i in (1, 3, 5)) in have
+
+def test_loss_curves_of_runs_are_drawn(tiny_run, tmp_path, capsys):
+    cli(['view', tiny_run[0], tiny_run[0], '--out', str(tmp_path / 'both.png')])
+    assert (tmp_path / 'both.png').stat().st_size > 5000
+
+@pytest.mark.parametrize('args, want', [(['nosuch'], "no task and no directory named nosuch"), ([], "name a task id"), (['007bbfb7', '--out=x.pdf'], "want a .png")])
+def test_what_cannot_be_shown_is_said(args, want, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(['view', *args])
+    assert e.value.code == 2 and want in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# the command
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_explains_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli([command, '--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and COMMANDS[command].__doc__.strip()[:20] in out and "--help" in out
+
+def test_help_lists_every_command_and_a_wrong_one_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(['--help'])
+    assert e.value.code == 0 and all(name in capsys.readouterr().out for name in COMMANDS)
+    with pytest.raises(SystemExit) as e:
+        cli(['fly'])
+    assert e.value.code == 2 and "no command 'fly'" in capsys.readouterr().err
+
+def test_every_field_of_every_config_has_a_comment():
+    import inspect
+    from nanoarc.data import DataConfig
+    from nanoarc.model import ModelConfig
+    from nanoarc.solve import ScoreConfig, SolveConfig
+    from nanoarc.train import TrainConfig
+    for cls in (TrainConfig, ModelConfig, DataConfig, SolveConfig, ScoreConfig, view.ViewConfig):
+        for line in inspect.getsource(cls).splitlines():
+            assert ': ' not in line.partition('#')[0] or ' # ' in line, line # tyro makes the help of it
+
+def test_source_prints_the_core_whole(capsys):
+    cli(['source'])
+    out = capsys.readouterr().out
+    assert all(f"# nanoarc/{name}\n" in out for name in ('data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py')) and "def next_pos" in out
+    cli(['source', '--count'])
+    assert "the core five" in capsys.readouterr().out
