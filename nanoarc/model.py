@@ -29,6 +29,9 @@ class ModelConfig:
     vocab_size: int = 16 # of the grid tokens
     n_task: int = 0 # rows of the task embedding, set from the data. 0 = in context, no embedding
 
+    def __post_init__(self):
+        self.rope_bases = tuple(self.rope_bases) # json and toml know lists only
+
 # -----------------------------------------------------------------------------
 # 3d rope (RoFormer, arxiv 2104.09864, an axis at a time as in mdlARC)
 
@@ -265,7 +268,8 @@ class Model(nn.Module):
             x = block(x, ctx, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.n += idx.size(1)
-        logits = self.head(self.norm(x)).float() # (B, T, vocab_size)
+        logits = self.head(self.norm(x)) # (B, T, vocab_size)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum') # skips -100

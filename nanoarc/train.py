@@ -201,6 +201,8 @@ class Log:
 
     def row(self, step, max_iters, **values):
         values = {key: x for key, x in values.items() if x is not None}
+        if not values: # no validation set
+            return
         self.last.update(values)
         with open(self.path, 'a') as f:
             f.write(json.dumps({'step': step, **values}) + "\n")

@@ -285,7 +285,7 @@ def test_buckets_are_at_least_95_percent_useful():
 
 @pytest.mark.parametrize('shots', [0, -1])
 def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
-    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batch_tokens=2000))
+    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batch_tokens=2000 if shots == 0 else 6000))
     loader = ArcLoader(ds)
     states, batches = [], []
     for _ in range(80): # over the border of a window
@@ -346,4 +346,4 @@ def test_small_tasks_of_arc1_are_81_and_34():
     assert (c.n_domain < 9).sum() == 14 # so many have colors that only outputs have
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
     demos = [p for k in range(115) for p in range(ds.corpus.first[k], ds.corpus.first[k] + ds.corpus.n_demos[k])]
-    assert ds.corpus.long[demos].max() == 100 and len(ds.val_pairs) >= 32
+    assert ds.corpus.long[demos].max() <= 100 and len(ds.val_pairs) >= 32
