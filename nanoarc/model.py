@@ -18,11 +18,12 @@ class ModelConfig:
     mixer: str = 'A' # pattern over the layers: A = attention, M = mamba-2, e.g. 'MA'
     n_layer: int = 4 # blocks, each a mixer and a SwiGLU
     n_embd: int = 128 # width of the residual stream
-    head_size: int = 32 # of attention and of mamba-2
+    head_size: int = 32 # of attention
     n_hidden: int = 0 # width of the SwiGLU, 0 = 8/3 n_embd rounded down to a multiple of 16
     prefix: bool = True # the tokens of a prompt see each other both ways (attention only, loss_on='query' only)
     rope_bases: tuple[float, float, float] = (100.0, 100.0, 10.0) # of row, col, z
     d_state: int = 64 # ns, the state size of mamba-2
+    d_head: int = 64 # its head size
     d_conv: int = 4 # width of its causal convolution
     expand: int = 2 # its inner width over n_embd
     chunk_size: int = 64 # tokens of a chunk of its scan
@@ -99,12 +100,12 @@ class KVCache:
 # -----------------------------------------------------------------------------
 # mamba-2 (arxiv 2405.21060)
 
-def ssd(x, a, Bm, Cm, doc, Q):
+def ssd(x, a, Bm, Cm, doc, Q, want_state=True):
     """
     the state space recurrence h_t = exp(a_t) h_{t-1} + x_t Bm_t^T, y_t = h_t Cm_t, in chunks of Q tokens: inside a
     chunk it is masked attention, between chunks one state is handed on. the state starts at zero in each document.
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), doc (B, T) or None -> y (B, T, nh, hs) and the
-    last state (B, nh, hs, ns). what it is tested against is the recurrence itself, a token at a time.
+    last state (B, nh, hs, ns), or what is left of it if nobody wants it. what it is tested against is the recurrence itself, a token at a time.
     """
     B, T, nh, hs = x.shape
     y, state, before = [], x.new_zeros(B, nh, hs, Bm.size(-1)), None # before: the document that the state belongs to
@@ -126,7 +127,8 @@ def ssd(x, a, Bm, Cm, doc, Q):
         if t > 0: # the first chunk has no past
             yc = yc + (cc[:, None] @ state.transpose(2, 3)) * carry[..., None]
         y.append(yc.transpose(1, 2))
-        state = state * carry[..., -1, None, None] + (xc.transpose(1, 2) * last[..., None]).transpose(2, 3) @ bc[:, None]
+        if want_state or t + Q < T:
+            state = state * carry[..., -1, None, None] + (xc.transpose(1, 2) * last[..., None]).transpose(2, 3) @ bc[:, None]
     return torch.cat(y, 1), state
 
 class Mamba2(nn.Module):
@@ -134,9 +136,9 @@ class Mamba2(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.hs, self.ns, self.Q = cfg.head_size, cfg.d_state, cfg.chunk_size
+        self.hs, self.ns, self.Q = cfg.d_head, cfg.d_state, cfg.chunk_size
         self.inner = cfg.expand * cfg.n_embd
-        assert self.inner % self.hs == 0, f"expand * n_embd = {self.inner} is no multiple of head_size={self.hs}"
+        assert self.inner % self.hs == 0, f"expand * n_embd = {self.inner} is no multiple of d_head={self.hs}"
         nh, self.mixed = self.inner // self.hs, self.inner + 2 * cfg.d_state # the convolution mixes x, Bm and Cm
         self.in_proj = nn.Linear(cfg.n_embd, self.inner + self.mixed + nh, bias=False) # gate, x Bm Cm, dt
         self.conv = nn.Parameter(torch.empty(cfg.d_conv, self.mixed)) # [k] weighs the token k steps back
@@ -154,12 +156,12 @@ class Mamba2(nn.Module):
         u = torch.cat([past, u], 1)
         if cache is not None:
             cache.conv = u[:, -(K - 1) :]
-        mixed = u[:, K - 1 :] * self.conv[0] + self.conv_bias
+        mixed = torch.addcmul(self.conv_bias, u[:, K - 1 :], self.conv[0])
         for k in range(1, K):
             shifted = u[:, K - 1 - k : T + K - 1 - k] # k tokens earlier
             if doc is not None: # nothing flows over the border of a document
                 shifted = shifted * F.pad(doc[:, k:] == doc[:, :-k], (min(k, T), 0))[..., None] if T > k else shifted * 0
-            mixed = mixed + shifted * self.conv[k]
+            mixed = torch.addcmul(mixed, shifted, self.conv[k])
         v, Bm, Cm = F.silu(mixed).split([self.inner, self.ns, self.ns], -1)
         v = v.reshape(B, T, -1, self.hs) # (B, T, nh, hs)
         dt = F.softplus(dt.float() + self.dt_bias) # (B, T, nh) how much of this token the state takes
@@ -171,7 +173,7 @@ class Mamba2(nn.Module):
             y = (state * Cm[:, 0, None, None, :]).sum(-1)[:, None].type_as(v)
         else:
             with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
-                y, state = ssd(*(z.to(a.dtype) for z in (dv, a, Bm, Cm)), doc, self.Q)
+                y, state = ssd(*(z.to(a.dtype) for z in (dv, a, Bm, Cm)), doc, self.Q, cache is not None)
         if cache is not None:
             cache.state = state
         y = (y + v * self.skip[:, None]).reshape(B, T, -1)
@@ -221,7 +223,11 @@ class Context:
 
     def __init__(self, cfg, pos, doc, start):
         """ start: tokens already in the cache """
-        self.doc, self.rope = doc, rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        # a row of one document and PAD after it has no border that a causal mixer must heed. a gpu would have to wait for the
+        # answer, so there the borders are always heeded
+        alone = doc is None or (doc.device.type == 'cpu' and not (doc > 0).any())
+        self.doc = None if alone else doc
         self.mask, self.causal = None, False
         if 'A' not in cfg.mixer or start > 0: # one more token sees all that is in the cache
             return

@@ -112,19 +112,18 @@ def draw_tasks(tasks, out):
     plt = pyplot()
     rows = [captioned(task, tried) for task, tried in tasks]
     n = max(len(columns) for columns in rows)
-    fig, axes = plt.subplots(2 * len(rows), n, figsize=(1.5 * n, 3.4 * len(rows)), squeeze=False, layout='constrained')
-    for ax in axes.flat:
-        ax.axis('off')
-    for k, ((task, _), columns) in enumerate(zip(tasks, rows)):
-        axes[2 * k, 0].text(0, 1.3, task.name, transform=axes[2 * k, 0].transAxes, fontsize=10, weight='bold')
+    fig = plt.figure(figsize=(1.5 * n, 3.6 * len(rows)), layout='constrained')
+    for part, (task, _), columns in zip(fig.subfigures(len(rows), squeeze=False)[:, 0], tasks, rows):
+        part.suptitle(task.name, x=0.01, ha='left', fontsize=10, weight='bold')
+        axes = part.subplots(2, n, squeeze=False)
+        for ax in axes.flat:
+            ax.axis('off')
         for i, (caption, grids) in enumerate(columns):
             color = 'green' if caption.endswith("right") else 'red' if caption.endswith("wrong") else 'black'
-            grids = [None] * (caption.startswith("attempt")) + grids # attempts stand beside the answer
-            for j, grid in enumerate(grids):
-                if grid is not None:
-                    axes[2 * k + j, i].axis('on')
-                    title = caption if grids[0] is None or j == 0 else "answer" if caption.startswith("query") else ""
-                    draw_grid(axes[2 * k + j, i], grid, title, color)
+            first = int(caption.startswith("attempt")) # attempts stand beside the answer
+            for j, grid in enumerate(grids, first):
+                axes[j, i].axis('on')
+                draw_grid(axes[j, i], grid, caption if j == first else "answer" if caption.startswith("query") else "", color)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=110)
     plt.close(fig)

@@ -12,7 +12,7 @@ MIXERS = ['A', 'M', 'MA']
 def make(mixer='A', n_task=4, **kwargs):
     """ a tiny model in fp64, its weights large enough that every part matters """
     torch.manual_seed(1337)
-    model = Model(ModelConfig(mixer=mixer, n_layer=2, n_embd=32, head_size=16, d_state=8, chunk_size=5, n_task=n_task, **kwargs)).double()
+    model = Model(ModelConfig(mixer=mixer, n_layer=2, n_embd=32, head_size=16, d_head=16, d_state=8, chunk_size=5, n_task=n_task, **kwargs)).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
