@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 @dataclass
 class ModelConfig:
-    mixer: str = 'A' # pattern over the layers: A = attention, M = mamba-2, e.g. 'MA'
+    mixer: str = 'MA' # pattern over the layers: A = attention, M = mamba-2, e.g. 'A', 'MMA'
     n_layer: int = 4 # blocks, each a mixer and a SwiGLU
     n_embd: int = 128 # width of the residual stream
     head_size: int = 32 # of attention

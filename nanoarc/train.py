@@ -25,7 +25,7 @@ class TrainConfig:
     resume: str = '' # out_dir of a run to continue exactly, with its own settings
     minutes: float = 5.0 # train this long: throughput is measured first, then max_iters is fixed. 0 = by max_iters
     max_iters: int = 0 # train this many steps. 0 = by minutes, and if both are set this one counts
-    grad_accum: int = 1 # micro batches a step
+    grad_accum: int = 4 # micro batches a step. several, since all documents of one are of a length and so of few tasks
     lr: float = 5e-3 # peak of Muon, for the matrices
     adam_lr: float = 5e-3 # peak of AdamW, for embeddings, head and norms
     weight_decay: float = 0.1 # of matrices and embeddings, times the learning rate
