@@ -15,7 +15,7 @@ if [ -e "$OUT/latest.json" ]; then
     nanoarc train --resume "$OUT" "$@"
 else
     echo "== training 5 minutes, into $OUT"
-    nanoarc train --data arc1/training --adapt arc1/evaluation $SMALL --minutes 5 --out_dir "$OUT" "$@"
+    nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' $SMALL --minutes 5 --out_dir "$OUT" "$@"
 fi
 echo "== solving 34 evaluation tasks, answers unseen"
 nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL
@@ -24,7 +24,7 @@ nanoarc score "$OUT/submission.json" arc1/evaluation $SMALL | tee "$OUT/score.tx
 nanoarc view $(python -c "import json; print(*list(json.load(open('$OUT/submission.json')))[:8])") \
     --data arc1/evaluation --submission "$OUT/submission.json" --out "$OUT/tasks.png" > /dev/null
 echo "pictures: $OUT/tasks.png $OUT/loss.png"
-echo "next: nanoarc view 66e6c45b --submission $OUT/submission.json    or: nanoarc train --mixer MA --minutes 10 --max_pair 100 --adapt arc1/evaluation --out_dir out/mine"
+echo "next: nanoarc view 66e6c45b --submission $OUT/submission.json, or nanoarc train --minutes 10 --max_pair 100 --adapt 'arc1/evaluation*8' --out_dir out/longer"
 python - "$OUT" $SECONDS <<'EOF'
 import json, sys
 from nanoarc import checkpoint
