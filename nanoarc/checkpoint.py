@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 1
-KEEP = 2 # verified checkpoints on disk
+KEEP = 2 # checkpoints on disk
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """
@@ -66,9 +66,11 @@ def read_index(out_dir):
         raise ValueError(f"{out_dir}: no checkpoint here (no latest.json), want the --out_dir of a training run")
     try:
         index = json.loads(path.read_bytes())
-        assert index and all(x.keys() == {'file', 'step', 'sha256'} and os.path.basename(x['file']) == x['file'] for x in index)
-    except (ValueError, AssertionError, AttributeError, TypeError):
-        raise ValueError(f"{path}: damaged, want a list of checkpoints") from None
+    except ValueError:
+        index = None
+    if not isinstance(index, list) or not index or any(
+            not isinstance(x, dict) or x.keys() != {'file', 'step', 'sha256'} or os.path.basename(str(x['file'])) != x['file'] for x in index):
+        raise ValueError(f"{path}: damaged, want a list of checkpoints")
     return index
 
 def load(out_dir):

@@ -37,6 +37,9 @@ def train(args):
 
     default = Train(TrainConfig(), ModelConfig(), DataConfig())
     if resume := flag(args, 'resume'): # the settings of that run are the defaults then
+        for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it")):
+            if flag(args, name):
+                raise ValueError(f"--{name} does not go with --resume: {way}")
         meta = checkpoint.load(resume)[1]
         default = Train(TrainConfig(**meta['train']), ModelConfig(**meta['model']), DataConfig(**meta['data']))
     if path := flag(args, 'config'):
@@ -115,10 +118,10 @@ def apply_toml(default, path):
         raise ValueError(f"{path}: {e}") from None
     for group in fields(default):
         part = getattr(default, group.name)
-        mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values}
+        mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values and f.name not in ('resume', 'config')}
         for key, x in mine.items():
             want = type(getattr(part, key))
-            if type(x) is not want and not (want is float and type(x) is int):
+            if type(x) is not want and (want, type(x)) not in ((float, int), (tuple, list)):
                 raise ValueError(f"{path}: {key} = {x!r}, want a {want.__name__}")
         default = replace(default, **{group.name: replace(part, **mine)})
     if values:

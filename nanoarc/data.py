@@ -161,6 +161,8 @@ class Corpus:
     """
 
     def __init__(self, tasks, cfg, rows=None):
+        if cfg.block_size < 1 or cfg.batch_tokens < 1:
+            raise ValueError(f"block_size={cfg.block_size} batch_tokens={cfg.batch_tokens}: want at least 1")
         for name, known in (('loss_on', ('query', 'outputs', 'all')), ('colors', ('auto', 'domain', 'nonzero', 'all', 'none')), ('batching', ('bucket', 'pad'))):
             if getattr(cfg, name) not in known:
                 raise ValueError(f"{name}={getattr(cfg, name)!r}: want one of {', '.join(known)}")
@@ -278,12 +280,12 @@ class Corpus:
         p[:, w, 1] = 0
         return end
 
-    def write(self, docs, i, idx, targets, pos, prompt=False):
+    def write(self, docs, i, idx, targets, pos, prompt=False, loss_on=None):
         """
-        document i of a plan into (T,) idx and targets and (T, 3) pos, from slot 0 on -> its length.
+        document i of a plan into (T,) idx and targets and (T, 3) pos, from slot 0 on -> its length. loss_on=None: as cfg.
         prompt=True stops after the OUT of the target, and the answer is not read.
         """
-        d, cmap, loss_on = int(docs.dihedral[i]), docs.cmap[i], self.cfg.loss_on
+        d, cmap, loss_on = int(docs.dihedral[i]), docs.cmap[i], loss_on or self.cfg.loss_on
         pairs, at = docs.pairs[i][docs.pairs[i] >= 0], 0
         for k in reversed(range(len(pairs))):
             idx[at], pos[at] = IN, (0, 0, 2 * k)
@@ -310,7 +312,8 @@ class ArcDataset(torch.utils.data.Dataset):
 
     ds[t] is a Batch of one document, (T,) each with T = block_size; len(ds) = targets x epochs. the demos of `adapt`
     are targets too, its answers are never opened. skipped pairs are counted in num_held (equal to a validation query),
-    num_long (do not fit block_size) and num_alone (no context, where shots != 0). raises ValueError if nothing is left.
+    num_leaks (pairs of `data` whose input is a query of `adapt`: their output may be the closed answer), num_long (do not
+    fit block_size) and num_alone (no context, where shots != 0). raises ValueError if nothing is left.
     """
 
     def __init__(self, cfg, seed=1337, epochs=1):
@@ -321,6 +324,8 @@ class ArcDataset(torch.utils.data.Dataset):
         sources = [x for x, out in zip(sources, unfit) if not out]
         tasks, repeats, in_data = [list(x) for x in zip(*sources)] if sources else ([], [], [])
         self.corpus = c = Corpus(tasks, cfg)
+        if cfg.val_tasks < 0 or seed < 0:
+            raise ValueError(f"val_tasks={cfg.val_tasks} seed={seed}: want no negative number")
         pair_key = [grid_bytes(c.grid(2 * p)) + grid_bytes(c.grid(2 * p + 1)) for p in range(len(c.pair_task))]
         # hold out the queries of some tasks of data. chosen by content, so that each seed is judged on the same ones
         queries = {task.key: [p for p in range(c.first[k] + c.n_demos[k], c.first[k + 1]) if c.known[p]]
@@ -328,17 +333,21 @@ class ArcDataset(torch.utils.data.Dataset):
         keys = sorted(key for key in queries if queries[key])
         self.val_pairs = sorted(p for key in keys[: min(cfg.val_tasks, len(keys) // 2)] for p in queries[key])
         held = {pair_key[p] for p in self.val_pairs}
+        closed = {grid_bytes(x) for task, mine in zip(tasks, in_data) if not mine for x, _ in task.queries}
+        leaks = {p for p, k in enumerate(c.pair_task) if in_data[k] and grid_bytes(c.grid(2 * p)) in closed}
         # what is trained on
-        targets, self.num_held, self.num_long, self.num_alone = [], 0, 0, 0
+        targets, self.num_held, self.num_leaks, self.num_long, self.num_alone = [], 0, 0, 0, 0
         for k in range(len(tasks)):
-            for i in range(c.n_demos[k]):
-                if pair_key[c.first[k] + i] in held:
+            for i, p in enumerate(range(c.first[k], c.first[k] + c.n_demos[k])):
+                if pair_key[p] in held or p in leaks:
                     c.demos[k, i] = -1 # neither a target nor a context
         for p, k in enumerate(c.pair_task):
             is_demo = p < c.first[k] + c.n_demos[k]
             if not c.known[p] or not (is_demo or in_data[k]):
                 continue
-            if pair_key[p] in held:
+            if p in leaks:
+                self.num_leaks += 1
+            elif pair_key[p] in held:
                 self.num_held += 1
             elif c.long[p] > cfg.block_size:
                 self.num_long += 1
@@ -348,14 +357,14 @@ class ArcDataset(torch.utils.data.Dataset):
                 targets += [(p, repeats[k], i) for i in range(repeats[k])]
         if len(targets) == 0:
             raise ValueError(f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {len(sources) + self.num_tasks_out} tasks "
-                             f"{self.num_tasks_out} are over max_pair={cfg.max_pair}, then {self.num_held} pairs are held out, "
-                             f"{self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
+                             f"{self.num_tasks_out} are over max_pair={cfg.max_pair}, then {self.num_held} pairs are held out, {self.num_leaks} are queries "
+                             f"of adapt, {self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
         self.val_pairs = [p for p in self.val_pairs if c.long[p] <= cfg.block_size and (cfg.shots == 0 or self.has_context(p))]
         self.targets, self.repeat, self.copy = np.array(targets, dtype=np.int64).T
         identity = hashlib.sha256()
         for task, repeat, flag in sources: # paths may move, content may not
-            identity.update(f"{task.name} {repeat} {flag} {task.key}".encode())
-            for x, y in task.queries:
+            identity.update(f"{task.name} {repeat} {flag} {len(task.demos)}".encode())
+            for x, y in task.demos + task.queries: # in the order of the file, which numbers the pairs
                 identity.update(grid_bytes(x) + (grid_bytes(y) if y is not None else b"?"))
         self.corpus_sha256 = identity.hexdigest()
         self.pipeline_sha256 = hashlib.sha256(json.dumps({**asdict(cfg), 'data': '', 'adapt': ''}, sort_keys=True).encode()).hexdigest()
@@ -402,10 +411,10 @@ class ArcDataset(torch.utils.data.Dataset):
         """ the validation set as Batches of at most batch_tokens, the same ones each time """
         docs = self.val_plan()
         for ids, T in cut_buckets(docs.length, self.cfg.batch_tokens):
-            yield self.write_batch(docs, ids, T)
+            yield self.write_batch(docs, ids, T, loss_on='query') # whatever is trained on, so that runs compare
 
-    def write_batch(self, docs, ids, T, buffers=None):
-        """ the documents ids of a plan, one a row of T tokens -> Batch. no ids: one row without loss """
+    def write_batch(self, docs, ids, T, buffers=None, loss_on=None):
+        """ the documents ids of a plan, one a row of T tokens -> Batch. no ids: one row without loss. loss_on: as cfg """
         B = max(len(ids), 1)
         idx, targets, pos, doc, task, dih = buffers if buffers is not None else new_buffers(B * T)
         idx, targets, doc, task, dih = (x[: B * T].view(B, T) for x in (idx, targets, doc, task, dih))
@@ -414,7 +423,7 @@ class ArcDataset(torch.utils.data.Dataset):
             x.fill_(empty)
         rows = idx.numpy(), targets.numpy(), pos.numpy()
         for b, i in enumerate(ids):
-            n = self.corpus.write(docs, i, *(x[b] for x in rows))
+            n = self.corpus.write(docs, i, *(x[b] for x in rows), loss_on=loss_on)
             doc[b, :n] = 0
             task[b, :n] = int(self.corpus.row[self.corpus.pair_task[docs.pairs[i, 0]]])
             dih[b, :n] = int(docs.dihedral[i])
@@ -455,7 +464,7 @@ class ArcLoader:
     def __init__(self, dataset, rank=0, world=1, device='cpu'):
         self.ds, self.rank, self.world, self.device = dataset, rank, world, torch.device(device)
         self.window, self.batch = 0, 0 # the batch that comes next
-        self.ring, self.turn = [None, None], 0
+        self.ring, self.copied, self.turn = [None, None], [None, None], 0
         self.plan = lru_cache(maxsize=2)(self.plan)
 
     def plan(self, window):
@@ -493,13 +502,19 @@ class ArcLoader:
         n, r, W = len(ids), self.rank, self.world
         ids = ids[n * r // W : n * (r + 1) // W]
         self.turn ^= 1
+        if self.copied[self.turn] is not None: # on cuda: the copy out of this buffer may still be on its way
+            self.copied[self.turn].synchronize()
         if self.ring[self.turn] is None or len(self.ring[self.turn][0]) < max(len(ids), 1) * T:
             self.ring[self.turn] = new_buffers(max(len(ids) * T, T, self.ds.cfg.batch_tokens // W), pin=self.device.type == 'cuda')
         batch = self.ds.write_batch(docs, ids, T, self.ring[self.turn])
         *_, (self.window, self.batch) = self.ahead(2)
         if self.device.type == 'cpu':
             return batch
-        return Batch(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
+        batch = Batch(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
+        if self.device.type == 'cuda':
+            self.copied[self.turn] = torch.cuda.Event()
+            self.copied[self.turn].record()
+        return batch
 
     def state_dict(self):
         """ all there is to resume by, a small dict of json values """

@@ -33,6 +33,11 @@ class ModelConfig:
     def __post_init__(self):
         self.rope_bases = tuple(self.rope_bases) # json and toml know lists only
 
+    @property
+    def kinds(self):
+        """ the mixer of each layer, e.g. 'MAMA' """
+        return (self.mixer * self.n_layer)[: self.n_layer]
+
 # -----------------------------------------------------------------------------
 # 3d rope (RoFormer, arxiv 2104.09864, an axis at a time as in mdlARC)
 
@@ -60,7 +65,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        assert cfg.n_embd % cfg.head_size == 0, f"n_embd={cfg.n_embd} is no multiple of head_size={cfg.head_size}"
+        if cfg.n_embd % cfg.head_size or cfg.head_size < 6 or cfg.head_size % 2:
+            raise ValueError(f"n_embd={cfg.n_embd} head_size={cfg.head_size}: want heads of an even size from 6 that divides n_embd")
         self.hs = cfg.head_size
         self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
@@ -138,7 +144,9 @@ class Mamba2(nn.Module):
         super().__init__()
         self.hs, self.ns, self.Q = cfg.d_head, cfg.d_state, cfg.chunk_size
         self.inner = cfg.expand * cfg.n_embd
-        assert self.inner % self.hs == 0, f"expand * n_embd = {self.inner} is no multiple of d_head={self.hs}"
+        if self.inner % self.hs or cfg.d_conv < 2 or cfg.chunk_size < 1:
+            raise ValueError(f"expand * n_embd = {self.inner}, d_head={self.hs}, d_conv={cfg.d_conv}, chunk_size={cfg.chunk_size}: "
+                             "want a d_head that divides the first, a d_conv of at least 2 and chunks")
         nh, self.mixed = self.inner // self.hs, self.inner + 2 * cfg.d_state # the convolution mixes x, Bm and Cm
         self.in_proj = nn.Linear(cfg.n_embd, self.inner + self.mixed + nh, bias=False) # gate, x Bm Cm, dt
         self.conv = nn.Parameter(torch.empty(cfg.d_conv, self.mixed)) # [k] weighs the token k steps back
@@ -223,13 +231,15 @@ class Context:
 
     def __init__(self, cfg, pos, doc, start):
         """ start: tokens already in the cache """
-        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        self.mask, self.causal = None, False
         # a row of one document and PAD after it has no border that a causal mixer must heed. a gpu would have to wait for the
         # answer, so there the borders are always heeded
         alone = doc is None or (doc.device.type == 'cpu' and not (doc > 0).any())
         self.doc = None if alone else doc
-        self.mask, self.causal = None, False
-        if 'A' not in cfg.mixer or start > 0: # one more token sees all that is in the cache
+        if 'A' not in cfg.kinds:
+            return
+        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        if start > 0: # one more token sees all that is in the cache
             return
         if doc is None: # one prompt a row, all of it
             self.causal = not cfg.prefix
@@ -250,15 +260,16 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if not cfg.mixer or set(cfg.mixer) - set('AM'):
-            raise ValueError(f"mixer={cfg.mixer!r}: want a pattern of A and M, e.g. 'MA'")
+        if not cfg.mixer or set(cfg.mixer) - set('AM') or cfg.n_layer < 1 or cfg.n_embd < 1 or cfg.vocab_size < 16:
+            raise ValueError(f"mixer={cfg.mixer!r} n_layer={cfg.n_layer} n_embd={cfg.n_embd} vocab_size={cfg.vocab_size}: "
+                             "want a pattern of A and M, e.g. 'MA', at least a layer, and the 16 grid tokens")
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.n_task > 0:
             self.wtask, self.wdih = nn.Embedding(cfg.n_task, cfg.n_embd), nn.Embedding(8, cfg.n_embd)
-        if 'A' not in cfg.mixer: # without rope the places are learned. z is a byte
+        if 'A' not in cfg.kinds: # without rope the places are learned. z is a byte
             self.wrow, self.wcol, self.wz = nn.Embedding(32, cfg.n_embd), nn.Embedding(32, cfg.n_embd), nn.Embedding(256, cfg.n_embd)
-        self.blocks = nn.ModuleList(Block(cfg, cfg.mixer[i % len(cfg.mixer)]) for i in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, kind) for kind in cfg.kinds)
         self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.apply(init_weights)
@@ -267,7 +278,7 @@ class Model(nn.Module):
         x = self.wte(idx) # (B, T, C)
         if self.cfg.n_task > 0:
             x = x + self.wtask(task) + self.wdih(dihedral.int())
-        if 'A' not in self.cfg.mixer:
+        if 'A' not in self.cfg.kinds:
             x = x + self.wrow(pos[..., 0].int()) + self.wcol(pos[..., 1].int()) + self.wz(pos[..., 2].int())
         ctx = Context(self.cfg, pos, doc, cache.n if cache is not None else 0)
         for i, block in enumerate(self.blocks):

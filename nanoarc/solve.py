@@ -64,21 +64,21 @@ def load_model(run, device):
 def decode(model, idx, pos, task=None, dihedral=None):
     """
     greedy answers to (B, T) prompts of one length, all ending in OUT. pos (B, T, 3), task and dihedral (B,) or None
-    -> (B, MAX_GRID + 1) int64 tokens up to END, then PAD, and the (B,) fp64 log-probability of each, under the grammar.
+    -> (B, MAX_GRID + 1) int64 tokens up to END, then PAD, and the (B,) log-probability of each, under the grammar.
     rows that are done leave the batch, so the longest answer does not hold up the rest.
     """
     B, T = idx.shape
     device = idx.device
     cache = Cache(model)
     out = torch.full((B, MAX_GRID + 1), PAD, device=device)
-    logp = torch.zeros(B, dtype=torch.float64, device=device)
+    logp = torch.zeros(B, dtype=torch.promote_types(model.head.weight.dtype, torch.float32), device=device) # mps has no fp64
     rows, width = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
     extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
     logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0]
     at = pos[:, -1].long() # (b, 3) where the last token stands
     for t in range(MAX_GRID + 1):
         logits = logits[:, -1].masked_fill(~grammar(at, width), float('-inf'))
-        score, token = logits.double().log_softmax(-1).max(-1)
+        score, token = logits.log_softmax(-1).max(-1)
         out[rows, t], logp[rows] = token, logp[rows] + score
         width = torch.where((token == ROW) & (width == 0), at[:, 1], width)
         at = next_pos(at, token)
@@ -95,7 +95,7 @@ def decode(model, idx, pos, task=None, dihedral=None):
 def make_views(corpus, pair, n, seed):
     """
     query -> (Documents of n views, {number: prompt} of those that differ). view 0 is the query as it is; view k >= 1 is
-    the augment that visit k - 1 would see in training.
+    an augment, drawn as in training but always with its colors permuted.
     """
     pairs = np.full(n, pair)
     d, cmap = corpus.augments(pairs, np.arange(n) - (np.arange(n) > 0), seed)
@@ -122,7 +122,9 @@ def undo(grid, d, cmap):
 
 def main(cfg):
     """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
-    device, autocast, _, _ = get_device(cfg.device, cfg.dtype, 'off')
+    device, _, autocast = get_device(cfg.device, cfg.dtype)
+    if cfg.views < 1 or cfg.decode_rows < 1:
+        raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows}: want at least 1")
     tasks = read_fitting(cfg.data, cfg.max_pair, answers=False)
     model, data_cfg, rows = load_model(cfg.run, device)
     corpus = Corpus(tasks, data_cfg, rows)
@@ -131,14 +133,18 @@ def main(cfg):
         raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {', '.join(unknown[:5])}"
                          f"{', ...' if len(unknown) > 5 else ''}. train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
     # every view of every query, by prompt length
-    by_length, found = defaultdict(list), {}
+    by_length, found, alone = defaultdict(list), {}, []
     for k, task in enumerate(tasks):
         for i in range(len(task.queries)):
             pair = int(corpus.first[k] + corpus.n_demos[k] + i)
             found[k, i] = defaultdict(list)
             docs, prompts = make_views(corpus, pair, cfg.views, cfg.seed)
+            if data_cfg.shots != 0 and (docs.pairs >= 0).sum(1).min() == 1:
+                alone.append(f"{task.name} query {i}")
             for v, (idx, pos) in prompts.items():
                 by_length[len(idx)].append((k, i, v, int(docs.dihedral[v]), docs.cmap[v], idx, pos))
+    if alone:
+        print(f"warning: no demo fits block_size={data_cfg.block_size} before {len(alone)} queries: {', '.join(alone[:5])}")
     batches = [group[j : j + cfg.decode_rows] for _, group in sorted(by_length.items()) for j in range(0, len(group), cfg.decode_rows)]
     for batch in track(batches, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views"):
         k, i, v, d, cmap, idx, pos = zip(*batch)
@@ -203,7 +209,8 @@ def score(submission, tasks):
             if answer is None:
                 raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
             attempts = tried[i] if i < len(tried) and isinstance(tried[i], dict) else {}
-            right += any(attempts.get(key) == answer.tolist() for key in ('attempt_1', 'attempt_2'))
+            want = json.dumps(answer.tolist()) # as text: in python [[True]] == [[1]]
+            right += any(json.dumps(attempts.get(key)) == want for key in ('attempt_1', 'attempt_2'))
         n = len(task.queries)
         result['per_task'][task.name] = [right, n]
         result['right'] += right

@@ -87,7 +87,7 @@ def to_task(obj, name, source, where, answers=None):
     json object -> Task. answers: a list of grids for the queries (Kaggle's solutions), None = as the file has them, or
     False = leave them closed: the answers are not even looked at, and each one is None. raises ValueError.
     """
-    where = f"{where}: task {name}"
+    where = f"{where}: task {ascii(name)[1:-1][:40]}"
     check_keys(obj, ('train', 'test'), ('name',), where) # 11 files of ARC-AGI-1 carry a stray "name"
     for key in ('train', 'test'):
         if type(obj[key]) is not list:
@@ -148,15 +148,17 @@ def read_tasks(obj, source, path, answers):
         raise ValueError(f"{path}: want a task or an object of tasks by id, got {show(obj)} ({type(obj).__name__})")
     if obj.keys() & {'train', 'test'} and not all(type(x) is dict for x in obj.values()): # one task, perhaps a broken one
         return [to_task(obj, path.stem, source, path, None if answers else False)]
-    if all(type(x) is dict and x and all(type(y) is dict for y in x.values()) for x in obj.values()): # {split: {id: task}}
+    def is_split(x): # {id: task}
+        return type(x) is dict and x and not x.keys() & {'train', 'test'} and all(type(y) is dict for y in x.values())
+    if all(map(is_split, obj.values())):
         return [task for x in obj.values() for task in read_tasks(x, source, path, answers)]
     solutions, closed = {}, None if answers else False
     solved = path.with_name(path.name.replace('challenges', 'solutions'))
     if answers and solved != path and solved.is_file(): # Kaggle keeps the answers in a file of their own
         solutions = read_json(solved)
         if type(solutions) is not dict or solutions.keys() != obj.keys():
-            ids = sorted(set(solutions) ^ set(obj)) if type(solutions) is dict else show(solutions)
-            raise ValueError(f"{solved}: task ids differ from those of {path.name}: {', '.join(ids[:5])}")
+            ids = ", ".join(sorted(solutions.keys() ^ obj.keys())[:5]) if type(solutions) is dict else show(solutions)
+            raise ValueError(f"{solved}: task ids differ from those of {path.name}: {ids}")
         for name, grids in solutions.items():
             if type(grids) is not list or len(grids) == 0:
                 raise ValueError(f"{solved}: task {name}: want a list of grids, got {show(grids)} ({type(grids).__name__})")
@@ -171,7 +173,8 @@ def read_source(source, answers=True):
         obj = read_json(path)
         tasks = read_tasks({SUBSETS[subset]: obj[SUBSETS[subset]]} if subset else obj, source, path, answers)
     elif Path(source).is_dir():
-        paths = sorted(p for p in Path(source).rglob('*.json') if not any(x.startswith(('.', '__')) for x in p.parts[-2:]))
+        paths = sorted(p for p in Path(source).rglob('*.json') # not what archives and editors leave behind
+                       if p.is_file() and not any(x.startswith(('.', '__')) for x in p.relative_to(source).parts))
         if len(paths) == 0:
             raise ValueError(f"{source}: no .json file in this directory")
         tasks = [task for path in paths for task in read_tasks(read_json(path), source, path, answers)]
@@ -179,10 +182,12 @@ def read_source(source, answers=True):
         tasks = read_tasks(read_json(source), source, Path(source), answers)
     else:
         raise ValueError(f"{source}: no such source, want a path or one of {', '.join(BUNDLED)} with /training or /evaluation")
+    def queries(task):
+        return [grid if grid is None else grid_bytes(grid) for pair in task.queries for grid in pair]
     unique = {}
     for task in tasks:
         old = unique.setdefault(task.name, task)
-        if old is not task and (old.key != task.key or [grid_bytes(x) for x, _ in old.queries] != [grid_bytes(x) for x, _ in task.queries]):
+        if old.key != task.key or queries(old) != queries(task):
             raise ValueError(f"{source}: two different tasks are named {task.name}")
     return list(unique.values()) # insertion order
 

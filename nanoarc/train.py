@@ -32,13 +32,13 @@ class TrainConfig:
     grad_clip: float = 1.0 # largest norm of the gradient, 0 = off
     warmup_iters: int = 20 # steps of linear warm-up
     decay_frac: float = 0.5 # share of the run, at its end, over which the learning rate falls linearly to 0
-    eval_every: int = 250 # steps between validations
-    save_every: int = 1000 # steps between checkpoints, there is always one at the end
-    log_every: int = 50 # steps between rows of metrics.jsonl
+    eval_every: int = 250 # steps between validations, there is always one at the end. 0 = off
+    save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = off
+    log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
-    compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda only
+    compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda with batching='pad', where all shapes are one
 
 def get_lr(step, max_iters, cfg):
     """ factor of the peak learning rate at a step: linear warm-up, flat, linear decay to 0. max_iters=0: not known yet """
@@ -47,36 +47,43 @@ def get_lr(step, max_iters, cfg):
         factor = min(factor, (max_iters - step) / (max_iters * cfg.decay_frac))
     return factor
 
-def get_device(device, dtype, compile):
-    """ the three settings, 'auto' resolved -> (torch.device, autocast context maker, whether fp16, whether to compile) """
+def get_device(device, dtype):
+    """ the two settings, 'auto' resolved -> (torch.device, dtype name, autocast context maker). raises ValueError """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    known = {'cpu': True, 'mps': torch.backends.mps.is_available(), 'cuda': torch.cuda.is_available()}
+    if not known.get(device.partition(':')[0]):
+        raise ValueError(f"device={device!r}: not here, want one of {', '.join(name for name in known if known[name])}")
     device = torch.device(device)
     recent = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) # Ampere brought bf16
     if dtype == 'auto':
         dtype = 'bfloat16' if recent else 'float16' if device.type == 'cuda' else 'float32'
-    if dtype not in ('float32', 'bfloat16', 'float16') or compile not in ('auto', 'on', 'off'):
-        raise ValueError(f"dtype={dtype!r} compile={compile!r}: want float32, bfloat16 or float16, and on, off or auto")
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high') # TF32
     autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
-    return device, autocast, dtype == 'float16', compile == 'on' or (compile == 'auto' and recent)
+    return device, dtype, autocast
 
 @torch.no_grad()
 def evaluate(model, ds, device, autocast):
     """ mean loss over the held out queries, nats per output token, or None if nothing is held out """
-    total = tokens = 0.0
+    total, tokens = 0.0, 0
     for batch in ds.val_batches():
         batch = Batch(*(x if x is None else x.to(device) for x in batch))
         with autocast():
-            total += model(*batch)[1].double()
-        tokens += (batch.targets != -100).sum()
-    return float(total / tokens) if tokens else None # waits for the device
+            total += float(model(*batch)[1]) # waits for the device
+        tokens += int((batch.targets != -100).sum())
+    return total / tokens if tokens else None
 
 def main(cfg, model_cfg, data_cfg):
     """ train to the end -> the meta data of the last checkpoint. raises ValueError for what a user can mend """
     started = time.perf_counter()
-    device, autocast, fp16, compile = get_device(cfg.device, cfg.dtype, cfg.compile)
+    device, dtype, autocast = get_device(cfg.device, cfg.dtype)
+    if cfg.compile not in ('auto', 'on', 'off'):
+        raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
+    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every) < 0:
+        raise ValueError("want a grad_accum of at least 1, and eval_every, save_every and log_every of at least 0")
     if model_cfg.prefix and 'A' in model_cfg.mixer and data_cfg.loss_on != 'query':
         raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
     torch.manual_seed(cfg.seed)
@@ -87,15 +94,19 @@ def main(cfg, model_cfg, data_cfg):
     loader = ArcLoader(ds, device=device)
     c = ds.corpus
     print(f"{len(c.tasks)} tasks ({ds.num_tasks_out} more over max_pair), {len(ds)} documents an epoch, {len(ds.val_pairs)} validation "
-          f"queries; left out: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
+          f"queries; left out: {ds.num_held} held out, {ds.num_leaks} queries of adapt, {ds.num_long} too long, {ds.num_alone} without context")
 
     # model
-    model_cfg = replace(model_cfg, n_task=len(c.rows) if data_cfg.shots == 0 else 0)
+    n_task = len(c.rows) if data_cfg.shots == 0 else 0
+    if model_cfg.n_task not in (0, n_task):
+        raise ValueError(f"n_task={model_cfg.n_task}: the data has {n_task} tasks to embed, leave it out")
+    model_cfg = replace(model_cfg, n_task=n_task)
     model = Model(model_cfg).to(device)
     optimizers = model.optimizers(cfg.lr, cfg.adam_lr, cfg.weight_decay)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    forward = torch.compile(model, dynamic=True) if compile else model
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching == 'pad')
+    forward = torch.compile(model) if compiled else model
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}")
 
     # where we stand
@@ -105,6 +116,7 @@ def main(cfg, model_cfg, data_cfg):
         checkpoint.restore_model(model, tensors)
         checkpoint.restore_optimizers(model, optimizers, tensors)
         loader.load_state_dict(meta['stream'])
+        scaler.load_state_dict(meta['scaler'])
         step, tokens, seconds, val_loss = (meta[key] for key in ('step', 'tokens', 'seconds', 'val_loss'))
         max_iters = cfg.max_iters or meta['max_iters']
         print(f"resumed {cfg.resume} at step {step}")
@@ -112,10 +124,10 @@ def main(cfg, model_cfg, data_cfg):
         raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
     elif cfg.minutes <= 0 and cfg.max_iters <= 0:
         raise ValueError("set --minutes or --max_iters")
-    log = Log(out_dir, step)
+    log, start = Log(out_dir, step), step
 
     def save():
-        meta = {'stream': loader.state_dict(), 'tokens': tokens, 'seconds': seconds, 'val_loss': val_loss, 'max_iters': max_iters,
+        meta = {'stream': loader.state_dict(), 'scaler': scaler.state_dict(), 'tokens': tokens, 'seconds': seconds, 'val_loss': val_loss, 'max_iters': max_iters,
                 'rows': c.rows, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
         checkpoint.save(out_dir, step, model, optimizers, meta)
         return {'step': step, **meta}
@@ -133,10 +145,10 @@ def main(cfg, model_cfg, data_cfg):
                     measured = now, step
                 elif measured is not None and now - measured[0] > min(60 * cfg.minutes * 0.2, 60):
                     max_iters = max(step + int((60 * cfg.minutes - now) / (now - measured[0]) * (step - measured[1])), step + 1)
-            if step % cfg.save_every == 0 and step > 0:
+            if cfg.save_every and step % cfg.save_every == 0 and step > start:
                 seconds = time.perf_counter() - clock
                 save()
-            if step % cfg.eval_every == 0: # after the save, so that a resumed run comes by here again
+            if cfg.eval_every and step % cfg.eval_every == 0: # after the save, so that a resumed run comes by here again
                 val_loss = evaluate(model, ds, device, autocast)
                 log.row(step, max_iters, val_loss=val_loss)
             # -----------------------------------------------------------------
@@ -166,11 +178,14 @@ def main(cfg, model_cfg, data_cfg):
             scaler.update()
             # -----------------------------------------------------------------
             step += 1
-            if step % cfg.log_every == 0 or step == max_iters or step == 1:
+            if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
                 loss = float(total) / n # waits for the device
                 dt = time.perf_counter() - t0
                 log.row(step, max_iters, loss=loss, lr=cfg.lr * factor, tok_s=seen / dt, wait=wait / dt)
                 t0, wait, seen = time.perf_counter(), 0.0, 0
+    if step == start: # it was at its end already, what is on disk stays as it is
+        print(f"{out_dir} is done: {step} steps of {max_iters}")
+        return meta
     seconds = time.perf_counter() - clock
     val_loss = evaluate(model, ds, device, autocast)
     log.row(step, max_iters, val_loss=val_loss)
@@ -185,7 +200,7 @@ class Log:
 
     def __init__(self, out_dir, step):
         self.path, self.last = Path(out_dir) / 'metrics.jsonl', {}
-        rows = [x for x in read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
+        rows = [x for x in view.read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
         checkpoint.write_file(self.path, "".join(json.dumps(x) + "\n" for x in rows).encode())
         columns = TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=10), TextColumn("{task.description}"), TimeRemainingColumn()
         self.bar = Progress(*columns, console=Console(soft_wrap=True)) if sys.stdout.isatty() else None
@@ -213,12 +228,6 @@ class Log:
             self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
         elif 'loss' in values:
             print(f"step {step}/{max_iters or '?'} {text}", flush=True)
-
-def read_metrics(out_dir):
-    """ metrics.jsonl of a run -> list of dicts, each with 'step'. a last line that a crash cut short is left out """
-    path = Path(out_dir) / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 if __name__ == '__main__':
     from nanoarc.cli import main as cli

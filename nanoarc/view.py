@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanoarc.sources import read_sources
+from nanoarc.sources import read_json, read_sources, to_grid
 
 # the ten colors as arcprize.org paints them
 COLORS = ['#000000', '#0074d9', '#ff4136', '#2ecc40', '#ffdc00', '#aaaaaa', '#f012be', '#ff851b', '#7fdbff', '#870c25']
@@ -42,8 +42,7 @@ def main(cfg):
     missing = [x for x in cfg.things if x not in tasks]
     if missing:
         raise ValueError(f"no task and no directory named {', '.join(missing)} in {cfg.data}")
-    attempts = json.loads(Path(cfg.submission).read_bytes()) if cfg.submission else {}
-    tasks = [(tasks[name], attempts.get(name, [])) for name in cfg.things]
+    tasks = [(tasks[name], tried) for name, tried in zip(cfg.things, read_attempts(cfg.submission, cfg.things))]
     if cfg.out:
         draw_tasks(tasks, cfg.out)
         print(cfg.out)
@@ -51,14 +50,26 @@ def main(cfg):
         for task, tried in tasks:
             print_task(task, tried)
 
+def read_attempts(path, names):
+    """ submission.json ('' = none) -> for each task name a list of {'attempt_1': grid, ...} by query. raises ValueError """
+    submission = read_json(path) if path else {}
+    if type(submission) is not dict:
+        raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
+    attempts = []
+    for name in names:
+        entries = submission.get(name, [])
+        if type(entries) is not list or any(type(x) is not dict for x in entries):
+            raise ValueError(f"{path}: task {name}: want a list of attempts by query")
+        attempts.append([{key: to_grid(x[key], f"{path}: task {name}, query {i}, {key}") for key in ('attempt_1', 'attempt_2') if key in x}
+                         for i, x in enumerate(entries)])
+    return attempts
+
 def captioned(task, tried):
-    """ a task and its submitted attempts -> list of (caption, [grids]), each a column of the picture """
+    """ a task and its attempts, as read_attempts has them -> list of (caption, [grids]), each a column of the picture """
     columns = [(f"demo {i}", [x, y]) for i, (x, y) in enumerate(task.demos)]
     for i, (x, answer) in enumerate(task.queries):
         columns.append((f"query {i}", [x] + ([] if answer is None else [answer])))
-        pair = tried[i] if i < len(tried) else {}
-        for key, grid in sorted(pair.items()):
-            grid = np.array(grid, dtype=np.uint8)
+        for key, grid in (tried[i] if i < len(tried) else {}).items():
             right = "" if answer is None else " right" if np.array_equal(grid, answer) else " wrong"
             columns.append((f"{key.replace('_', ' ')}{right}", [grid]))
     return columns
@@ -128,15 +139,20 @@ def draw_tasks(tasks, out):
     fig.savefig(out, dpi=110)
     plt.close(fig)
 
+def read_metrics(run):
+    """ metrics.jsonl of a run directory -> list of dicts, each with 'step'. a last line that a crash cut short is left out """
+    path = Path(run) / 'metrics.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
 def draw_loss(runs, out):
     """ training and validation loss of one or several run directories -> a png """
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
-        path = Path(run) / 'metrics.jsonl'
-        if not path.is_file():
-            raise ValueError(f"{run}: no metrics.jsonl, not a run directory")
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        rows = read_metrics(run)
+        if len(rows) == 0:
+            raise ValueError(f"{run}: no metrics.jsonl with a row, not a run directory")
         name = "" if len(runs) == 1 else f"{Path(run).name} "
         for key, label, style in (('loss', "training", dict(alpha=0.5, linewidth=1)), ('val_loss', "validation", dict(marker='o', markersize=3))):
             points = [(x['step'], x[key]) for x in rows if key in x]

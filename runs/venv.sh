@@ -1,14 +1,14 @@
 # sourced by the scripts of this folder: a virtual environment in .venv with nanoarc in it, pinned. `venv EXTRAS` does
-# nothing when pyproject.toml, constraints.txt and the extras are those of last time.
+# nothing when it did so before, and pyproject.toml, constraints.txt and the Python are still the same.
 venv() {
     local python=${PYTHON:-python3} want
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nanoarc needs Python >= 3.11, $python is older: set PYTHON" >&2; exit 2; }
-    want="$1 $("$python" --version) $(cat pyproject.toml constraints.txt | cksum)"
-    if [ "$(cat .venv/nanoarc-is-installed 2>/dev/null)" != "$want" ]; then
+    want="$("$python" --version) $(cat pyproject.toml constraints.txt | cksum)"
+    if [ "$(cat ".venv/nanoarc-is-installed$1" 2>/dev/null)" != "$want" ]; then
         echo "setting up .venv (a minute the first time, most of it PyTorch)"
         [ -x .venv/bin/python ] || "$python" -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"
-        echo "$want" > .venv/nanoarc-is-installed
+        echo "$want" > ".venv/nanoarc-is-installed$1"
     fi
     PATH="$PWD/.venv/bin:$PATH"
 }

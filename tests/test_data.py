@@ -125,9 +125,10 @@ def test_train_and_val_never_run_dry(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3, demos=2), batch_tokens=64))
     loader = ArcLoader(ds)
     for _ in range(10_000):
-        batch = loader.next_batch()
-        assert batch.idx.shape[0] > 0
-    assert loader.window > 1 and len(list(ds.val_batches())) > 0 and len(list(ds.val_batches())) > 0
+        assert (loader.next_batch().targets != -100).any()
+    assert loader.window > 1
+    for _ in range(3):
+        assert sum(int((batch.targets != -100).sum()) for batch in ds.val_batches()) > 0
 
 # -----------------------------------------------------------------------------
 # properties
@@ -265,8 +266,36 @@ def test_a_held_out_query_is_trained_on_nowhere(toy):
     a = toy('a', n=4)
     ds = ArcDataset(DataConfig(data=f"{a}+{a}*2", val_tasks=2))
     assert len(ds.val_pairs) == 2 and ds.num_held == 4 # itself and its copy in the second source
-    for row in ds.plan(np.arange(WINDOW)).pairs:
-        assert not set(row.tolist()) & set(ds.val_pairs)
+
+def test_a_held_out_query_stands_in_no_context_either(tmp_path):
+    import json
+    from conftest import toy_tasks
+    tasks = toy_tasks(n=2, demos=3)
+    for task in tasks.values(): # the query again as a demo, as has happened in the wild
+        task['train'].append(task['test'][0])
+    (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
+    ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), shots=-1, val_tasks=1, colors='none'))
+    c, held = ds.corpus, ds.val_pairs[0]
+    same = {p for p in range(len(c.pair_task)) if np.array_equal(c.grid(2 * p), c.grid(2 * held)) and np.array_equal(c.grid(2 * p + 1), c.grid(2 * held + 1))}
+    assert len(same) == 2 and ds.num_held == 2
+    assert not same & set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) and (ds.val_plan().pairs[0] >= 0).sum() == 4 # itself and three others
+
+def test_data_never_trains_on_a_query_of_adapt():
+    ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation')) # 40853293 has the query of 070dd51e, with its answer
+    name = [ds.corpus.tasks[ds.corpus.pair_task[p]].name for p in ds.targets]
+    assert ds.num_leaks == 1 and name.count('40853293') == 2 and name.count('070dd51e') == 2
+    assert ArcDataset(DataConfig(data='arc2/training', adapt='arc1/evaluation')).num_leaks > 300
+
+def test_the_order_of_the_demos_is_part_of_the_corpus(tmp_path):
+    import json
+    from conftest import toy_tasks
+    task, path, seen = toy_tasks(n=1)['toy0000'], tmp_path / 'x.json', []
+    for _ in range(2):
+        path.write_text(json.dumps(task))
+        ds = ArcDataset(DataConfig(data=str(path)))
+        seen.append((ds.corpus_sha256, list(ds.corpus.rows)))
+        task['train'].reverse()
+    assert seen[0][0] != seen[1][0] and seen[0][1] == seen[1][1] # another stream, but the same task to the model
 
 @pytest.mark.parametrize('batching', ['bucket', 'pad'])
 def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, batching):

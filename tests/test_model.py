@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nanoarc.data import END, OUT, ROW, ArcDataset, ArcLoader, DataConfig, next_pos
+from nanoarc.data import END, OUT, ROW, ArcDataset, ArcLoader, DataConfig, grammar, next_pos
 from nanoarc.model import Attention, Cache, Mamba2, Model, ModelConfig, Muon, orthogonalize, ssd
 
 MIXERS = ['A', 'M', 'MA']
@@ -177,6 +177,36 @@ def test_muon_batched_equals_one_at_a_time_and_takes_what_adamw_does_not():
     model = make('MA')
     groups = [p for opt in model.optimizers(1, 1, 0) for g in opt.param_groups for p in g['params']]
     assert len(groups) == len(set(map(id, groups))) == len(list(model.parameters()))
+
+@torch.no_grad()
+@pytest.mark.parametrize('mixer', MIXERS)
+@pytest.mark.parametrize('prefix', [True, False])
+def test_decode_equals_the_uncached_forward_token_by_token(mixer, prefix):
+    from nanoarc.solve import decode
+    model = make(mixer, prefix=prefix).eval()
+    model.head.weight[END] *= 3 # or an untrained model seldom ends
+    prompts = torch.tensor([[11, 1, 2, ROW, 3, 4, ROW, OUT], [11, 5, 2, ROW, 9, 4, ROW, OUT], [11, 0, 0, ROW, 0, 0, ROW, OUT]])
+    pos = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [1, 1, 0], [1, 2, 0], [2, 0, 0], [0, 0, 1]], dtype=torch.uint8).expand(3, -1, -1)
+    task, dih = torch.tensor([0, 1, 2]), torch.tensor([0, 5, 7])
+    tokens, logp = decode(model, prompts, pos, task, dih)
+    for b in range(3):
+        idx, p, total, width = prompts[b].tolist(), pos[b].long(), 0.0, 0
+        while idx[-1] != END and len(idx) < 150:
+            n = len(idx)
+            args = p[None].to(torch.uint8), torch.zeros(1, n, dtype=torch.int32), task[b].expand(1, n), dih[b].expand(1, n)
+            logits = model(torch.tensor([idx]), None, *args)[0][0, -1]
+            best = logits.masked_fill(~grammar(p[-1:], torch.tensor([width]))[0], float('-inf')).log_softmax(-1).max(-1)
+            total += float(best.values)
+            idx.append(int(best.indices))
+            width = width or (int(p[-1, 1]) if idx[-1] == ROW else 0)
+            p = torch.cat([p, next_pos(p[-1:], torch.tensor(idx[-1:]))])
+        assert tokens[b, : len(idx) - 8].tolist() == idx[8:]
+        if idx[-1] == END:
+            assert abs(total - float(logp[b])) < 1e-9
+
+def test_a_pattern_longer_than_the_stack_is_told_the_places_too():
+    model = Model(ModelConfig(mixer='MA', n_layer=1, n_embd=32)) # the A does not come to pass, so nothing turns
+    assert model.cfg.kinds == 'M' and hasattr(model, 'wrow')
 
 def test_decoding_ends_and_decodes_whatever_the_weights(toy):
     from nanoarc.data import decode_grid

@@ -42,8 +42,10 @@ def test_kaggle_challenges_find_their_solutions(tmp_path):
 def test_a_directory_is_read_in_order_and_joined_and_repeated(tmp_path):
     for name, task in toy_tasks(n=3).items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**task, 'name': "stray"}), encoding='utf-8-sig') # a BOM and a "name" are fine
-    (tmp_path / '__MACOSX').mkdir()
-    (tmp_path / '__MACOSX' / '._x.json').write_bytes(b"\x00\x05")
+    (tmp_path / '__MACOSX' / 'a' / 'b').mkdir(parents=True)
+    (tmp_path / '__MACOSX' / 'a' / 'b' / 'x.json').write_bytes(b"\x00\x05")
+    (tmp_path / '._x.json').write_bytes(b"\x00\x05")
+    (tmp_path / 'folder.json').mkdir()
     got = read_sources(f"{tmp_path}*2 + arc2/evaluation")
     assert [task.name for task, _ in got[:3]] == ['toy0000', 'toy0001', 'toy0002'] and [n for _, n in got[:4]] == [2, 2, 2, 1]
 
@@ -101,6 +103,8 @@ MALFORMED = {
     'latin-1': (b'{"train": "\xe9"}', "bad.json: not UTF-8 at byte 11"),
     'deep': ('[' * 200_000, "bad.json: nested too deeply"),
     '5000 digits': ('{"a": ' + '9' * 5000 + '}', "bad.json: Exceeds the limit"),
+    'control characters in an id': ({'a\n\x1b[31m': task([[11]])}, "bad.json: task a\\n\\x1b[31m, demo 1, input, row 0, col 0: color 11"),
+    'demos by name': ({'abc': {'train': {'a': 1}, 'test': {}}}, "bad.json: task abc: want a list in 'train'"),
     'control characters': (task([["\x1b[31m" + "x" * 99]]), f"{IN_GRID}, row 0, col 0: want an integer color 0..9, got '\\x1b[31mxxx"),
 }
 
@@ -118,7 +122,8 @@ def test_kaggle_files_that_do_not_match_name_the_task(tmp_path):
     path, solved = tmp_path / 'x_challenges.json', tmp_path / 'x_solutions.json'
     path.write_text(json.dumps(toy_tasks(n=2)))
     for solutions, want in (({'toy0000': [GRID]}, "x_solutions.json: task ids differ.*toy0001"), ({'toy0000': [GRID, GRID], 'toy0001': [GRID]}, "task toy0000: 1 queries but 2 solutions"),
-                            ({'toy0000': [[[11]]], 'toy0001': [GRID]}, "task toy0000, query 0, solution, row 0, col 0: color 11"), ({'toy0000': [], 'toy0001': [GRID]}, "toy0000: want a list of grids")):
+                            ({'toy0000': [[[11]]], 'toy0001': [GRID]}, "task toy0000, query 0, solution, row 0, col 0: color 11"), ({'toy0000': [], 'toy0001': [GRID]}, "toy0000: want a list of grids"),
+                            ([[GRID], [GRID]], "x_solutions.json: task ids differ from those of x_challenges.json: \\[\\[\\[")):
         solved.write_text(json.dumps(solutions))
         with pytest.raises(ValueError, match=want):
             read_sources(str(path))
@@ -136,6 +141,11 @@ def test_two_different_tasks_of_one_name_are_refused(tmp_path):
         read_sources(str(tmp_path))
     (tmp_path / '1' / 'x.json').write_text((tmp_path / '0' / 'x.json').read_text())
     assert len(read_sources(str(tmp_path))) == 1 # the same task twice is one
+    task = toy_tasks(n=1)['toy0000']
+    task['test'][0]['output'] = [[0] * 9]
+    (tmp_path / '1' / 'x.json').write_text(json.dumps(task))
+    with pytest.raises(ValueError, match="two different tasks are named x"): # but not with another answer
+        read_sources(str(tmp_path))
 
 def test_an_empty_directory_and_a_giant_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no .json file"):

@@ -1,6 +1,7 @@
 """ python -m pytest tests/test_view.py """
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def test_what_cannot_be_shown_is_said(args, want, capsys):
         cli(['view', *args])
     assert e.value.code == 2 and want in capsys.readouterr().err
 
+@pytest.mark.parametrize('text, want', [("[]", "want an object"), ('{"66e6c45b": [null]}', "task 66e6c45b: want a list of attempts"), ("{", "not json"),
+    ('{"66e6c45b": [{"attempt_1": null}]}', "task 66e6c45b, query 0, attempt_1: want a grid"), ('{"66e6c45b": [{"attempt_2": [[77]]}]}', "attempt_2, row 0, col 0: color 77")])
+def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
+    path = tmp_path / 'sub.json'
+    path.write_text(text)
+    with pytest.raises(SystemExit) as e:
+        cli(['view', '66e6c45b', '--submission', str(path)])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and want in err and "sub.json" in err and err.count("\n") == 1
+
 # -----------------------------------------------------------------------------
 # the command
 
@@ -49,6 +60,10 @@ def test_help_explains_every_flag(command, capsys):
         cli([command, '--help'])
     out = capsys.readouterr().out
     assert e.value.code == 0 and COMMANDS[command].__doc__.strip()[:20] in out and "--help" in out
+    flags = {'train': "--mixer tokens of a micro batch", 'solve': "--views augments of each query", 'score': "--max_pair a submission.json", 'view': "--submission task ids",
+             'data': "a source, e.g.", 'source': "--count only a table"}[command]
+    text = " ".join(out.replace("│", " ").split())
+    assert all(word in text for word in flags.split()) and flags.partition(" ")[2] in text
 
 def test_help_lists_every_command_and_a_wrong_one_exits_with_2(capsys):
     with pytest.raises(SystemExit) as e:
@@ -67,7 +82,7 @@ def test_every_field_of_every_config_has_a_comment():
     from nanoarc.train import TrainConfig
     for cls in (TrainConfig, ModelConfig, DataConfig, SolveConfig, ScoreConfig, view.ViewConfig):
         for line in inspect.getsource(cls).splitlines():
-            assert ': ' not in line.partition('#')[0] or ' # ' in line, line # tyro makes the help of it
+            assert not re.match(r"    \w+: ", line) or ' # ' in line, line # tyro makes the help of it
 
 def test_source_prints_the_core_whole(capsys):
     cli(['source'])
