@@ -119,7 +119,9 @@ def main(cfg, model_cfg, data_cfg):
         scaler.load_state_dict(meta['scaler'])
         step, tokens, seconds, val_loss = (meta[key] for key in ('step', 'tokens', 'seconds', 'val_loss'))
         max_iters = cfg.max_iters or meta['max_iters']
-        print(f"resumed {cfg.resume} at step {step}")
+        print(f"resumed {cfg.resume} at step {step}" + (f" of {max_iters}: it is done" if 0 < max_iters <= step else ""))
+        if 0 < max_iters <= step: # what is on disk stays as it is
+            return meta
     elif checkpoint.exists(out_dir):
         raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
     elif cfg.minutes <= 0 and cfg.max_iters <= 0:
@@ -134,7 +136,7 @@ def main(cfg, model_cfg, data_cfg):
 
     # ------------------------------------------------------------------------- the loop
     measured = None # (seconds, step) since when throughput is measured, the first steps are slow
-    t0, wait, seen, loss = time.perf_counter(), 0.0, 0, None
+    t0, wait, seen = time.perf_counter(), 0.0, 0
     clock = t0 - seconds # training began then, had it never been interrupted
     with log:
         while max_iters == 0 or step < max_iters:
@@ -156,10 +158,10 @@ def main(cfg, model_cfg, data_cfg):
             for optimizer, lrs in zip(optimizers, peaks):
                 for group, lr in zip(optimizer.param_groups, lrs):
                     group['lr'] = lr * factor
+            t, total = time.perf_counter(), 0.0
             n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches are weighed by their loss tokens
-            total = 0.0
             for micro_step in range(cfg.grad_accum):
-                t = time.perf_counter()
+                t = time.perf_counter() if micro_step else t
                 batch = loader.next_batch()
                 wait += time.perf_counter() - t
                 with autocast():
@@ -183,9 +185,6 @@ def main(cfg, model_cfg, data_cfg):
                 dt = time.perf_counter() - t0
                 log.row(step, max_iters, loss=loss, lr=cfg.lr * factor, tok_s=seen / dt, wait=wait / dt)
                 t0, wait, seen = time.perf_counter(), 0.0, 0
-    if step == start: # it was at its end already, what is on disk stays as it is
-        print(f"{out_dir} is done: {step} steps of {max_iters}")
-        return meta
     seconds = time.perf_counter() - clock
     val_loss = evaluate(model, ds, device, autocast)
     log.row(step, max_iters, val_loss=val_loss)
