@@ -387,10 +387,6 @@ class ArcDataset(torch.utils.data.Dataset):
         """ list of ds[t] -> Batch, for torch's DataLoader(ds, collate_fn=ds.collate) """
         return Batch(*(None if x[0] is None else torch.stack(x) for x in zip(*items)))
 
-    def order(self, t):
-        """ (n,) keys -> (n, most demos) uint64 that sort the context """
-        return hash64(self.seed, DEMOS, np.asarray(t)[:, None], np.arange(self.corpus.demos.shape[1]))
-
     def plan(self, t):
         """ (n,) document numbers -> Documents """
         n = np.uint64(len(self.targets))
@@ -400,12 +396,14 @@ class ArcDataset(torch.utils.data.Dataset):
         d, cmap = self.corpus.augments(self.targets[i], visit, self.seed)
         plain = hash64(self.seed, IDENTITY, self.targets[i], visit).astype(np.float64) < self.cfg.p_identity * 2.0**64
         cmap[plain] = np.arange(10)
-        return self.corpus.documents(self.targets[i], d, cmap, self.order(t))
+        order = hash64(self.seed, DEMOS, np.asarray(t)[:, None], np.arange(self.corpus.demos.shape[1])) # of the context
+        return self.corpus.documents(self.targets[i], d, cmap, order)
 
     def val_plan(self):
-        """ Documents of the held out queries, as they are: no augment """
-        n = len(self.val_pairs)
-        return self.corpus.documents(self.val_pairs, np.zeros(n, np.int64), np.tile(np.arange(10, dtype=np.uint8), (n, 1)), self.order(range(n)))
+        """ Documents of the held out queries, as they are: no augment, demos in the order of the file, whatever the seed """
+        n, order = len(self.val_pairs), np.arange(self.corpus.demos.shape[1], dtype=np.uint64)
+        cmap = np.tile(np.arange(10, dtype=np.uint8), (n, 1))
+        return self.corpus.documents(self.val_pairs, np.zeros(n, np.int64), cmap, np.tile(order, (n, 1)))
 
     def val_batches(self):
         """ the validation set as Batches of at most batch_tokens, the same ones each time """
