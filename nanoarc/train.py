@@ -136,6 +136,7 @@ def main(cfg, model_cfg, data_cfg):
 
     # ------------------------------------------------------------------------- the loop
     measured = None # (seconds, step) since when throughput is measured, the first steps are slow
+    share = max(0.8 * (1 - cfg.decay_frac), 0.05) # of the minutes to measure in: the decay must know when to begin
     t0, wait, seen = time.perf_counter(), 0.0, 0
     clock = t0 - seconds # training began then, had it never been interrupted
     with log:
@@ -145,7 +146,7 @@ def main(cfg, model_cfg, data_cfg):
                 now = time.perf_counter() - clock
                 if measured is None and step >= 5:
                     measured = now, step
-                elif measured is not None and now - measured[0] > min(60 * cfg.minutes * 0.2, 60):
+                elif measured is not None and now - measured[0] > min(60 * cfg.minutes * share, 120):
                     max_iters = max(step + int((60 * cfg.minutes - now) / (now - measured[0]) * (step - measured[1])), step + 1)
             if cfg.save_every and step % cfg.save_every == 0 and step > start:
                 seconds = time.perf_counter() - clock
@@ -201,13 +202,13 @@ class Log:
         self.path, self.last = Path(out_dir) / 'metrics.jsonl', {}
         rows = [x for x in view.read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
         checkpoint.write_file(self.path, "".join(json.dumps(x) + "\n" for x in rows).encode())
-        columns = TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=10), TextColumn("{task.description}"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
         self.bar = Progress(*columns, console=Console(soft_wrap=True)) if sys.stdout.isatty() else None
 
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.bar.add_task("", total=None)
+            self.bar.add_task("0/?", total=None)
 
     def __exit__(self, *_):
         if self.bar:
@@ -221,12 +222,12 @@ class Log:
         with open(self.path, 'a') as f:
             f.write(json.dumps({'step': step, **values}) + "\n")
         x = self.last
-        text = " ".join(s.format(x[key]) for key, s in (('loss', "loss {:.3f}"), ('val_loss', "val {:.3f}"), ('lr', "lr {:.0e}"),
+        text = f"{step}/{max_iters or '?'} " + " ".join(s.format(x[key]) for key, s in (('loss', "loss {:.3f}"), ('val_loss', "val {:.3f}"), ('lr', "lr {:.0e}"),
                                                         ('tok_s', "{:,.0f} tok/s"), ('wait', "wait {:.1%}")) if key in x)
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
         elif 'loss' in values:
-            print(f"step {step}/{max_iters or '?'} {text}", flush=True)
+            print(f"step {text}", flush=True)
 
 if __name__ == '__main__':
     from nanoarc.cli import main as cli
