@@ -1,5 +1,6 @@
 """ python -m pytest tests/test_train.py """
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,9 +178,12 @@ def test_the_2024_form_runs_and_its_loss_falls(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
-    root = Path(__file__).parent.parent
+    root, src = Path(__file__).parent.parent, tmp_path / 'src'
+    shutil.copytree(root / 'nanoarc', src / 'nanoarc') # a build leaves files beside the sources
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(root / name, src)
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*pip, 'wheel', '--no-deps', '-w', tmp_path / 'wheel', root], check=True)
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', tmp_path / 'wheel', src], check=True)
     subprocess.run([*pip, 'install', '--no-deps', '--target', tmp_path / 'site', *(tmp_path / 'wheel').glob('*.whl')], check=True)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import nanoarc; assert 'site' in nanoarc.__file__; from nanoarc.cli import main; main()"
     args = [f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=5', *TINY]
