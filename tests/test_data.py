@@ -223,6 +223,8 @@ def test_color_maps_come_without_replacement_and_keep_what_is_fixed():
     x, y = np.array([[0, 1, 2]], np.uint8), np.array([[3, 1, 2]], np.uint8) # 3 is in outputs only
     c = corpus_of((x, y), queries=[(np.array([[4, 1]], np.uint8), np.array([[5]], np.uint8))])
     assert c.domain[0, : c.n_domain[0]].tolist() == [1, 2, 4, 5, 6, 7, 8, 9] # an answer's 5 is not looked at
+    asked = corpus_of((x, y), queries=[(np.array([[3]], np.uint8), None)])
+    assert asked.n_domain[0] == 9 # a query's input shows that 3 is no color of outputs only
     d, cmap = c.augments(np.zeros(40320, int), np.arange(40320), 1)
     assert len(np.unique(cmap, axis=0)) == 40320 and (cmap[:, [0, 3]] == [0, 3]).all() # 8! maps, each one once
     assert all(sorted(m) == list(range(10)) for m in cmap[:100].tolist())
