@@ -81,7 +81,7 @@ def bijection(i, n, key):
         for k in range(6):
             left, right = right, left ^ (hash64(key[todo], k, right) & mask[todo])
         x[todo] = left << half[todo] | right
-        todo = todo[x[todo] >= n[todo]] # less than 3 in 4, since n fills more than a quarter of the square
+        todo = todo[x[todo] >= n[todo]] # at most 3 in 4, since n fills at least a quarter of the square
     return x
 
 # -----------------------------------------------------------------------------
@@ -443,8 +443,8 @@ def cut_buckets(length, batch_tokens):
     (n,) lengths -> list of (document numbers, T): similar lengths together, at most batch_tokens a batch but at least
     one document. widths are rounded up to 16 a power of two, at least 4 apart, so that a compiler sees few shapes.
     """
-    step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4) if len(length) else np.zeros(0)
-    width = (np.ceil(length / step) * step).astype(np.int64) if len(length) else np.zeros(0, np.int64)
+    step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4)
+    width = (np.ceil(length / step) * step).astype(np.int64)
     order, batches, start = np.argsort(width, kind='stable'), [], 0
     for end in range(1, len(order) + 1): # grow until one more document would be too many
         if end == len(order) or (end - start + 1) * width[order[end]] > batch_tokens:

@@ -111,7 +111,7 @@ def ssd(x, a, Bm, Cm, doc, Q, want_state=True):
     the state space recurrence h_t = exp(a_t) h_{t-1} + x_t Bm_t^T, y_t = h_t Cm_t, in chunks of Q tokens: inside a
     chunk it is masked attention, between chunks one state is handed on. the state starts at zero in each document.
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), doc (B, T) or None -> y (B, T, nh, hs) and the
-    last state (B, nh, hs, ns), or what is left of it if nobody wants it. what it is tested against is the recurrence itself, a token at a time.
+    last state (B, nh, hs, ns), not up to date with want_state=False. tested against the recurrence, a token at a time.
     """
     B, T, nh, hs = x.shape
     y, state, before = [], x.new_zeros(B, nh, hs, Bm.size(-1)), None # before: the document that the state belongs to
