@@ -8,8 +8,10 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from nanoarc import solve, train
-from nanoarc.data import ArcDataset, DataConfig, too_long
+from nanoarc.data import ArcDataset, DataConfig, fits
 from nanoarc.model import ModelConfig
 from nanoarc.sources import read_source
 
@@ -29,8 +31,9 @@ def write(folder, task, answers):
 with tempfile.TemporaryDirectory() as temp:
     temp = Path(temp)
     ds = ArcDataset(DataConfig(data='arc1/training', max_pair=args.max_pair))
-    held = {ds.corpus.tasks[ds.corpus.pair_task[p]].name for p in ds.val_pairs}
-    tasks = [task for task in read_source('arc1/training') if not too_long(task, args.max_pair)]
+    c = read_source('arc1/training')
+    tasks = [c.task(k) for k in np.flatnonzero(fits(c, args.max_pair))]
+    held = {tasks[ds.sampler.tables.pair_task[p]].name for p in ds.val_pairs}
     for task in tasks:
         write(temp / ('blind' if task.name in held else 'rest'), task, answers=task.name not in held)
     results = {}

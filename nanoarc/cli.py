@@ -4,7 +4,6 @@ the command, nothing else: `nanoarc COMMAND ...`, flags with underscores, every 
 import os
 import sys
 import tomllib
-from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -63,22 +62,47 @@ def view(args):
     main(parse(ViewConfig, args, 'view', view.__doc__))
 
 def data(args):
-    """ data check SRC: read a source, say what is in it or what is wrong with it """
-    from nanoarc.sources import read_sources
+    """ data check SRC, data stats SRC, data pack SRC --out DIR: validate a source, describe it, make it open at once """
+    from nanoarc.data import DataConfig
+    from nanoarc.sources import Corpus, overlaps, query_labels, read_sources
 
     @dataclass
-    class Check:
-        action: Annotated[str, tyro.conf.Positional] # 'check'
+    class Data:
+        action: Annotated[str, tyro.conf.Positional] # 'check' | 'stats' | 'pack'
         src: Annotated[str, tyro.conf.Positional] # a source, e.g. arc1/training or a path
+        on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and list it
+        deal: int = DataConfig.deal # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
+        against: str = '' # check: list the pairs of SRC that are queries of this source, whatever their colors and orientation
+        out: str = '' # pack: the directory to write
+        shots: int = -1 # stats: documents of so many demos, as in train
+        block_size: int = DataConfig.block_size # stats: what does not fit into so many tokens
+        max_pair: int = 0 # stats: only tasks with no longer demo. 0 = all
+        png: str = '' # stats: a picture too
 
-    cfg = parse(Check, args, 'data', data.__doc__)
-    if cfg.action != 'check':
-        raise ValueError(f"data {cfg.action}: want data check SRC")
-    tasks = read_sources(cfg.src)
-    for source, n in Counter(task.source for task, _ in tasks).items():
-        mine = [task for task, _ in tasks if task.source == source]
-        queries = [answer is not None for task in mine for _, answer in task.queries]
-        print(f"{source}: {n} tasks, {sum(len(task.demos) for task in mine)} demos, {len(queries)} queries, {sum(queries)} of them with an answer")
+    cfg = parse(Data, args, 'data', data.__doc__)
+    if cfg.action not in ('check', 'stats', 'pack'):
+        raise ValueError(f"data {cfg.action}: want check, stats or pack")
+    if cfg.action == 'stats':
+        from nanoarc.view import print_stats
+        print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, block_size=cfg.block_size, max_pair=cfg.max_pair, val_tasks=0), cfg.png)
+        return
+    corpora = [c for c, _ in read_sources(cfg.src, True, cfg.on_bad, cfg.deal)]
+    for c in corpora:
+        demos, answers = int(c.n_demos.sum()), int((c.h[1::2][~c.is_demo()] > 0).sum())
+        print(f"{c.source}: {len(c)} tasks, {demos} demos, {len(c.hash) - demos} queries, {answers} of them with an answer")
+        for error in c.bad:
+            print(f"left out: {error}")
+    if cfg.action == 'pack':
+        if len(corpora) != 1 or not cfg.out:
+            raise ValueError("data pack: want one source, without + in it, and --out DIR")
+        corpora[0].save(cfg.out)
+        print(f"{cfg.out}: {Corpus.open(cfg.out).sha256}") # opened again, as a proof
+    if cfg.against:
+        asked = {}
+        for c, _ in read_sources(cfg.against, False, cfg.on_bad, cfg.deal):
+            asked |= query_labels(c)
+        texts = [text for c in corpora for _, text in overlaps(c, asked)]
+        print("\n".join([*texts, f"{len(texts)} pairs of {cfg.src} are queries of {cfg.against}"]))
 
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """

@@ -6,19 +6,21 @@ grids -> corpus -> samples -> batches. a task of two demos, the first being
 
 each grid row is closed by ROW, so that the shape of a grid survives. the stream of documents is a pure function of
 (seed, t): document t is found by hashing counters, so there is no random state to save, no epoch to run dry, and
-resuming at step 10^9 costs what step 0 costs.
+resuming at step 10^9 costs what step 0 costs. what runs once a document is compiled by numba, the rest is numpy.
 """
 import hashlib
-import json
-import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import njit, vectorize
 
-from nanoarc.sources import MAX_SIDE, grid_bytes, read_sources
+from nanoarc.sources import MAX_SIDE, grid_bytes, overlaps, query_labels, read_sources, walk
 
 # tokens: 0..9 are the colors
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14 # 15 is unused
@@ -27,7 +29,7 @@ MAX_GRID = MAX_SIDE * (MAX_SIDE + 1) # tokens of the largest grid
 MAX_PAIR = 1 + MAX_GRID + 1 + MAX_GRID + 1 # IN rows OUT rows END
 MAX_SHOTS = 127 # z = 2 * shots + 1 must fit a byte
 WINDOW = 4096 # documents planned together
-FORMAT = 1 # of the loader's state, goes up when the same state would mean other batches
+FORMAT = 2 # of the loader's state, goes up when the same state would mean other batches
 
 class Batch(NamedTuple):
     """ what a model is given. `x, y = batch[:2]` is enough for a plain nanoGPT """
@@ -45,44 +47,54 @@ class DataConfig:
     shots: int = 0 # demos before the target: 0 = none (a learned task embedding instead), -1 = all that fit, k = up to k
     max_pair: int = 0 # leave out tasks with a demo of more tokens than this, in its longer orientation. 0 = off
     block_size: int = 2048 # the most tokens of a document. longer ones lose demos, never cells
-    batching: str = 'bucket' # 'bucket' = similar lengths together (best on cpu) | 'pad' = a document a row of block_size
+    batching: str = 'bucket' # 'bucket' = similar lengths together (best on cpu) | 'pack' = rows of block_size full of documents (best on gpu) | 'pad' = a document a row of block_size
     batch_tokens: int = 512 # tokens of a micro batch, padding included, over all ranks. at least one document
     loss_on: str = 'query' # 'query' = the target's output | 'outputs' = and the context's, but the first | 'all' = every token
     colors: str = 'auto' # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' | 'auto' = domain at shots=0, else nonzero
     p_identity: float = 0.2 # share of the documents that keep their colors
     val_tasks: int = 32 # so many tasks of data have their queries held out for the validation loss, at most half of them
+    deal: int = 3 # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
+    on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and say so
+    allow_leak: bool = False # train on pairs of data that are queries of adapt, and say so in checkpoint and score
+    drop_overlap: bool = False # leave out the tasks of data that hold such pairs
+
+LOSS_ON, BATCHING, COLORS_MODES = ('query', 'outputs', 'all'), ('bucket', 'pack', 'pad'), ('auto', 'domain', 'nonzero', 'all', 'none')
 
 # -----------------------------------------------------------------------------
 # counter-based randomness
 
-DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES = range(6) # one tag for each thing that is drawn
+U = np.uint64 # numba, like numpy 1, makes float64 of uint64 and int64: every constant is wrapped
+DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = (U(i) for i in range(7)) # one tag for each thing that is drawn
+
+@vectorize(['uint64(uint64, uint64)'], cache=True)
+def mix(h, x):
+    """ one more integer into a hash: the finalizer of splitmix64 (Steele et al. 2014) """
+    h = (h ^ x) + U(0x9e3779b97f4a7c15)
+    h = (h ^ (h >> U(30))) * U(0xbf58476d1ce4e5b9)
+    h = (h ^ (h >> U(27))) * U(0x94d049bb133111eb)
+    return h ^ (h >> U(31))
 
 def hash64(*parts):
-    """ integers or uint64 arrays, broadcast -> uint64. a chain of splitmix64 finalizers (Steele et al. 2014) """
-    h = np.zeros(1, dtype=np.uint64)
-    for x in parts:
-        h = (h ^ np.asarray(x, dtype=np.uint64)) + np.uint64(0x9e3779b97f4a7c15)
-        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
-        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
-        h = h ^ (h >> np.uint64(31))
-    return h
+    """ non-negative integers or arrays of them, broadcast -> uint64 """
+    return reduce(mix, (np.asarray(x, dtype=U) for x in parts), U(0))
 
+@vectorize(['uint64(uint64, uint64, uint64)'], cache=True)
 def bijection(i, n, key):
     """
-    a keyed permutation of 0..n-1 evaluated at i, all uint64 and broadcast, n < 2^52. nothing is stored, so it costs the
-    same for any n: a feistel network of 6 rounds over the next even number of bits, walked until it lands inside.
+    a keyed permutation of 0..n-1 evaluated at i, n < 2^52. nothing is stored, so it costs the same for any n: a feistel
+    network of 6 rounds over the next even number of bits, walked until it lands inside.
     """
-    i, n, key = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, dtype=np.uint64)) for x in (i, n, key)))
-    half = np.maximum(np.ceil(np.log2(n.astype(np.float64)) / 2), 1).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    x, todo = i.copy(), np.arange(i.size)
-    while len(todo) > 0:
-        left, right = x[todo] >> half[todo], x[todo] & mask[todo]
+    half = U(1)
+    while U(1) << (half + half) < n:
+        half += U(1)
+    mask, h = (U(1) << half) - U(1), mix(U(0), key)
+    while True:
+        left, right = i >> half, i & mask
         for k in range(6):
-            left, right = right, left ^ (hash64(key[todo], k, right) & mask[todo])
-        x[todo] = left << half[todo] | right
-        todo = todo[x[todo] >= n[todo]] # at most 3 in 4, since n fills at least a quarter of the square
-    return x
+            left, right = right, left ^ (mix(mix(h, U(k)), right) & mask)
+        i = left << half | right
+        if i < n: # at worst 1 time in 4, since n fills at least a quarter of the square
+            return i
 
 # -----------------------------------------------------------------------------
 # grids and tokens
@@ -95,10 +107,6 @@ def undo_dihedral(grid, d):
     """ the inverse of dihedral """
     grid = np.rot90(grid, -(d % 4))
     return grid.T if d >= 4 else grid
-
-def swaps_sides(d):
-    """ does symmetry d turn (H, W) into (W, H)? int or array -> 0 or 1 """
-    return (d // 4 + d) % 2
 
 def next_pos(pos, token):
     """
@@ -141,169 +149,368 @@ def grammar(pos, width):
     return cell | row | ((token == END) & (c == 0) & (r > 0))
 
 # -----------------------------------------------------------------------------
+# the kernels: compiled once, then cached on disk. they hold no lock, so another thread may run meanwhile
+
+class Tables(NamedTuple):
+    """ what the kernels know of a corpus: K tasks, P pairs. see sources.Corpus for the first six """
+    cells: np.ndarray
+    off: np.ndarray
+    h: np.ndarray
+    w: np.ndarray
+    first: np.ndarray
+    n_demos: np.ndarray
+    pair_task: np.ndarray # (P,) int32
+    known: np.ndarray # (P,) bool, the answer may be read
+    long: np.ndarray # (P,) int32 tokens in the longer orientation
+    usable: np.ndarray # (P,) bool, a demo that may stand in a context
+    domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
+    row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
+    place: np.ndarray # (31, 3 * MAX_GRID) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
+    depth: np.ndarray # (256, 3 * MAX_GRID) uint8 0, 0, z of as many tokens, by z
 
 class Documents(NamedTuple):
     """ a plan of n documents, nothing of them written yet """
     pairs: np.ndarray # (n, 1 + most shots) int32: column 0 is the target, column k the pair k steps before it, -1 = none
-    dihedral: np.ndarray # (n,) int64
+    dihedral: np.ndarray # (n,) uint8
     cmap: np.ndarray # (n, 10) uint8 color map
     length: np.ndarray # (n,) int64 tokens, of the prompt where the answer is not known
     loss_tokens: np.ndarray # (n,) int64 tokens that carry loss
 
-class Corpus:
+@njit(cache=True, nogil=True)
+def draw_augment(pair, visit, seed, domain, cmap, ranks, colors):
     """
-    every grid of a list of tasks in one flat array, and what follows from them. grid g is cells[off[g] : off[g+1]] of
-    shape (h[g], w[g]). pair p is the grids 2p and 2p+1; an unknown answer is an empty grid. task k owns the pairs
-    first[k] : first[k+1], its n_demos[k] demos before its queries.
+    -> dihedral, and cmap (10,) is filled. without replacement: 8 visits of a pair see each dihedral once, and its color
+    maps follow a seeded order of all permutations of the domain. ranks (8,) uint64 and colors (10,) int64 are scratch.
+    """
+    h, d, below = mix(mix(mix(mix(U(0), seed), DIHEDRAL), pair), visit // U(8)), -1, 8
+    for k in range(8):
+        ranks[k] = mix(h, U(k))
+    while below != visit % U(8): # the dihedral whose hash has so many below it
+        d, below = d + 1, 0
+        for k in range(8):
+            below += ranks[k] < ranks[d]
+    n, total = 0, U(1)
+    for x in range(10):
+        cmap[x] = x
+        if (domain >> x) & 1:
+            colors[n] = x
+            n += 1
+            total *= U(n)
+    code = bijection(visit % total, total, mix(mix(mix(U(0), seed), COLORS), pair))
+    for j in range(n): # fisher-yates: the digits of code say what to swap
+        a, b = colors[j], colors[j + np.int64(code % U(n - j))]
+        cmap[a], cmap[b] = cmap[b], cmap[a]
+        code //= U(n - j)
+    return d
+
+@njit(cache=True, nogil=True)
+def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, block_size, loss_on):
+    """
+    (n,) target pairs, how often each was visited before, hashes that order their contexts, and whether to take them as
+    they are, without augment and in the order of the file -> the fields of Documents. the context is the other demos of
+    the task, first come first served while `most` and block_size allow.
+    """
+    n = len(target)
+    pairs, dihedral, cmap = np.full((n, 1 + most), -1, np.int32), np.zeros(n, np.uint8), np.empty((n, 10), np.uint8)
+    length, loss_tokens = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    ranks, colors = np.empty(8, np.uint64), np.empty(10, np.int64)
+    keys, queue = np.empty(max(tab.n_demos), np.uint64), np.empty(max(tab.n_demos), np.int64)
+    for i in range(n):
+        p, shots = target[i], 0
+        task = tab.pair_task[p]
+        if not as_is[i]:
+            dihedral[i] = draw_augment(U(p), visit[i], seed, tab.domain[task], cmap[i], ranks, colors)
+        if as_is[i] or np.float64(mix(mix(mix(mix(U(0), seed), IDENTITY), U(p)), visit[i])) < p_identity * 2.0**64:
+            for x in range(10):
+                cmap[i, x] = x
+        pairs[i, 0] = p
+        if most > 0:
+            room = block_size - tab.long[p]
+            for j in range(tab.n_demos[task]): # insertion sort, tasks have few demos
+                key, at = U(j) if as_is[i] else mix(order[i], U(j)), j
+                while at > 0 and keys[at - 1] > key:
+                    keys[at], queue[at] = keys[at - 1], queue[at - 1]
+                    at -= 1
+                keys[at], queue[at] = key, tab.first[task] + j
+            for j in range(tab.n_demos[task]):
+                q = queue[j]
+                if shots < most and q != p and tab.usable[q] and tab.long[q] <= room:
+                    shots += 1
+                    pairs[i, shots] = q
+                    room -= tab.long[q]
+        sides = tab.w if (dihedral[i] // 4 + dihedral[i]) % 2 else tab.h # (H, W) becomes (W, H), and a grid has a ROW a row
+        for k in range(shots + 1):
+            x, y, answer = 2 * pairs[i, k], 2 * pairs[i, k] + 1, 0
+            if tab.known[pairs[i, k]]:
+                answer = np.int64(tab.h[y]) * tab.w[y] + sides[y] + 1 # and END
+            length[i] += 2 + np.int64(tab.h[x]) * tab.w[x] + sides[x] + answer # IN and OUT
+            if k == 0 or (loss_on == 1 and k < shots):
+                loss_tokens[i] += answer
+        if loss_on == 2:
+            loss_tokens[i] = length[i] - 1
+    return pairs, dihedral, cmap, length, loss_tokens
+
+@njit(cache=True, nogil=True)
+def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, loss, idx, targets, pos, doc, task, dihedral):
+    """
+    rows r0..r1-1, row r being the documents row_docs[row_start[r] : row_start[r+1]] one after another, into the (B, T)
+    arrays of a Batch; rows past r1 stay empty. pos, doc, task and dihedral may have no elements: then they are not
+    wanted. tokens and loss are (T,) scratch, uint8 and int8: a row is put together there and widened in one go.
+    """
+    T, color = idx.shape[1], np.zeros(256, np.uint8)
+    for b in range(idx.shape[0]):
+        at = 0
+        loss[:] = -100
+        for j in range(row_start[r0 + b], row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]):
+            n_doc = row_docs[j]
+            start, shots, d = at, 0, docs.dihedral[n_doc]
+            color[:10] = docs.cmap[n_doc]
+            while shots + 1 < docs.pairs.shape[1] and docs.pairs[n_doc, shots + 1] >= 0:
+                shots += 1
+            for k in range(shots, -1, -1):
+                p, out = docs.pairs[n_doc, k], at
+                for side in range(2):
+                    z = np.uint8(2 * k + side)
+                    out, tokens[at] = at, IN + side # IN or OUT
+                    if pos.size > 0:
+                        pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = 0, 0, z
+                    at += 1
+                    if side == 1 and not tab.known[p]: # a prompt ends here
+                        break
+                    g = 2 * p + side
+                    a, row, col, H, W = walk(tab.off[g], np.int64(tab.h[g]), np.int64(tab.w[g]), d)
+                    if pos.size > 0:
+                        where, place, n = pos[b, 3 * at :], tab.place[W], H * (W + 1)
+                        depth = tab.depth[z]
+                        for m in range(3 * n):
+                            where[m] = place[m] + depth[m]
+                    for r in range(H): # an unsigned index spares the test for a negative one
+                        i = a
+                        for c in range(W):
+                            tokens[np.uintp(at + c)] = color[tab.cells[np.uintp(i)]]
+                            i += col
+                        tokens[np.uintp(at + W)] = ROW
+                        a += row
+                        at += W + 1
+                if tab.known[p]:
+                    tokens[at] = END
+                    if pos.size > 0:
+                        pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = H, 1, z
+                    if k == 0 or (loss_on == 1 and k < shots):
+                        for n in range(out, at): # OUT predicts the first cell, the last ROW predicts END
+                            loss[n] = tokens[n + 1]
+                    at += 1
+            if loss_on == 2:
+                for n in range(start, at - 1):
+                    loss[n] = tokens[n + 1]
+            if doc.size > 0:
+                doc[b, start:at] = j - row_start[r0 + b]
+            if task.size > 0:
+                task[b, start:at] = tab.row[tab.pair_task[p]]
+                dihedral[b, start:at] = d
+        tokens[at:] = PAD
+        if doc.size > 0:
+            doc[b, at:] = -1
+        if pos.size > 0:
+            pos[b, 3 * at :] = 0
+        if task.size > 0:
+            task[b, at:] = 0
+            dihedral[b, at:] = 0
+        x, y = idx[b], targets[b]
+        for n in range(T):
+            x[n] = tokens[n]
+        for n in range(T):
+            y[n] = loss[n]
+
+@njit(cache=True, nogil=True)
+def best_fit(length, T):
+    """ (n,) lengths, longest first -> (n,) the row of T tokens that each goes to: the fullest that has room """
+    newest, before = np.full(T + 1, -1), np.empty(len(length), np.int64) # by room left: the newest row, and for each row the one before
+    count = np.zeros(T // 64 + 1, np.int64) # of rows by room // 64, so that the search may leap
+    row, n_rows, most = np.empty(len(length), np.int64), 0, 0
+    for i in range(len(length)):
+        room = length[i]
+        while room <= most and newest[room] < 0:
+            room += 1 if count[room // 64] else 64 - room % 64
+        if room <= most:
+            r = newest[room]
+            newest[room] = before[r]
+            count[room // 64] -= 1
+        else: # so no row has room for this length, nor will any before a new one
+            r, room, most = n_rows, T, length[i] - 1
+            n_rows += 1
+        room -= length[i]
+        row[i], before[r], newest[room], most = r, newest[room], r, max(most, room)
+        count[room // 64] += 1
+    return row
+
+@njit(cache=True, nogil=True)
+def cut_buckets(width, batch_tokens):
+    """ (n,) ascending widths -> where each batch of rows of one width ends: at most batch_tokens, at least one row """
+    ends, start = np.empty(len(width), np.int64), 0
+    n = 0
+    for end in range(1, len(width) + 1): # grow until one more row would be too many
+        if end == len(width) or (end - start + 1) * width[end] > batch_tokens:
+            ends[n] = end
+            start, n = end, n + 1
+    return ends[:n]
+
+@njit(cache=True, nogil=True)
+def has_context(tab, block_size):
+    """ -> (P,) bool: is there another usable demo of its task that fits before the pair? """
+    out = np.zeros(len(tab.long), np.bool_)
+    for p in range(len(out)):
+        a = tab.first[tab.pair_task[p]]
+        for q in range(a, a + tab.n_demos[tab.pair_task[p]]):
+            if q != p and tab.usable[q] and tab.long[p] + tab.long[q] <= block_size:
+                out[p] = True
+                break
+    return out
+
+# -----------------------------------------------------------------------------
+
+class Rows(NamedTuple):
+    """ documents laid out in rows, and rows in batches """
+    docs: Documents
+    row_start: np.ndarray # (rows + 1,) int64: row r holds the documents row_docs[row_start[r] : row_start[r+1]]
+    row_docs: np.ndarray # (n,) int64
+    batches: np.ndarray # (batches, 3) int64: first row, last row + 1, T
+    loss_tokens: np.ndarray # (batches,) int64
+
+class Sampler:
+    """
+    corpora, and what a config makes of them: lengths, color domains, contexts. plans documents and writes them. the
+    corpora, a list of (Corpus, repeat), are joined: task k and pair p count through all of them.
 
     rows: {task key: row of the task embedding}, to look tasks up in a trained model, -1 where it has none; None numbers
     them as they come. tasks with equal demos share one row.
     """
 
-    def __init__(self, tasks, cfg, rows=None):
-        if cfg.block_size < 1 or cfg.batch_tokens < 1:
-            raise ValueError(f"block_size={cfg.block_size} batch_tokens={cfg.batch_tokens}: want at least 1")
-        for name, known in (('loss_on', ('query', 'outputs', 'all')), ('colors', ('auto', 'domain', 'nonzero', 'all', 'none')), ('batching', ('bucket', 'pad'))):
+    def __init__(self, corpora, cfg, rows=None):
+        for name, known in (('loss_on', LOSS_ON), ('colors', COLORS_MODES), ('batching', BATCHING)):
             if getattr(cfg, name) not in known:
                 raise ValueError(f"{name}={getattr(cfg, name)!r}: want one of {', '.join(known)}")
+        if cfg.block_size < 1 or cfg.batch_tokens < 1:
+            raise ValueError(f"block_size={cfg.block_size} batch_tokens={cfg.batch_tokens}: want at least 1")
         if cfg.shots < -1:
             raise ValueError(f"shots={cfg.shots}: want -1, 0 or a number of demos")
-        self.tasks, self.cfg = tasks, cfg
-        pairs = [pair for task in tasks for pair in task.demos + task.queries]
-        grids = [grid if grid is not None else np.zeros((0, 0), np.uint8) for pair in pairs for grid in pair]
-        self.cells = np.concatenate([grid.ravel() for grid in grids] + [np.zeros(0, np.uint8)])
-        self.h = np.array([grid.shape[0] for grid in grids], dtype=np.int64)
-        self.w = np.array([grid.shape[1] for grid in grids], dtype=np.int64)
-        self.off = np.concatenate([[0], np.cumsum(self.h * self.w)])
-        self.n_demos = np.array([len(task.demos) for task in tasks], dtype=np.int64)
-        self.first = np.concatenate([[0], np.cumsum([len(task.demos) + len(task.queries) for task in tasks])]).astype(np.int64)
-        self.pair_task = np.repeat(np.arange(len(tasks)), np.diff(self.first)) # (pairs,)
-        if rows is None:
-            rows = {}
-            for task in tasks:
-                rows.setdefault(task.key, len(rows))
-        self.rows = rows
-        self.row = np.array([rows.get(task.key, -1) for task in tasks], dtype=np.int32)
-        # tokens of both grids of each pair, as it is and transposed: (pairs, 2 grids, 2 orientations)
-        sides = np.stack([self.h, self.w], -1).reshape(-1, 2, 2)
-        self.grid_len = (self.h * self.w).reshape(-1, 2, 1) + sides
-        self.known = self.h[1::2] > 0
-        self.pair_len = self.grid_len.sum(1) + np.where(self.known, 3, 2)[:, None] # IN, OUT and, after an answer, END
+        self.corpora, self.cfg = [c for c, _ in corpora], cfg
+        def join(name):
+            xs = [getattr(c, name) for c in self.corpora]
+            return xs[0] if len(xs) == 1 else np.concatenate(xs) # no copy of one, it may be mapped from a large file
+        cells, h, w, n_demos, self.hash, self.key = (join(name) for name in ('cells', 'h', 'w', 'n_demos', 'hash', 'key'))
+        base = np.cumsum([0] + [len(c.cells) for c in self.corpora])
+        off = np.concatenate([c.off + n for c, n in zip(self.corpora, base)])
+        first = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.first) for c in self.corpora]))])
+        pair_task = np.repeat(np.arange(len(n_demos), dtype=np.int32), np.diff(first))
+        self.is_demo = np.concatenate([c.is_demo() for c in self.corpora])
+        self.repeat = np.repeat([repeat for _, repeat in corpora], [len(c) for c in self.corpora]) # (K,)
+        self.part = np.repeat(np.arange(len(corpora)), [len(c) for c in self.corpora]) # (K,) which corpus it is from
         # what fits must not depend on answers that we may not see: such a query reserves room for the task's longest output
-        self.long = self.pair_len.max(1)
-        self.demos = np.full((len(tasks), max(self.n_demos, default=0)), -1, dtype=np.int32) # those that may be a context
-        self.domain, self.n_domain = np.zeros((len(tasks), 10), np.uint8), np.zeros(len(tasks), np.int64)
-        for k in range(len(tasks)):
-            a, b, c = self.first[k], self.first[k] + self.n_demos[k], self.first[k + 1]
-            self.demos[k, : b - a] = np.arange(a, b)
-            unknown = b + np.flatnonzero(~self.known[b:c])
-            self.long[unknown] += self.grid_len[a:b, 1].max() + 1
-            permuted = self.permuted_colors(tasks[k])
-            self.domain[k] = permuted + [x for x in range(10) if x not in permuted] # the fixed ones last
-            self.n_domain[k] = len(permuted)
-
-    def permuted_colors(self, task):
-        """ the colors that augments may exchange. answers play no part, so a hidden one cannot change a view """
-        mode = self.cfg.colors if self.cfg.colors != 'auto' else 'domain' if self.cfg.shots == 0 else 'nonzero'
-        if mode == 'domain': # mdlARC's rule (src/common.py): a color that only outputs have means something by itself
-            seen = set(np.concatenate([x.ravel() for x, _ in task.demos + task.queries]).tolist())
-            made = set(np.concatenate([y.ravel() for _, y in task.demos]).tolist())
-            return [x for x in range(1, 10) if x not in made - seen]
-        return {'nonzero': list(range(1, 10)), 'all': list(range(10)), 'none': []}[mode]
+        known = h[1::2] > 0
+        size = np.multiply(h, w, dtype=np.int32)
+        output = np.where(self.is_demo, size[1::2] + np.maximum(h[1::2], w[1::2]), 0)
+        longest = np.maximum.reduceat(output, first[:-1])[pair_task] + 1 - 1 * known # END is counted below where the answer is known
+        long = 2 + known + size[::2] + size[1::2] + np.maximum(h[::2].astype(np.int32) + h[1::2], w[::2].astype(np.int32) + w[1::2]) + np.where(known, 0, longest)
+        # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no part, so
+        # that a hidden one cannot change a view
+        mode = cfg.colors if cfg.colors != 'auto' else 'domain' if cfg.shots == 0 else 'nonzero'
+        domain = np.full(len(n_demos), {'none': 0, 'all': 1023}.get(mode, 1022), np.uint16) # 1022: all but color 0
+        if mode == 'domain':
+            colors = join('colors')
+            seen = np.bitwise_or.reduceat(colors[::2], first[:-1])
+            made = np.bitwise_or.reduceat(np.where(self.is_demo, colors[1::2], 0), first[:-1])
+            domain &= ~(made & ~seen)
+        row = np.full(len(n_demos), -1, np.int32)
+        if rows is None and cfg.shots == 0:
+            keys, at, same = np.unique(self.key, return_index=True, return_inverse=True)
+            row[:] = np.argsort(np.argsort(at))[same] # in order of appearance
+            rows = {keys[i].decode(): n for n, i in enumerate(np.argsort(at))}
+        elif rows:
+            row[:] = [rows.get(key.decode(), -1) for key in self.key]
+        self.rows = rows or {}
+        most = min(int(n_demos.max()), MAX_SHOTS)
+        self.most = min(most, cfg.shots) if cfg.shots >= 0 else most
+        self.tables = Tables(cells, off, h, w, first, n_demos, pair_task, known, long.astype(np.int32), self.is_demo.copy(), domain, row, *places())
 
     def grid(self, g):
         """ grid number g as a (H, W) uint8 view """
-        return self.cells[self.off[g] : self.off[g + 1]].reshape(self.h[g], self.w[g])
+        t = self.tables
+        h, w = int(t.h[g]), int(t.w[g])
+        return t.cells[t.off[g] : t.off[g] + h * w].reshape(h, w)
 
-    def augments(self, pair, visit, seed):
-        """
-        (n,) pairs and how often each was visited before -> (n,) dihedral and (n, 10) uint8 color maps. without
-        replacement: 8 visits see each dihedral once, and the color maps follow a seeded order of all permutations.
-        """
-        pair, visit = np.asarray(pair, np.int64), np.asarray(visit, np.uint64)
-        d = np.argsort(hash64(seed, DIHEDRAL, pair[:, None], visit[:, None] // np.uint64(8), np.arange(8)), axis=1)
-        d = d[np.arange(len(pair)), (visit % np.uint64(8)).astype(np.int64)]
-        n = self.n_domain[self.pair_task[pair]]
-        total = np.array([math.factorial(k) for k in range(11)], dtype=np.uint64)[n]
-        code = bijection(visit % total, total, hash64(seed, COLORS, pair)).astype(np.int64)
-        perm, every = np.tile(np.arange(10), (len(pair), 1)), np.arange(len(pair))
-        for j in range(9): # fisher-yates: the digits of code say what to swap, past the domain they are 0
-            base = np.maximum(n - j, 1)
-            other = j + code % base
-            perm[every, j], perm[every, other] = perm[every, other], perm[every, j]
-            code //= base
-        domain = self.domain[self.pair_task[pair]] # (n, 10)
-        cmap = np.empty((len(pair), 10), dtype=np.uint8)
-        np.put_along_axis(cmap, domain.astype(np.int64), np.take_along_axis(domain, perm, 1), 1)
-        return d, cmap
+    def plan(self, target, visit, order, as_is, seed, p_identity=0.0):
+        """ see plan_documents; arrays of n or scalars -> Documents """
+        n = len(target)
+        visit, order, as_is = (np.broadcast_to(np.asarray(x, dtype), n).copy() for x, dtype in ((visit, U), (order, U), (as_is, bool)))
+        return Documents(*plan_documents(self.tables, np.asarray(target, np.int64), visit, order, as_is, U(seed), float(p_identity),
+                                         self.most, self.cfg.block_size, LOSS_ON.index(self.cfg.loss_on)))
 
-    def documents(self, target, d, cmap, order):
+    def lay_out(self, docs, batching, key):
         """
-        (n,) target pairs, their augments and an (n, most demos) uint64 order of the context -> Documents. the context
-        is the other demos of the task, first come first served while shots and block_size allow.
+        Documents -> Rows. bucket: widths are rounded up to 16 a power of two, at least 4 apart, so that a compiler sees
+        few shapes. key: hash by which rows of 'pack' and all batches are shuffled, None = leave them.
         """
-        target, shots = np.asarray(target, np.int64), self.cfg.shots
-        pairs = target[:, None].astype(np.int32)
-        if shots != 0:
-            context = self.demos[self.pair_task[target]] # (n, K)
-            order = np.where((context < 0) | (context == pairs), np.uint64(2**64 - 1), order)
-            context = np.take_along_axis(context, np.argsort(order, axis=1, kind='stable'), 1)
-            keep, room = np.zeros(context.shape, bool), self.cfg.block_size - self.long[target]
-            for k in range(context.shape[1]):
-                fits = (context[:, k] >= 0) & (context[:, k] != target) & (self.long[context[:, k]] <= room)
-                keep[:, k] = fits & (keep.sum(1) < (shots if shots > 0 else MAX_SHOTS))
-                room = room - self.long[context[:, k]] * keep[:, k]
-            left = np.argsort(~keep, axis=1, kind='stable') # what is kept moves to the left
-            context = np.take_along_axis(np.where(keep, context, -1), left, 1)
-            pairs = np.concatenate([pairs, context], axis=1)
-        turned = swaps_sides(d)
-        length = (self.pair_len[pairs, turned[:, None]] * (pairs >= 0)).sum(1)
-        answers = (self.grid_len[pairs, 1, turned[:, None]] + 1) * (pairs >= 0) # output and END
-        if self.cfg.loss_on == 'query':
-            loss_tokens = answers[:, 0]
-        elif self.cfg.loss_on == 'all':
-            loss_tokens = length - 1
-        else: # every output but that of the first pair, which is the last column in use; the target always counts
-            n, every = (pairs >= 0).sum(1), np.arange(len(pairs))
-            loss_tokens = answers.sum(1) - np.where(n > 1, answers[every, n - 1], 0)
-        return Documents(pairs, d, cmap, length, loss_tokens)
+        n, T = len(docs.length), self.cfg.block_size
+        order, row = np.arange(n), np.arange(n)
+        if batching == 'bucket':
+            step = np.maximum(2.0 ** (np.floor(np.log2(docs.length)) - 4), 4)
+            width = (np.ceil(docs.length / step) * step).astype(np.int64)
+            order = np.argsort(width, kind='stable')
+            ends = cut_buckets(width[order], self.cfg.batch_tokens)
+            T = width[order[ends - 1]]
+        else:
+            if batching == 'pack':
+                order = np.argsort(-docs.length, kind='stable')
+                row = best_fit(docs.length[order], T)
+                row = np.argsort(np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))))[row] # neighbours are alike otherwise
+                order, row = order[np.argsort(row, kind='stable')], np.sort(row)
+            B, R = max(self.cfg.batch_tokens // T, 1), row[-1] + 1
+            ends = np.minimum(np.arange(B, R + B, B), R)
+        batches = np.stack([np.concatenate([[0], ends[:-1]]), ends, np.broadcast_to(T, len(ends))], 1)
+        if key is not None:
+            batches = batches[np.argsort(mix(key, np.arange(len(batches), dtype=U)))]
+        start = np.concatenate([[0], np.cumsum(np.bincount(row))])
+        loss = np.concatenate([[0], np.cumsum(docs.loss_tokens[order])])[start]
+        return Rows(docs, start, order, batches, loss[batches[:, 1]] - loss[batches[:, 0]])
 
-    def write_grid(self, g, d, cmap, z, idx, pos, at):
-        """ grid g, augmented, as tokens and positions from slot `at` on -> the slot after it """
-        grid = dihedral(cmap[self.grid(g)], d)
-        h, w = grid.shape
-        end = at + h * (w + 1)
-        body, p = idx[at:end].reshape(h, w + 1), pos[at:end].reshape(h, w + 1, 3)
-        body[:, :w], body[:, w] = grid, ROW
-        p[..., 0], p[..., 1], p[..., 2] = np.arange(h)[:, None], np.arange(1, w + 2), z
-        p[:, w, 0] += 1 # ROW opens the next row
-        p[:, w, 1] = 0
-        return end
+    def write(self, rows, r0, r1, T, buffers=None, loss_on=None):
+        """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
+        buffers = buffers or Buffers(max(r1 - r0, 1) * T, self.cfg.shots == 0)
+        batch, arrays = buffers.shaped(max(r1 - r0, 1), T)
+        tokens, loss = np.empty(T, np.uint8), np.empty(T, np.int8)
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), tokens, loss, *arrays)
+        return batch
 
-    def write(self, docs, i, idx, targets, pos, prompt=False, loss_on=None):
-        """
-        document i of a plan into (T,) idx and targets and (T, 3) pos, from slot 0 on -> its length. loss_on=None: as cfg.
-        prompt=True stops after the OUT of the target, and the answer is not read.
-        """
-        d, cmap, loss_on = int(docs.dihedral[i]), docs.cmap[i], loss_on or self.cfg.loss_on
-        pairs, at = docs.pairs[i][docs.pairs[i] >= 0], 0
-        for k in reversed(range(len(pairs))):
-            idx[at], pos[at] = IN, (0, 0, 2 * k)
-            at = self.write_grid(2 * pairs[k], d, cmap, 2 * k, idx, pos, at + 1)
-            idx[at], pos[at] = OUT, (0, 0, 2 * k + 1)
-            if k == 0 and prompt:
-                return at + 1
-            out = at
-            at = self.write_grid(2 * pairs[k] + 1, d, cmap, 2 * k + 1, idx, pos, at + 1)
-            idx[at], pos[at] = END, (pos[at - 1, 0], 1, 2 * k + 1)
-            if k == 0 or (loss_on == 'outputs' and k < len(pairs) - 1):
-                targets[out:at] = idx[out + 1 : at + 1] # OUT predicts the first cell, the last ROW predicts END
-            at += 1
-        if loss_on == 'all':
-            targets[: at - 1] = idx[1:at]
-        return at
+def places():
+    """ -> place and depth of Tables: tokens of one grid differ in row and col alone, so pos is a sum of two tables """
+    place, depth = np.zeros((MAX_SIDE + 1, 3 * MAX_GRID), np.uint8), np.zeros((256, 3 * MAX_GRID), np.uint8)
+    for W in range(1, MAX_SIDE + 1):
+        r, c = np.divmod(np.arange(MAX_SIDE * (W + 1)), W + 1)
+        place[W, : 3 * len(r)] = np.stack([r + (c == W), (c + 1) * (c < W), 0 * r], 1).ravel() # ROW opens the next row
+    depth[:, 2::3] = np.arange(256)[:, None]
+    return place, depth
 
-# -----------------------------------------------------------------------------
+class Buffers:
+    """ memory for Batches of at most n tokens, one at a time. xy: for idx and targets alone """
+
+    def __init__(self, n, tasked, xy=False, pin=False):
+        kinds = ((1, torch.int64), (1, torch.int64), (3, torch.uint8), (1, torch.int32), (1, torch.int32), (1, torch.uint8)) # as in Batch
+        wanted = [True, True, not xy, not xy, tasked and not xy, tasked and not xy]
+        self.n, self.views, self.copied = n, {}, None # on cuda: an event, that the copy out of here is done
+        self.flat = [torch.empty(k * n if want else 0, dtype=dtype, pin_memory=pin) for (k, dtype), want in zip(kinds, wanted)]
+
+    def shaped(self, B, T):
+        """ -> (Batch of B rows of T, the same as numpy arrays (B, T) with pos (B, 3 * T); what is not wanted has no element) """
+        if (B, T) not in self.views: # a few shapes come again and again
+            xs = [x[: k * B * T].view(B, k * T) if len(x) else x.view(0, 0) for x, k in zip(self.flat, (1, 1, 3, 1, 1, 1))]
+            shown = [x if len(x) else None for x in xs]
+            self.views[B, T] = Batch(*(x.view(B, T, 3) if i == 2 and x is not None else x for i, x in enumerate(shown))), [x.numpy() for x in xs]
+        return self.views[B, T]
+
+def split(n, rank, world):
+    """ which of n rows are a rank's: first, last + 1. every row is some rank's, whatever the number of ranks """
+    return n * rank // world, n * (rank + 1) // world
 
 class ArcDataset(torch.utils.data.Dataset):
     """
@@ -311,69 +518,87 @@ class ArcDataset(torch.utils.data.Dataset):
     (n times where its source is repeated *n), its context is the other demos of its task and never a query.
 
     ds[t] is a Batch of one document, (T,) each with T = block_size; len(ds) = targets x epochs. the demos of `adapt`
-    are targets too, its answers are never opened. skipped pairs are counted in num_held (equal to a validation query),
-    num_leaks (pairs of `data` whose input is a query of `adapt`: their output may be the closed answer), num_long (do not
-    fit block_size) and num_alone (no context, where shots != 0). raises ValueError if nothing is left.
+    are targets too, its answers are never opened. skipped pairs are counted in num_held (a validation query, verbatim
+    or as an augment of it in another task), num_long (do not fit block_size) and num_alone (no context, where shots != 0),
+    skipped tasks in num_tasks_out (over max_pair) and num_dropped (drop_overlap). leaks: what allow_leak let pass.
+    raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
     def __init__(self, cfg, seed=1337, epochs=1):
-        self.cfg, self.seed, self.epochs = cfg, seed, epochs
-        sources = [(*x, True) for x in read_sources(cfg.data)] + [(*x, False) for x in read_sources(cfg.adapt, answers=False)]
-        unfit = np.array([too_long(task, cfg.max_pair) for task, _, _ in sources], dtype=bool)
-        self.num_tasks_out = int(unfit.sum()) # by max_pair
-        sources = [x for x, out in zip(sources, unfit) if not out]
-        tasks, repeats, in_data = [list(x) for x in zip(*sources)] if sources else ([], [], [])
-        self.corpus = c = Corpus(tasks, cfg)
         if cfg.val_tasks < 0 or seed < 0:
             raise ValueError(f"val_tasks={cfg.val_tasks} seed={seed}: want no negative number")
-        pair_key = [grid_bytes(c.grid(2 * p)) + grid_bytes(c.grid(2 * p + 1)) for p in range(len(c.pair_task))]
+        self.cfg, self.seed, self.epochs = cfg, seed, epochs
+        data = read_sources(cfg.data, True, cfg.on_bad, cfg.deal)
+        adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
+        if len(data + adapt) == 0:
+            raise ValueError("nothing to train on: data and adapt are both empty")
+        n_read, self.num_dropped, self.leaks = sum(len(c) for c, _ in data + adapt), 0, []
+        text = repr([(c.sha256, repeat, i < len(data)) for i, (c, repeat) in enumerate(data + adapt)])
+        self.corpus_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.bad = [error for c, _ in data + adapt for error in c.bad]
+        data, adapt = ([(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in part] for part in (data, adapt))
+        self.num_tasks_out = n_read - sum(len(c) for c, _ in data + adapt)
+        # the leak guard: pairs of data that are queries of adapt. the demos of adapt are exempt, they come with the queries
+        asked = {}
+        for c, _ in adapt:
+            asked |= query_labels(c)
+        for i, (c, repeat) in enumerate(data):
+            found, keep = overlaps(c, asked), np.ones(len(c), bool)
+            self.leaks += [text for _, text in found]
+            keep[[k for k, _ in found]] = not cfg.drop_overlap
+            self.num_dropped += int((~keep).sum())
+            data[i] = c.select(keep), repeat
+        if self.leaks and not (cfg.drop_overlap or cfg.allow_leak):
+            raise ValueError(f"{len(self.leaks)} pairs of data are queries of adapt, answers included: {'; '.join(self.leaks[:3])}"
+                             f"{'; ...' if len(self.leaks) > 3 else ''}. --drop_overlap leaves these tasks out, --allow_leak trains on them and says so")
+        self.leaks = [] if cfg.drop_overlap else self.leaks
+        data, adapt = ([(c, repeat) for c, repeat in part if len(c) > 0] for part in (data, adapt))
+        nothing = (f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {n_read} tasks {self.num_tasks_out} are over "
+                   f"max_pair={cfg.max_pair} and {self.num_dropped} overlap")
+        if len(data + adapt) == 0:
+            raise ValueError(nothing)
+        self.sampler = s = Sampler(data + adapt, cfg)
+        t, in_data = s.tables, s.part < len(data) # (K,)
+        task = t.pair_task
         # hold out the queries of some tasks of data. chosen by content, so that each seed is judged on the same ones
-        queries = {task.key: [p for p in range(c.first[k] + c.n_demos[k], c.first[k + 1]) if c.known[p]]
-                   for k, task in reversed(list(enumerate(tasks))) if in_data[k]} # reversed: the first of equal tasks stays
-        keys = sorted(key for key in queries if queries[key])
-        self.val_pairs = sorted(p for key in keys[: min(cfg.val_tasks, len(keys) // 2)] for p in queries[key])
-        held = {pair_key[p] for p in self.val_pairs}
-        closed = {grid_bytes(x) for task, mine in zip(tasks, in_data) if not mine for x, _ in task.queries}
-        leaks = {p for p, k in enumerate(c.pair_task) if in_data[k] and grid_bytes(c.grid(2 * p)) in closed}
+        query = t.known & ~s.is_demo & in_data[task] # (P,)
+        keys, at = np.unique(s.key[np.unique(task[query])], return_index=True)
+        n = min(cfg.val_tasks, len(keys) // 2)
+        val = query & np.isin(task, np.unique(task[query])[at[:n]])
+        held, by_hash = val.copy(), {}
+        for p in np.flatnonzero(val):
+            by_hash.setdefault(int(s.hash[p]), []).append(p)
+        for p in np.flatnonzero(np.isin(s.hash, np.array(list(by_hash), U)) & t.known): # the same pair elsewhere
+            held[p] |= any(s.key[task[p]] != s.key[task[q]] or self.same_pair(p, q) for q in by_hash[int(s.hash[p])])
+        t.usable[held] = False
         # what is trained on
-        targets, self.num_held, self.num_leaks, self.num_long, self.num_alone = [], 0, 0, 0, 0
-        for k in range(len(tasks)):
-            for i, p in enumerate(range(c.first[k], c.first[k] + c.n_demos[k])):
-                if pair_key[p] in held or p in leaks:
-                    c.demos[k, i] = -1 # neither a target nor a context
-        for p, k in enumerate(c.pair_task):
-            is_demo = p < c.first[k] + c.n_demos[k]
-            if not c.known[p] or not (is_demo or in_data[k]):
-                continue
-            if p in leaks:
-                self.num_leaks += 1
-            elif pair_key[p] in held:
-                self.num_held += 1
-            elif c.long[p] > cfg.block_size:
-                self.num_long += 1
-            elif cfg.shots != 0 and not self.has_context(p):
-                self.num_alone += 1
-            else:
-                targets += [(p, repeats[k], i) for i in range(repeats[k])]
-        if len(targets) == 0:
-            raise ValueError(f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {len(sources) + self.num_tasks_out} tasks "
-                             f"{self.num_tasks_out} are over max_pair={cfg.max_pair}, then {self.num_held} pairs are held out, {self.num_leaks} are queries "
-                             f"of adapt, {self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
-        self.val_pairs = [p for p in self.val_pairs if c.long[p] <= cfg.block_size and (cfg.shots == 0 or self.has_context(p))]
-        self.targets, self.repeat, self.copy = np.array(targets, dtype=np.int64).T
-        identity = hashlib.sha256()
-        for task, repeat, flag in sources: # paths may move, content may not
-            identity.update(f"{task.name} {repeat} {flag} {len(task.demos)}".encode())
-            for x, y in task.demos + task.queries: # in the order of the file, which numbers the pairs
-                identity.update(grid_bytes(x) + (grid_bytes(y) if y is not None else b"?"))
-        self.corpus_sha256 = identity.hexdigest()
-        self.pipeline_sha256 = hashlib.sha256(json.dumps({**asdict(cfg), 'data': '', 'adapt': ''}, sort_keys=True).encode()).hexdigest()
+        can = t.known & (s.is_demo | in_data[task])
+        short, near = t.long <= cfg.block_size, has_context(t, cfg.block_size) if cfg.shots != 0 else np.ones(len(task), bool)
+        self.num_held, self.num_long, self.num_alone = (int(x.sum()) for x in (can & held, can & ~held & ~short, can & ~held & short & ~near))
+        pairs = np.flatnonzero(can & ~held & short & near)
+        if len(pairs) == 0:
+            raise ValueError(f"{nothing}, then {self.num_held} pairs are held out, {self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
+        self.val_pairs = np.flatnonzero(val & short & near)
+        times = s.repeat[task[pairs]]
+        self.targets, self.repeat = np.repeat(pairs, times), np.repeat(times, times)
+        self.copy = np.arange(len(self.targets)) - np.repeat(np.cumsum(times) - times, times) # which of the repeats
+        self.trained = (t.usable | np.isin(np.arange(len(task)), pairs)) & in_data[task] # (P,) pairs whose output may be seen, adapt's apart
 
-    def has_context(self, p):
-        """ is there a demo that may stand before pair p and fits there? """
-        c = self.corpus
-        demos = [q for q in c.demos[c.pair_task[p]] if q >= 0 and q != p]
-        return any(c.long[p] + c.long[q] <= self.cfg.block_size for q in demos)
+    def same_pair(self, p, q):
+        """ are these two pairs the same to the last cell? """
+        return all(grid_bytes(self.sampler.grid(2 * p + i)) == grid_bytes(self.sampler.grid(2 * q + i)) for i in range(2))
+
+    def trained_on(self):
+        """ a line for each pair of data whose output may be trained on: its pair_hash, task and source. adapt is exempt """
+        c, lines = self.sampler.corpora, []
+        for part, base in enumerate(np.searchsorted(self.sampler.part, np.arange(len(c)))):
+            for p in np.flatnonzero(self.trained & (self.sampler.part == part)[self.sampler.tables.pair_task]):
+                lines.append(f"{self.sampler.hash[p]:016x} {c[part].name[self.sampler.tables.pair_task[p] - base].decode()} ({c[part].source})\n")
+        return "".join(lines)
+
+    def __reduce__(self):
+        """ to a worker process go the settings, it reads the files itself: a packed corpus is mapped there too, not copied """
+        return reopen, (self.cfg, self.seed, self.epochs, self.corpus_sha256)
 
     def __len__(self):
         return len(self.targets) * self.epochs
@@ -381,7 +606,8 @@ class ArcDataset(torch.utils.data.Dataset):
     def __getitem__(self, t):
         if t < 0: # the stream has no end to count from
             raise IndexError(f"document {t}: want t >= 0")
-        return Batch(*(x if x is None else x[0] for x in self.write_batch(self.plan(np.array([t])), [0], self.cfg.block_size)))
+        rows = Rows(self.plan(np.array([t], U)), np.array([0, 1]), np.array([0]), None, None)
+        return Batch(*(x if x is None else x[0] for x in self.sampler.write(rows, 0, 1, self.cfg.block_size)))
 
     def collate(self, items):
         """ list of ds[t] -> Batch, for torch's DataLoader(ds, collate_fn=ds.collate) """
@@ -389,140 +615,151 @@ class ArcDataset(torch.utils.data.Dataset):
 
     def plan(self, t):
         """ (n,) document numbers -> Documents """
-        n = np.uint64(len(self.targets))
-        epoch, i = np.divmod(np.asarray(t, dtype=np.uint64), n)
+        t, n = np.asarray(t, U), U(len(self.targets))
+        epoch, i = np.divmod(t, n)
         i = bijection(i, n, hash64(self.seed, EPOCH, epoch)).astype(np.int64)
-        visit = epoch * self.repeat[i].astype(np.uint64) + self.copy[i].astype(np.uint64)
-        d, cmap = self.corpus.augments(self.targets[i], visit, self.seed)
-        plain = hash64(self.seed, IDENTITY, self.targets[i], visit).astype(np.float64) < self.cfg.p_identity * 2.0**64
-        cmap[plain] = np.arange(10)
-        order = hash64(self.seed, DEMOS, np.asarray(t)[:, None], np.arange(self.corpus.demos.shape[1])) # of the context
-        return self.corpus.documents(self.targets[i], d, cmap, order)
+        visit = epoch * self.repeat[i].astype(U) + self.copy[i].astype(U)
+        return self.sampler.plan(self.targets[i], visit, hash64(self.seed, DEMOS, t), False, self.seed, self.cfg.p_identity)
 
-    def val_plan(self):
-        """ Documents of the held out queries, as they are: no augment, demos in the order of the file, whatever the seed """
-        n, order = len(self.val_pairs), np.arange(self.corpus.demos.shape[1], dtype=np.uint64)
-        cmap = np.tile(np.arange(10, dtype=np.uint8), (n, 1))
-        return self.corpus.documents(self.val_pairs, np.zeros(n, np.int64), cmap, np.tile(order, (n, 1)))
+    def plan_window(self, window):
+        """ window number -> Rows of the documents of that window, batches shuffled """
+        t = U(window) * U(WINDOW) + np.arange(WINDOW, dtype=U)
+        return self.sampler.lay_out(self.plan(t), self.cfg.batching, hash64(self.seed, BATCHES, window))
 
-    def val_batches(self):
-        """ the validation set as Batches of at most batch_tokens, the same ones each time """
-        docs = self.val_plan()
-        for ids, T in cut_buckets(docs.length, self.cfg.batch_tokens):
-            yield self.write_batch(docs, ids, T, loss_on='query') # whatever is trained on, so that runs compare
+    def val_batches(self, rank=0, world=1):
+        """ the validation set as Batches of at most batch_tokens, the same each time: as it is, no augment, demos in order """
+        if len(self.val_pairs) == 0:
+            return
+        rows = self.sampler.lay_out(self.sampler.plan(self.val_pairs, 0, 0, True, 0), 'bucket', None)
+        for r0, r1, T in rows.batches:
+            a, b = split(r1 - r0, rank, world)
+            yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query') # whatever is trained on, so that runs compare
 
-    def write_batch(self, docs, ids, T, buffers=None, loss_on=None):
-        """ the documents ids of a plan, one a row of T tokens -> Batch. no ids: one row without loss. loss_on: as cfg """
-        B = max(len(ids), 1)
-        idx, targets, pos, doc, task, dih = buffers if buffers is not None else new_buffers(B * T)
-        idx, targets, doc, task, dih = (x[: B * T].view(B, T) for x in (idx, targets, doc, task, dih))
-        pos = pos[: 3 * B * T].view(B, T, 3)
-        for x, empty in ((idx, PAD), (targets, -100), (pos, 0), (doc, -1), (task, 0), (dih, 0)):
-            x.fill_(empty)
-        rows = idx.numpy(), targets.numpy(), pos.numpy()
-        for b, i in enumerate(ids):
-            n = self.corpus.write(docs, i, *(x[b] for x in rows), loss_on=loss_on)
-            doc[b, :n] = 0
-            task[b, :n] = int(self.corpus.row[self.corpus.pair_task[docs.pairs[i, 0]]])
-            dih[b, :n] = int(docs.dihedral[i])
-        return Batch(idx, targets, pos, doc, *((task, dih) if self.cfg.shots == 0 else (None, None)))
+def fits(corpus, max_pair):
+    """ which tasks of a Corpus have no demo of more than max_pair tokens in its longer orientation -> (tasks,) bool. 0 = all """
+    if max_pair == 0:
+        return np.ones(len(corpus), bool)
+    h, w = corpus.h.astype(np.int32), corpus.w.astype(np.int32)
+    long = 3 + (h * w).reshape(-1, 2).sum(1) + np.maximum(h[::2] + h[1::2], w[::2] + w[1::2])
+    return np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1]) <= max_pair
 
-def too_long(task, max_pair):
-    """ does a demo of the task take more than max_pair tokens in its longer orientation? 0 = no limit """
-    def longest(x, y):
-        return 3 + x.size + y.size + max(x.shape[0] + y.shape[0], x.shape[1] + y.shape[1])
-    return max_pair > 0 and any(longest(x, y) > max_pair for x, y in task.demos)
+def reopen(cfg, seed, epochs, corpus_sha256):
+    """ an ArcDataset in another process. raises ValueError if the files have changed since """
+    ds = ArcDataset(cfg, seed, epochs)
+    if ds.corpus_sha256 != corpus_sha256:
+        raise ValueError(f"data={cfg.data!r} adapt={cfg.adapt!r}: changed since the first process read it")
+    return ds
 
-def new_buffers(n, pin=False):
-    """ flat tensors for a Batch of n tokens, in the order of its fields """
-    shapes = ((n, torch.int64), (n, torch.int64), (3 * n, torch.uint8), (n, torch.int32), (n, torch.int32), (n, torch.uint8))
-    return [torch.empty(k, dtype=dtype, pin_memory=pin) for k, dtype in shapes]
-
-def cut_buckets(length, batch_tokens):
-    """
-    (n,) lengths -> list of (document numbers, T): similar lengths together, at most batch_tokens a batch but at least
-    one document. widths are rounded up to 16 a power of two, at least 4 apart, so that a compiler sees few shapes.
-    """
-    step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4)
-    width = (np.ceil(length / step) * step).astype(np.int64)
-    order, batches, start = np.argsort(width, kind='stable'), [], 0
-    for end in range(1, len(order) + 1): # grow until one more document would be too many
-        if end == len(order) or (end - start + 1) * width[order[end]] > batch_tokens:
-            batches.append((order[start:end], int(width[order[end - 1]])))
-            start = end
-    return batches
+# -----------------------------------------------------------------------------
 
 class ArcLoader:
     """
     batches without end: next_batch(), state_dict(), load_state_dict(). a window of 4096 consecutive documents is planned
     alone, cut into batches, and these shuffled. every rank plans the whole global batch and writes its own rows, so the
-    world size is not part of the state. the tensors of a batch are valid until the second next call.
+    world size is not part of the state. a thread keeps the next batch ready (prefetch). the tensors of a batch are valid
+    until the second next call. xy: only idx and targets are made.
     """
 
-    def __init__(self, dataset, rank=0, world=1, device='cpu'):
-        self.ds, self.rank, self.world, self.device = dataset, rank, world, torch.device(device)
+    def __init__(self, dataset, rank=0, world=1, device='cpu', prefetch=True, xy=False):
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        self.ds, self.rank, self.world, self.device, self.prefetch, self.xy = dataset, rank, world, torch.device(device), prefetch, xy
         self.window, self.batch = 0, 0 # the batch that comes next
-        self.ring, self.copied, self.turn = [None, None], [None, None], 0
-        self.plan = lru_cache(maxsize=2)(self.plan)
+        self.ring, self.turn = [], 0 # buffers: one is with the user, one was, one is being written
+        self.plan = lru_cache(maxsize=2)(dataset.plan_window)
+        self.pid, self.pool, self.ready = None, None, None # of the thread; what it works on, as (place, future)
+        self.lock = threading.Lock()
 
-    def plan(self, window):
-        """ window number -> (Documents, shuffled list of (document numbers, T)) """
-        cfg = self.ds.cfg
-        docs = self.ds.plan(np.uint64(window) * np.uint64(WINDOW) + np.arange(WINDOW, dtype=np.uint64))
-        if cfg.batching == 'bucket':
-            batches = cut_buckets(docs.length, cfg.batch_tokens)
-        else:
-            n = max(cfg.batch_tokens // cfg.block_size, 1)
-            batches = [(np.arange(i, min(i + n, WINDOW)), cfg.block_size) for i in range(0, WINDOW, n)]
-        shuffle = np.argsort(hash64(self.ds.seed, BATCHES, window, np.arange(len(batches))))
-        return docs, [batches[i] for i in shuffle]
+    def rows(self, window):
+        """ window number -> Rows. two threads ask, one plans """
+        with self.lock:
+            return self.plan(window)
 
-    def ahead(self, n):
-        """ the next n places in the stream of batches, as (window, batch); the last one is where we stand after n-1 """
-        window, batch = self.window, self.batch
-        for _ in range(n):
-            yield window, batch
-            last = batch + 1 == len(self.plan(window)[1])
-            window, batch = (window + 1, 0) if last else (window, batch + 1)
+    def after(self, window, batch):
+        """ the place in the stream of batches after (window, batch) """
+        return (window, batch + 1) if batch + 1 < len(self.rows(window).batches) else (window + 1, 0)
 
     def loss_tokens(self, n=1):
         """ how many tokens carry loss in the next n global batches. known from the plan, so ranks need not ask each other """
-        total = 0
-        for window, batch in self.ahead(n):
-            docs, batches = self.plan(window)
-            total += int(docs.loss_tokens[batches[batch][0]].sum())
+        place, total = (self.window, self.batch), 0
+        for _ in range(n):
+            total += int(self.rows(place[0]).loss_tokens[place[1]])
+            place = self.after(*place)
         return total
+
+    def write(self, place, turn):
+        """ -> Batch on the cpu: this rank's rows of the global batch at a place, in buffers number turn of the ring """
+        rows = self.rows(place[0])
+        r0, r1, T = (int(x) for x in rows.batches[place[1]])
+        a, b = split(r1 - r0, self.rank, self.world)
+        buffers = self.ring[turn]
+        if buffers is None or buffers.n < max(b - a, 1) * T:
+            n = max((b - a) * T, T, self.ds.cfg.batch_tokens // self.world)
+            buffers = self.ring[turn] = Buffers(n, self.ds.cfg.shots == 0, self.xy, pin=self.device.type == 'cuda')
+        if buffers.copied is not None: # on cuda: the copy out of here may still be on its way
+            buffers.copied.synchronize()
+        return self.ds.sampler.write(rows, r0 + a, r0 + b, T, buffers)
 
     def next_batch(self):
         """ -> Batch on self.device, this rank's rows of the next global batch """
-        docs, batches = self.plan(self.window)
-        ids, T = batches[self.batch]
-        n, r, W = len(ids), self.rank, self.world
-        ids = ids[n * r // W : n * (r + 1) // W]
-        self.turn ^= 1
-        if self.copied[self.turn] is not None: # on cuda: the copy out of this buffer may still be on its way
-            self.copied[self.turn].synchronize()
-        if self.ring[self.turn] is None or len(self.ring[self.turn][0]) < max(len(ids), 1) * T:
-            self.ring[self.turn] = new_buffers(max(len(ids) * T, T, self.ds.cfg.batch_tokens // W), pin=self.device.type == 'cuda')
-        batch = self.ds.write_batch(docs, ids, T, self.ring[self.turn])
-        *_, (self.window, self.batch) = self.ahead(2)
+        place = self.window, self.batch
+        if self.pid != os.getpid(): # the first call, or a forked process, where the thread is not
+            self.pid, self.lock, self.ready, self.ring = os.getpid(), threading.Lock(), None, [None] * 3
+            self.pool = ThreadPoolExecutor(1, 'nanoarc-loader') if self.prefetch else None
+        turn, ready = self.turn, self.ready
+        batch = ready[1].result() if ready else None # waits for the thread, it must not write on
+        if ready is None or ready[0] != place: # nothing is on its way, or someone went elsewhere
+            batch = self.write(place, turn)
+        self.window, self.batch = following = self.after(*place)
+        self.turn = (turn + 1) % 3
+        if self.pool:
+            self.ready = following, self.pool.submit(self.write, following, self.turn)
         if self.device.type == 'cpu':
             return batch
         batch = Batch(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
         if self.device.type == 'cuda':
-            self.copied[self.turn] = torch.cuda.Event()
-            self.copied[self.turn].record()
+            self.ring[turn].copied = torch.cuda.Event()
+            self.ring[turn].copied.record()
         return batch
 
     def state_dict(self):
-        """ all there is to resume by, a small dict of json values """
-        return {'format': FORMAT, 'seed': self.ds.seed, 'window': self.window, 'batch': self.batch,
-                'corpus_sha256': self.ds.corpus_sha256, 'pipeline_sha256': self.ds.pipeline_sha256, 'global_batch': self.ds.cfg.batch_tokens}
+        """ all there is to resume by, a small dict of json values: the place, and what must be the same for it to mean the same """
+        cfg = {key: x for key, x in asdict(self.ds.cfg).items() if key not in ('data', 'adapt', 'on_bad')} # files may move, corpus_sha256 may not change
+        return {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed, 'corpus_sha256': self.ds.corpus_sha256, **cfg}
 
     def load_state_dict(self, state):
         """ go to a saved place. raises ValueError that names the fields if it was a place in another stream """
         now = self.state_dict()
-        wrong = [key for key in now if key not in ('window', 'batch') and state.get(key) != now[key]]
-        if wrong or now.keys() != state.keys():
-            raise ValueError("resume refused: " + "; ".join(f"{key} differs (saved {str(state.get(key))[:12]}, now {str(now[key])[:12]})" for key in wrong))
+        wrong = [key for key in {**now, **state} if key not in ('window', 'batch') and (key not in now or key not in state or state[key] != now[key])]
+        if wrong:
+            raise ValueError("resume refused: " + "; ".join(f"{key} differs (saved {str(state.get(key))[:12]}, now {str(now.get(key))[:12]})" for key in wrong))
         self.window, self.batch = state['window'], state['batch']
+
+class ArcStream(torch.utils.data.IterableDataset):
+    """
+    an ArcLoader for torch's DataLoader(ArcStream(ds), batch_size=None, num_workers=n) and torchdata's StatefulDataLoader,
+    which saves and resumes it. worker w of n makes the batches w, w + n, ...: in all the same ones in the same order.
+    """
+
+    def __init__(self, dataset, rank=0, world=1):
+        self.args, self.loader, self.start = (dataset, rank, world), None, None
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        n, skip = (worker.num_workers, worker.id) if worker else (1, 0)
+        loader = self.loader = ArcLoader(*self.args, prefetch=False)
+        if self.start is not None:
+            loader.load_state_dict(self.start)
+            skip, self.start = n - 1, None
+        while True:
+            for _ in range(skip):
+                loader.window, loader.batch = loader.after(loader.window, loader.batch)
+            skip = n - 1
+            yield Batch(*(x if x is None else x.clone() for x in loader.next_batch())) # the next one comes before this is used
+
+    def state_dict(self):
+        """ of this worker, {} before its first batch """
+        return self.loader.state_dict() if self.loader else self.start or {}
+
+    def load_state_dict(self, state):
+        """ where the next iterator begins. raises ValueError there, if it is a place in another stream """
+        self.start = state or None

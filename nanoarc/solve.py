@@ -1,5 +1,5 @@
 """
-a trained model and a source -> submission.json, candidates.jsonl; and the score of any submission.
+a trained model and a source -> submission.json, candidates.jsonl, solve.json; and the score of any submission.
 
 each query is decoded under several views (augments of it), greedily and under a grammar that knows what a grid is; the
 answers are turned back and vote. nothing here opens an answer but `score`.
@@ -16,10 +16,9 @@ import tyro
 from rich.progress import track
 
 from nanoarc import checkpoint
-from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, Corpus, DataConfig, decode_grid, grammar, hash64, next_pos, too_long,
-                          undo_dihedral)
+from nanoarc.data import DEMOS, END, MAX_GRID, PAD, ROW, DataConfig, Rows, Sampler, decode_grid, fits, grammar, hash64, next_pos, undo_dihedral
 from nanoarc.model import Cache, Model, ModelConfig
-from nanoarc.sources import grid_bytes, read_json, read_sources
+from nanoarc.sources import grid_bytes, query_labels, read_json, read_sources
 from nanoarc.train import get_device
 
 @dataclass
@@ -30,6 +29,7 @@ class SolveConfig:
     views: int = 32 # augments of each query that are decoded and vote. view 0 is the query as it is
     max_pair: int = 0 # solve only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
     decode_rows: int = 128 # views decoded together
+    allow_leak: bool = False # solve queries that the run was trained on, with their answers, and say so in the score
     seed: int = 1337 # of the views
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # as in train
@@ -40,22 +40,35 @@ class ScoreConfig:
     data: Annotated[str, tyro.conf.Positional] # the source that it answers
     max_pair: int = 0 # score only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
 
-def read_fitting(data, max_pair, answers):
-    """ tasks of some sources, once each, without those that have a demo of more than max_pair tokens. raises ValueError """
-    tasks = {}
-    for task, _ in read_sources(data, answers):
-        if not too_long(task, max_pair) and tasks.setdefault(task.name, task) is not task:
-            raise ValueError(f"two tasks of {data} are named {task.name}, a submission can hold one")
+def read_fitting(data, max_pair, opened):
+    """ sources -> (list of Corpus, list of Task), without tasks that have a demo of more than max_pair tokens. raises ValueError """
+    corpora = [c.select(fits(c, max_pair)) for c, _ in read_sources(data, opened)]
+    corpora = [c for c in corpora if len(c) > 0]
+    tasks, names = [c.task(k) for c in corpora for k in range(len(c))], set()
     if len(tasks) == 0:
         raise ValueError(f"no task in {data!r} with max_pair={max_pair}")
-    return list(tasks.values())
+    for task in tasks:
+        if task.name in names:
+            raise ValueError(f"two tasks of {data} are named {task.name}, a submission can hold one")
+        names.add(task.name)
+    return corpora, tasks
+
+def find_leaks(run, corpora):
+    """ queries of corpora that the run was trained on with their answers -> list of texts that name both tasks """
+    path = Path(run) / 'trained_on.txt'
+    if not path.is_file():
+        print(f"warning: no {path}, so nobody knows whether it was trained on what it is asked now")
+        return []
+    trained = dict(line.split(" ", 1) for line in path.read_text().splitlines())
+    asked = {f"{key:016x}": label for c in corpora for key, (label, _) in query_labels(c).items()}
+    return [f"{trained[key]} = {label}" for key, label in asked.items() if key in trained]
 
 def load_model(run, device):
-    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}). raises ValueError """
+    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed). raises ValueError """
     tensors, meta = checkpoint.load(run)
     model = Model(ModelConfig(**meta['model'])).to(device).eval()
     checkpoint.restore_model(model, tensors)
-    return model, DataConfig(**meta['data']), meta['rows']
+    return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks'])
 
 # -----------------------------------------------------------------------------
 # decoding
@@ -92,29 +105,23 @@ def decode(model, idx, pos, task=None, dihedral=None):
         logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0]
     return out, logp
 
-def make_views(corpus, pair, n, seed):
+def make_views(sampler, pair, n, seed):
     """
-    query -> (Documents of n views, {number: prompt} of those that differ). view 0 is the query as it is; view k >= 1 is
-    an augment, drawn as in training but always with its colors permuted.
+    query -> (Documents of n views, {number: (idx (T,), pos (T, 3))} of those that differ), prompts that stop after OUT.
+    view 0 is the query as it is; view k >= 1 is an augment, drawn as in training but always with its colors permuted.
     """
-    pairs = np.full(n, pair)
-    d, cmap = corpus.augments(pairs, np.arange(n) - (np.arange(n) > 0), seed)
-    d[0], cmap[0] = 0, np.arange(10)
-    docs = corpus.documents(pairs, d, cmap, hash64(seed, DEMOS, pair, np.arange(n)[:, None], np.arange(corpus.demos.shape[1])))
-    return docs, write_prompts(corpus, docs)
-
-def write_prompts(corpus, docs):
-    """ Documents -> {number: (idx (T,), pos (T, 3))}, prompts that stop after OUT, each one once """
+    assert not sampler.tables.known[pair], "answers are to be closed here"
+    k = np.arange(n)
+    docs = sampler.plan(np.full(n, pair), k - (k > 0), hash64(seed, DEMOS, pair, k), k == 0, seed)
+    batch = sampler.write(Rows(docs, np.arange(n + 1), k, None, None), 0, n, int(docs.length.max()))
     prompts, known = {}, set()
-    for i in range(len(docs.length)):
-        T = int(docs.length[i]) # enough: an answer that is known counts too
-        idx, pos = np.empty(T, np.int64), np.empty((T, 3), np.uint8)
-        T = corpus.write(docs, i, idx, None, pos, prompt=True)
-        key = (int(docs.dihedral[i]), idx[:T].tobytes())
+    for i, T in enumerate(docs.length):
+        idx, pos = batch.idx[i, :T].numpy(), batch.pos[i, :T].numpy()
+        key = (int(docs.dihedral[i]), idx.tobytes())
         if key not in known:
             known.add(key)
-            prompts[i] = idx[:T], pos[:T]
-    return prompts
+            prompts[i] = idx, pos
+    return docs, prompts
 
 def undo(grid, d, cmap):
     """ the inverse of an augment: colors first, then the dihedral """
@@ -125,10 +132,15 @@ def main(cfg):
     device, _, autocast = get_device(cfg.device, cfg.dtype)
     if cfg.views < 1 or cfg.decode_rows < 1:
         raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows}: want at least 1")
-    tasks = read_fitting(cfg.data, cfg.max_pair, answers=False)
-    model, data_cfg, rows = load_model(cfg.run, device)
-    corpus = Corpus(tasks, data_cfg, rows)
-    unknown = [task.name for task, row in zip(tasks, corpus.row) if row < 0] if model.cfg.n_task > 0 else []
+    corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
+    model, data_cfg, rows, allowed = load_model(cfg.run, device)
+    leaks = find_leaks(cfg.run, corpora)
+    if leaks and not (cfg.allow_leak or allowed):
+        raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: {'; '.join(leaks[:3])}{'; ...' if len(leaks) > 3 else ''}. "
+                         "train with --adapt in place of --data, or --allow_leak solves them and says so in the score")
+    sampler = Sampler([(c, 1) for c in corpora], data_cfg, rows)
+    table = sampler.tables
+    unknown = [task.name for task, row in zip(tasks, table.row) if row < 0] if model.cfg.n_task > 0 else []
     if unknown:
         raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {', '.join(unknown[:5])}"
                          f"{', ...' if len(unknown) > 5 else ''}. train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
@@ -136,9 +148,9 @@ def main(cfg):
     by_length, found, alone = defaultdict(list), {}, []
     for k, task in enumerate(tasks):
         for i in range(len(task.queries)):
-            pair = int(corpus.first[k] + corpus.n_demos[k] + i)
+            pair = int(table.first[k] + table.n_demos[k] + i)
             found[k, i] = defaultdict(list)
-            docs, prompts = make_views(corpus, pair, cfg.views, cfg.seed)
+            docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
             if data_cfg.shots != 0 and (docs.pairs >= 0).sum(1).min() == 1:
                 alone.append(f"{task.name} query {i}")
             for v, (idx, pos) in prompts.items():
@@ -148,7 +160,7 @@ def main(cfg):
     batches = [group[j : j + cfg.decode_rows] for _, group in sorted(by_length.items()) for j in range(0, len(group), cfg.decode_rows)]
     for batch in track(batches, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views"):
         k, i, v, d, cmap, idx, pos = zip(*batch)
-        extra = [torch.from_numpy(x).to(device) for x in (corpus.row[list(k)], np.array(d, np.uint8))] if model.cfg.n_task > 0 else []
+        extra = [torch.from_numpy(x).to(device) for x in (table.row[list(k)], np.array(d, np.uint8))] if model.cfg.n_task > 0 else []
         with autocast():
             tokens, logp = decode(model, *(torch.from_numpy(np.stack(x)).to(device) for x in (idx, pos)), *extra)
         tokens, logp = tokens.cpu().numpy(), logp.cpu().numpy()
@@ -159,6 +171,7 @@ def main(cfg):
     ranked = {key: rank(candidates) for key, candidates in found.items()}
     out_dir = Path(cfg.out_dir or cfg.run)
     write_results(out_dir, tasks, ranked)
+    checkpoint.write_file(out_dir / 'solve.json', json.dumps({'run': cfg.run, 'data': cfg.data, 'views': cfg.views, 'seed': cfg.seed, 'leaks': leaks}, indent=1).encode())
     return out_dir / 'submission.json'
 
 def rank(candidates):
@@ -226,14 +239,17 @@ def score_main(cfg):
     submission = read_json(cfg.submission)
     if type(submission) is not dict:
         raise ValueError(f"{cfg.submission}: want an object of attempts by task id")
-    result = score(submission, read_fitting(cfg.data, cfg.max_pair, answers=True))
+    result = score(submission, read_fitting(cfg.data, cfg.max_pair, opened=True)[1])
+    about = Path(cfg.submission).with_name('solve.json') # by the solver, a submission from elsewhere has none
+    result['leaks'] = len(read_json(about).get('leaks', [])) if about.is_file() else 0
     for key, what in (('missing', "not in the submission, worth 0"), ('unknown', "not in the source, ignored")):
         if names := result.pop(key):
             print(f"{len(names)} tasks {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     partly = [f"{name} {right}/{n}" for name, (right, n) in result['per_task'].items() if 0 < right < n]
     solved = [name for name, (right, n) in result.pop('per_task').items() if right == n]
+    leaked = f", TRAINED ON {result['leaks']} OF THE ANSWERS" if result['leaks'] else ""
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))
     print(f"{result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every output right, "
-          f"{result['right']} of {result['outputs']} outputs")
+          f"{result['right']} of {result['outputs']} outputs{leaked}")
     print(json.dumps(result))
     return result

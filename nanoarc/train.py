@@ -1,6 +1,6 @@
 """
 the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out/mine` on anything from a laptop to a gpu.
-writes out_dir/{metrics.jsonl, loss.png, latest.json, ckpt/}. each row of metrics.jsonl has `step` and whichever of
+writes out_dir/{metrics.jsonl, loss.png, latest.json, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step` and whichever of
 loss, val_loss (nats per output token), lr, tok_s, wait (share of time spent on waiting for data) was measured there.
 """
 import contextlib
@@ -92,12 +92,14 @@ def main(cfg, model_cfg, data_cfg):
     # data
     ds = ArcDataset(data_cfg, seed=cfg.seed)
     loader = ArcLoader(ds, device=device)
-    c = ds.corpus
-    print(f"{len(c.tasks)} tasks ({ds.num_tasks_out} more over max_pair), {len(ds)} documents an epoch, {len(ds.val_pairs)} validation "
-          f"queries; left out: {ds.num_held} held out, {ds.num_leaks} queries of adapt, {ds.num_long} too long, {ds.num_alone} without context")
+    rows = ds.sampler.rows
+    print(f"{len(ds.sampler.key)} tasks, {len(ds)} documents an epoch, {len(ds.val_pairs)} validation queries; left out: {ds.num_tasks_out} tasks over max_pair, "
+          f"{ds.num_dropped} overlapping, {len(ds.bad)} malformed; pairs: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
+    for text in ds.leaks:
+        print(f"leak allowed: {text}")
 
     # model
-    n_task = len(c.rows) if data_cfg.shots == 0 else 0
+    n_task = len(rows) if data_cfg.shots == 0 else 0
     if model_cfg.n_task not in (0, n_task):
         raise ValueError(f"n_task={model_cfg.n_task}: the data has {n_task} tasks to embed, leave it out")
     model_cfg = replace(model_cfg, n_task=n_task)
@@ -126,11 +128,12 @@ def main(cfg, model_cfg, data_cfg):
         raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
     elif cfg.minutes <= 0 and cfg.max_iters <= 0:
         raise ValueError("set --minutes or --max_iters")
+    checkpoint.write_file(out_dir / 'trained_on.txt', ds.trained_on().encode()) # by which solve knows what it may not be asked
     log, start = Log(out_dir, step), step
 
     def save():
         meta = {'stream': loader.state_dict(), 'scaler': scaler.state_dict(), 'tokens': tokens, 'seconds': seconds, 'val_loss': val_loss, 'max_iters': max_iters,
-                'rows': c.rows, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
+                'rows': rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
         checkpoint.save(out_dir, step, model, optimizers, meta)
         return {'step': step, **meta}
 

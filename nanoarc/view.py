@@ -1,5 +1,5 @@
 """
-tasks, runs and results for the eye. grids are drawn in the terminal, or with matplotlib into a png.
+tasks, sources, runs and results for the eye. grids are drawn in the terminal, or with matplotlib into a png.
 """
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanoarc.sources import read_json, read_sources, to_grid
+from nanoarc.sources import read_json, read_tasks, to_grid
 
 # the ten colors as arcprize.org paints them
 COLORS = ['#000000', '#0074d9', '#ff4136', '#2ecc40', '#ffdc00', '#aaaaaa', '#f012be', '#ff851b', '#7fdbff', '#870c25']
@@ -37,7 +37,7 @@ def main(cfg):
         print(out)
         return
     tasks = {}
-    for task, _ in read_sources(cfg.data):
+    for task in read_tasks(cfg.data):
         tasks.setdefault(task.name, task) # the first source that has it
     missing = [x for x in cfg.things if x not in tasks]
     if missing:
@@ -102,6 +102,50 @@ def grid_text(grid):
     return text
 
 # -----------------------------------------------------------------------------
+# statistics of sources
+
+def print_stats(cfg, png=''):
+    """ DataConfig -> tables of what its data holds: tasks, sizes, colors, lengths of its documents, what does not fit; and a picture """
+    import polars as pl
+
+    from nanoarc.data import ArcDataset # imported late: it brings torch
+    ds = ArcDataset(cfg)
+    s, t = ds.sampler, ds.sampler.tables
+    known = t.known | s.is_demo
+    pairs = pl.DataFrame({
+        'source': np.array([c.source for c in s.corpora])[s.part[t.pair_task]], 'task': t.pair_task, 'demo': s.is_demo, 'answered': known,
+        'input side': np.maximum(t.h[::2], t.w[::2]), 'output side': np.maximum(t.h[1::2], t.w[1::2]), 'input cells': t.h[::2].astype(int) * t.w[::2],
+        'output cells': t.h[1::2].astype(int) * t.w[1::2], 'tokens, longer way': t.long})
+    docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
+    shots = (docs.pairs >= 0).sum(1) - 1
+    can = np.minimum(np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable, s.most)[docs.pairs[:, 0]]
+    tables = [("tasks", pairs.group_by('source', maintain_order=True).agg(
+        tasks=pl.col('task').n_unique(), demos=pl.col('demo').sum(), queries=(~pl.col('demo')).sum(),
+        answers=(pl.col('answered') & ~pl.col('demo')).sum(), same_shape=(pl.col('input cells') == pl.col('output cells')).filter('answered').mean()))]
+    columns = {name: pairs.filter('answered')[name].to_numpy() for name in pairs.columns[4:]}
+    columns |= {'demos a task': t.n_demos, f"tokens a document, shots={cfg.shots}": docs.length, "of them with loss": docs.loss_tokens}
+    tables.append(("percentiles", pl.DataFrame([{'': name, **{f"{q}%": int(np.percentile(x, q, method='nearest')) for q in (0, 5, 25, 50, 75, 95, 99, 100)}, 'mean': float(x.mean())}
+                                                for name, x in columns.items()])))
+    cells = np.bincount(np.concatenate([t.cells[a : a + 2**24] for a in range(0, len(t.cells), 2**24)]), minlength=10)
+    tables.append(("colors", pl.DataFrame({'color': range(10), 'cells': cells / cells.sum(), **{
+        f"{name} that have it": [float((x >> color & 1).mean()) for color in range(10)] for name, x in
+        zip(('inputs', 'outputs'), np.concatenate([c.colors for c in s.corpora]).reshape(-1, 2)[known].T)}})))
+    tables.append((f"in block_size={cfg.block_size}", pl.DataFrame({
+        'documents an epoch': [len(ds)], 'lost demos': [int((shots < can).sum())], 'targets too long': [ds.num_long], 'targets without context': [ds.num_alone],
+        'tasks over max_pair': [ds.num_tasks_out], 'tasks malformed': [len(ds.bad)]})))
+    console = Console()
+    for title, frame in tables:
+        table = Table(title=title, title_justify='left', title_style='bold')
+        for name in frame.columns:
+            table.add_column(name, justify='left' if frame[name].dtype == pl.String else 'right')
+        for row in frame.iter_rows():
+            table.add_row(*(f"{x:.3f}" if isinstance(x, float) and x <= 1 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in row))
+        console.print(table)
+    if png:
+        draw_stats(pairs.filter('answered'), docs, shots, cells, cfg, png)
+        print(png)
+
+# -----------------------------------------------------------------------------
 # pictures
 
 def pyplot():
@@ -135,6 +179,24 @@ def draw_tasks(tasks, out):
             for j, grid in enumerate(grids, first):
                 axes[j, i].axis('on')
                 draw_grid(axes[j, i], grid, caption if j == first else "answer" if caption.startswith("query") else "", color)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(out, dpi=110)
+    plt.close(fig)
+
+def draw_stats(pairs, docs, shots, cells, cfg, out):
+    """ sides, colors and document lengths of a source -> a png. pairs is a polars frame, see print_stats """
+    plt = pyplot()
+    fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 7), layout='constrained')
+    a.hist2d(pairs['input side'].to_numpy(), pairs['output side'].to_numpy(), bins=np.arange(0.5, 31.5), cmin=1, norm='log')
+    a.set(title="longer side of the grids of a pair", xlabel="input", ylabel="output", aspect='equal')
+    b.bar(range(10), cells / cells.sum(), color=COLORS, edgecolor='#555555')
+    b.set(title="share of all cells", xlabel="color", xticks=range(10))
+    c.hist(docs.length, bins=60, color='#0074d9')
+    c.axvline(cfg.block_size, color='#ff4136', linewidth=1)
+    c.set(title=f"documents of shots={cfg.shots}, block_size in red", xlabel="tokens", ylabel="documents")
+    d.bar(*np.unique(shots, return_counts=True), color='#2ecc40')
+    d.set(title="demos before the target", xlabel="demos", ylabel="documents")
+    fig.suptitle(cfg.data)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=110)
     plt.close(fig)
