@@ -53,7 +53,7 @@ class DataConfig:
     colors: str = 'auto' # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' | 'auto' = domain at shots=0, else nonzero
     p_identity: float = 0.2 # share of the documents that keep their colors
     val_tasks: int = 32 # so many tasks of data have their queries held out for the validation loss, at most half of them
-    deal: int = 3 # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
+    deal: int = 10 # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
     on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and say so
     allow_leak: bool = False # train on pairs of data that are queries of adapt, and say so in checkpoint and score
     drop_overlap: bool = False # leave out the tasks of data that hold such pairs
@@ -82,7 +82,7 @@ def hash64(*parts):
 def bijection(i, n, key):
     """
     a keyed permutation of 0..n-1 evaluated at i, n < 2^52. nothing is stored, so it costs the same for any n: a feistel
-    network of 6 rounds over the next even number of bits, walked until it lands inside.
+    network of 4 rounds (Luby and Rackoff 1988) over the next even number of bits, walked until it lands inside.
     """
     half = U(1)
     while U(1) << (half + half) < n:
@@ -90,7 +90,7 @@ def bijection(i, n, key):
     mask, h = (U(1) << half) - U(1), mix(U(0), key)
     while True:
         left, right = i >> half, i & mask
-        for k in range(6):
+        for k in range(4):
             left, right = right, left ^ (mix(mix(h, U(k)), right) & mask)
         i = left << half | right
         if i < n: # at worst 1 time in 4, since n fills at least a quarter of the square
@@ -101,11 +101,11 @@ def bijection(i, n, key):
 
 def dihedral(grid, d):
     """ the d-th of the 8 symmetries of the square: transpose if d >= 4, then np.rot90 d % 4 times """
-    return np.rot90(grid.T if d >= 4 else grid, d % 4)
+    return np.rot90(grid.T if d >= 4 else grid, int(d) % 4)
 
 def undo_dihedral(grid, d):
     """ the inverse of dihedral """
-    grid = np.rot90(grid, -(d % 4))
+    grid = np.rot90(grid, -int(d) % 4)
     return grid.T if d >= 4 else grid
 
 def next_pos(pos, token):
@@ -161,34 +161,38 @@ class Tables(NamedTuple):
     n_demos: np.ndarray
     pair_task: np.ndarray # (P,) int32
     known: np.ndarray # (P,) bool, the answer may be read
-    long: np.ndarray # (P,) int32 tokens in the longer orientation
+    need: np.ndarray # (2, P) int32 tokens that a pair may take, upright and turned
     usable: np.ndarray # (P,) bool, a demo that may stand in a context
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
-    place: np.ndarray # (31, 3 * MAX_GRID) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
-    depth: np.ndarray # (256, 3 * MAX_GRID) uint8 0, 0, z of as many tokens, by z
+    place: np.ndarray # (31, whole(3 * MAX_GRID)) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
+    depth: np.ndarray # (256, whole(3 * MAX_GRID)) uint8 0, 0, z of as many tokens, by z
 
 class Documents(NamedTuple):
     """ a plan of n documents, nothing of them written yet """
-    pairs: np.ndarray # (n, 1 + most shots) int32: column 0 is the target, column k the pair k steps before it, -1 = none
+    pairs: np.ndarray # (n, 1 + most) int32: column 0 is the target, column k the pair k steps before it, -1 = none
+    drawn: np.ndarray # (n, most) int32 the demos that were drawn for the context, in order, those that found no room too. -1 = none
+    tight: np.ndarray # (n,) bool: some found none
     dihedral: np.ndarray # (n,) uint8
     cmap: np.ndarray # (n, 10) uint8 color map
     length: np.ndarray # (n,) int64 tokens, of the prompt where the answer is not known
     loss_tokens: np.ndarray # (n,) int64 tokens that carry loss
 
 @njit(cache=True, nogil=True)
-def draw_augment(pair, visit, seed, domain, cmap, ranks, colors):
+def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap, ranks, colors):
     """
     -> dihedral, and cmap (10,) is filled. without replacement: 8 visits of a pair see each dihedral once, and its color
-    maps follow a seeded order of all permutations of the domain. ranks (8,) uint64 and colors (10,) int64 are scratch.
+    maps are all permutations of the domain, in steps that have no factor in common with their number. ranks (8,) uint64
+    and colors (10,) int64 are scratch.
     """
-    h, d, below = mix(mix(mix(mix(U(0), seed), DIHEDRAL), pair), visit // U(8)), -1, 8
+    h, d = mix(mix(h_dihedral, pair), visit // U(8)), 0
     for k in range(8):
         ranks[k] = mix(h, U(k))
-    while below != visit % U(8): # the dihedral whose hash has so many below it
-        d, below = d + 1, 0
-        for k in range(8):
-            below += ranks[k] < ranks[d]
+    for k in range(8): # the dihedral whose hash has so many below it
+        below = 0
+        for other in range(8):
+            below += ranks[other] < ranks[k]
+        d = k if below == np.int64(visit % U(8)) else d
     n, total = 0, U(1)
     for x in range(10):
         cmap[x] = x
@@ -196,7 +200,8 @@ def draw_augment(pair, visit, seed, domain, cmap, ranks, colors):
             colors[n] = x
             n += 1
             total *= U(n)
-    code = bijection(visit % total, total, mix(mix(mix(U(0), seed), COLORS), pair))
+    h = mix(h_colors, pair)
+    code = (visit % total * (U(1) + h % total // U(210) * U(210)) + (h >> U(32))) % total # 210 has every prime of 10 factorial
     for j in range(n): # fisher-yates: the digits of code say what to swap
         a, b = colors[j], colors[j + np.int64(code % U(n - j))]
         cmap[a], cmap[b] = cmap[b], cmap[a]
@@ -204,71 +209,123 @@ def draw_augment(pair, visit, seed, domain, cmap, ranks, colors):
     return d
 
 @njit(cache=True, nogil=True)
+def subset_sums(drawn, n, need, room, reach):
+    """ bit t of row j of reach will say whether some of the first j of n drawn demos need t tokens together, for t <= room """
+    reach[0] = 0
+    reach[0, 0] = 1
+    for j in range(n):
+        word, bit = need[drawn[j]] // 64, U(need[drawn[j]] % 64)
+        reach[j + 1] = reach[j]
+        for w in range(word, room // 64 + 1):
+            reach[j + 1, w] |= reach[j, w - word] << bit
+            if w > word and bit > 0:
+                reach[j + 1, w] |= reach[j, w - word - 1] >> (U(64) - bit)
+
+@njit(cache=True, nogil=True)
+def has(bits, t):
+    """ is bit t set in an array of uint64? """
+    return (bits[t // 64] >> U(t % 64)) & U(1) > 0
+
+@njit(cache=True, nogil=True)
+def take(drawn, n, need, total, reach, pairs):
+    """ those drawn demos that need `total` tokens together, the first drawn preferred, behind the target in pairs -> how many """
+    pairs[1:], shots = -1, 0
+    for j in range(n - 1, -1, -1):
+        if not has(reach[j], total): # not without this one
+            total -= need[drawn[j]]
+            shots += 1
+            pairs[shots] = drawn[j]
+    pairs[1 : shots + 1] = pairs[1 : shots + 1][::-1].copy() # as they were drawn
+    return shots
+
+@njit(cache=True, nogil=True)
+def measure(tab, pairs, shots, turned, loss_on):
+    """ -> tokens of a document, and how many of them carry loss """
+    length, loss = 0, 0
+    sides = tab.w if turned else tab.h # a grid has a ROW a row
+    for k in range(shots + 1):
+        x, y, answer = 2 * pairs[k], 2 * pairs[k] + 1, 0
+        if tab.known[pairs[k]]:
+            answer = np.int64(tab.h[y]) * tab.w[y] + sides[y] + 1 # and END
+        length += 2 + np.int64(tab.h[x]) * tab.w[x] + sides[x] + answer # IN and OUT
+        if k == 0 or (loss_on == 1 and k < shots):
+            loss += answer
+    return length, length - 1 if loss_on == 2 else loss
+
+@njit(cache=True, nogil=True)
+def is_turned(d):
+    """ does dihedral d make (W, H) of (H, W)? """
+    return (d // 4 + d) % 2
+
+@njit(cache=True, nogil=True)
 def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, block_size, loss_on):
     """
     (n,) target pairs, how often each was visited before, hashes that order their contexts, and whether to take them as
-    they are, without augment and in the order of the file -> the fields of Documents. the context is the other demos of
-    the task, first come first served while `most` and block_size allow.
+    they are, without augment and in the order of the file -> the fields of Documents. the context is drawn from the other
+    demos of the task, at most `most`; if they do not all find room in block_size, it is those of them that fill it best.
     """
     n = len(target)
-    pairs, dihedral, cmap = np.full((n, 1 + most), -1, np.int32), np.zeros(n, np.uint8), np.empty((n, 10), np.uint8)
-    length, loss_tokens = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    pairs, drawn, tight = np.full((n, 1 + most), -1, np.int32), np.full((n, most), -1, np.int32), np.zeros(n, np.bool_)
+    dihedral, cmap, length, loss_tokens = np.zeros(n, np.uint8), np.empty((n, 10), np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int64)
     ranks, colors = np.empty(8, np.uint64), np.empty(10, np.int64)
     keys, queue = np.empty(max(tab.n_demos), np.uint64), np.empty(max(tab.n_demos), np.int64)
+    reach = np.empty((most + 1, block_size // 64 + 1), np.uint64)
+    h_dihedral, h_colors, h_identity = mix(mix(U(0), seed), DIHEDRAL), mix(mix(U(0), seed), COLORS), mix(mix(U(0), seed), IDENTITY)
     for i in range(n):
-        p, shots = target[i], 0
+        p, shots, total = target[i], 0, 0
         task = tab.pair_task[p]
         if not as_is[i]:
-            dihedral[i] = draw_augment(U(p), visit[i], seed, tab.domain[task], cmap[i], ranks, colors)
-        if as_is[i] or np.float64(mix(mix(mix(mix(U(0), seed), IDENTITY), U(p)), visit[i])) < p_identity * 2.0**64:
+            dihedral[i] = draw_augment(U(p), visit[i], h_dihedral, h_colors, tab.domain[task], cmap[i], ranks, colors)
+        if as_is[i] or np.float64(mix(mix(h_identity, U(p)), visit[i])) < p_identity * 2.0**64:
             for x in range(10):
                 cmap[i, x] = x
         pairs[i, 0] = p
         if most > 0:
-            room = block_size - tab.long[p]
             for j in range(tab.n_demos[task]): # insertion sort, tasks have few demos
                 key, at = U(j) if as_is[i] else mix(order[i], U(j)), j
                 while at > 0 and keys[at - 1] > key:
                     keys[at], queue[at] = keys[at - 1], queue[at - 1]
                     at -= 1
                 keys[at], queue[at] = key, tab.first[task] + j
+            need = tab.need[is_turned(dihedral[i])]
             for j in range(tab.n_demos[task]):
-                q = queue[j]
-                if shots < most and q != p and tab.usable[q] and tab.long[q] <= room:
+                if shots < most and queue[j] != p and tab.usable[queue[j]]:
+                    drawn[i, shots] = pairs[i, shots + 1] = queue[j]
+                    total += need[queue[j]]
                     shots += 1
-                    pairs[i, shots] = q
-                    room -= tab.long[q]
-        sides = tab.w if (dihedral[i] // 4 + dihedral[i]) % 2 else tab.h # (H, W) becomes (W, H), and a grid has a ROW a row
-        for k in range(shots + 1):
-            x, y, answer = 2 * pairs[i, k], 2 * pairs[i, k] + 1, 0
-            if tab.known[pairs[i, k]]:
-                answer = np.int64(tab.h[y]) * tab.w[y] + sides[y] + 1 # and END
-            length[i] += 2 + np.int64(tab.h[x]) * tab.w[x] + sides[x] + answer # IN and OUT
-            if k == 0 or (loss_on == 1 and k < shots):
-                loss_tokens[i] += answer
-        if loss_on == 2:
-            loss_tokens[i] = length[i] - 1
-    return pairs, dihedral, cmap, length, loss_tokens
+            if total > block_size - need[p]: # not all find room: those that fill it best
+                tight[i], total = True, block_size - need[p]
+                subset_sums(drawn[i], shots, need, total, reach)
+                while not has(reach[shots], total):
+                    total -= 1
+                shots = take(drawn[i], shots, need, total, reach, pairs[i])
+        length[i], loss_tokens[i] = measure(tab, pairs[i], shots, is_turned(dihedral[i]), loss_on)
+    return pairs, drawn, tight, dihedral, cmap, length, loss_tokens
 
 @njit(cache=True, nogil=True)
-def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, loss, idx, targets, pos, doc, task, dihedral):
+def whole(n):
+    """ n or a little more: loops of whole vectors are faster, and what is written too far is written again by what follows """
+    return (n + 63) // 64 * 64
+
+@njit(cache=True, nogil=True)
+def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, targets, pos, doc, task, dihedral):
     """
     rows r0..r1-1, row r being the documents row_docs[row_start[r] : row_start[r+1]] one after another, into the (B, T)
-    arrays of a Batch; rows past r1 stay empty. pos, doc, task and dihedral may have no elements: then they are not
-    wanted. tokens and loss are (T,) scratch, uint8 and int8: a row is put together there and widened in one go.
+    arrays of a Batch, pos as (B, 3 * T); rows past r1 stay empty. pos, doc, task and dihedral may have no elements: then
+    they are not wanted. tokens is (T,) uint8 scratch: a pair is put together there, then widened and colored in one go.
     """
-    T, color = idx.shape[1], np.zeros(256, np.uint8)
     for b in range(idx.shape[0]):
-        at = 0
-        loss[:] = -100
+        x, y, at = idx[b], targets[b], 0
         for j in range(row_start[r0 + b], row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]):
             n_doc = row_docs[j]
             start, shots, d = at, 0, docs.dihedral[n_doc]
-            color[:10] = docs.cmap[n_doc]
             while shots + 1 < docs.pairs.shape[1] and docs.pairs[n_doc, shots + 1] >= 0:
                 shots += 1
+            color = U(0xfedcba) << U(40) # 4 bits a token: what it becomes. past the colors each is itself
+            for c in range(10):
+                color |= U(docs.cmap[n_doc, c]) << U(4 * c)
             for k in range(shots, -1, -1):
-                p, out = docs.pairs[n_doc, k], at
+                p, begin, out = docs.pairs[n_doc, k], at, at
                 for side in range(2):
                     z = np.uint8(2 * k + side)
                     out, tokens[at] = at, IN + side # IN or OUT
@@ -280,14 +337,13 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, loss, id
                     g = 2 * p + side
                     a, row, col, H, W = walk(tab.off[g], np.int64(tab.h[g]), np.int64(tab.w[g]), d)
                     if pos.size > 0:
-                        where, place, n = pos[b, 3 * at :], tab.place[W], H * (W + 1)
-                        depth = tab.depth[z]
-                        for m in range(3 * n):
+                        where, place, depth = pos[b, 3 * at :], tab.place[W], tab.depth[z]
+                        for m in range(min(whole(3 * H * (W + 1)), len(where))):
                             where[m] = place[m] + depth[m]
                     for r in range(H): # an unsigned index spares the test for a negative one
                         i = a
                         for c in range(W):
-                            tokens[np.uintp(at + c)] = color[tab.cells[np.uintp(i)]]
+                            tokens[np.uintp(at + c)] = tab.cells[np.uintp(i)]
                             i += col
                         tokens[np.uintp(at + W)] = ROW
                         a += row
@@ -296,73 +352,88 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, loss, id
                     tokens[at] = END
                     if pos.size > 0:
                         pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = H, 1, z
-                    if k == 0 or (loss_on == 1 and k < shots):
-                        for n in range(out, at): # OUT predicts the first cell, the last ROW predicts END
-                            loss[n] = tokens[n + 1]
                     at += 1
+                wide, narrow = x[begin:], tokens[begin:]
+                for m in range(min(whole(at - begin), len(wide))):
+                    wide[m] = np.int64(color >> (U(narrow[m]) << U(2)) & U(15))
+                y[begin:at] = -100
+                if tab.known[p] and (k == 0 or (loss_on == 1 and k < shots)):
+                    y[out : at - 1] = x[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
             if loss_on == 2:
-                for n in range(start, at - 1):
-                    loss[n] = tokens[n + 1]
+                y[start : at - 1] = x[start + 1 : at]
             if doc.size > 0:
                 doc[b, start:at] = j - row_start[r0 + b]
             if task.size > 0:
                 task[b, start:at] = tab.row[tab.pair_task[p]]
                 dihedral[b, start:at] = d
-        tokens[at:] = PAD
-        if doc.size > 0:
-            doc[b, at:] = -1
+        x[at:], y[at:] = PAD, -100
         if pos.size > 0:
             pos[b, 3 * at :] = 0
+        if doc.size > 0:
+            doc[b, at:] = -1
         if task.size > 0:
             task[b, at:] = 0
             dihedral[b, at:] = 0
-        x, y = idx[b], targets[b]
-        for n in range(T):
-            x[n] = tokens[n]
-        for n in range(T):
-            y[n] = loss[n]
 
 @njit(cache=True, nogil=True)
-def best_fit(length, T):
-    """ (n,) lengths, longest first -> (n,) the row of T tokens that each goes to: the fullest that has room """
-    newest, before = np.full(T + 1, -1), np.empty(len(length), np.int64) # by room left: the newest row, and for each row the one before
-    count = np.zeros(T // 64 + 1, np.int64) # of rows by room // 64, so that the search may leap
-    row, n_rows, most = np.empty(len(length), np.int64), 0, 0
-    for i in range(len(length)):
-        room = length[i]
+def best_fit(tab, docs, order, T, loss_on):
+    """
+    -> (n,) the row of T tokens that each document goes to, in this order: the fullest that has room. one that is tight
+    has lost demos already; it may lose more, if it then fills a row to within 1 in 512. docs is changed then.
+    """
+    newest, before = np.full(T + 1, -1), np.empty(len(order), np.int64) # by room left: the newest row, and for each row the one before
+    count = np.zeros(T // 64 + 1, np.int64) # of rows by room // 64, so that a search may leap
+    reach = np.empty((docs.drawn.shape[1] + 1, T // 64 + 1), np.uint64)
+    row, n_rows, most = np.empty(len(order), np.int64), 0, 0
+    for i in order:
+        if docs.tight[i] and docs.length[i] < T - T // 512:
+            turned, p, n = is_turned(docs.dihedral[i]), docs.pairs[i, 0], (docs.drawn[i] >= 0).sum()
+            need = tab.need[turned]
+            subset_sums(docs.drawn[i], n, need, T - need[p], reach)
+            best, room, at = T // 512 + 1, most, 0
+            while room > need[p] and best > 0:
+                if newest[room] >= 0:
+                    for left in range(min(best, room - need[p])):
+                        if has(reach[n], room - need[p] - left):
+                            best, at = left, room
+                            break
+                room -= 1 if count[room // 64] else room % 64 + 1
+            if at > 0:
+                shots = take(docs.drawn[i], n, need, at - need[p] - best, reach, docs.pairs[i])
+                docs.length[i], docs.loss_tokens[i] = measure(tab, docs.pairs[i], shots, turned, loss_on)
+        room = docs.length[i]
         while room <= most and newest[room] < 0:
             room += 1 if count[room // 64] else 64 - room % 64
         if room <= most:
             r = newest[room]
             newest[room] = before[r]
             count[room // 64] -= 1
-        else: # so no row has room for this length, nor will any before a new one
-            r, room, most = n_rows, T, length[i] - 1
+        else:
+            r, room = n_rows, T
             n_rows += 1
-        room -= length[i]
+        room -= docs.length[i]
         row[i], before[r], newest[room], most = r, newest[room], r, max(most, room)
         count[room // 64] += 1
     return row
 
 @njit(cache=True, nogil=True)
 def cut_buckets(width, batch_tokens):
-    """ (n,) ascending widths -> where each batch of rows of one width ends: at most batch_tokens, at least one row """
-    ends, start = np.empty(len(width), np.int64), 0
-    n = 0
+    """ (n,) ascending widths -> where each batch ends: at most batch_tokens, no row 1/16 wider than another, at least one row """
+    ends, start, n = np.empty(len(width), np.int64), 0, 0
     for end in range(1, len(width) + 1): # grow until one more row would be too many
-        if end == len(width) or (end - start + 1) * width[end] > batch_tokens:
+        if end == len(width) or (end - start + 1) * width[end] > batch_tokens or 16 * width[end] > 17 * width[start]:
             ends[n] = end
             start, n = end, n + 1
     return ends[:n]
 
 @njit(cache=True, nogil=True)
-def has_context(tab, block_size):
-    """ -> (P,) bool: is there another usable demo of its task that fits before the pair? """
-    out = np.zeros(len(tab.long), np.bool_)
+def has_context(tab, long, block_size):
+    """ -> (P,) bool: is there another usable demo of its task that fits before the pair, whatever the orientation? """
+    out = np.zeros(len(long), np.bool_)
     for p in range(len(out)):
         a = tab.first[tab.pair_task[p]]
         for q in range(a, a + tab.n_demos[tab.pair_task[p]]):
-            if q != p and tab.usable[q] and tab.long[p] + tab.long[q] <= block_size:
+            if q != p and tab.usable[q] and long[p] + long[q] <= block_size:
                 out[p] = True
                 break
     return out
@@ -407,11 +478,10 @@ class Sampler:
         self.repeat = np.repeat([repeat for _, repeat in corpora], [len(c) for c in self.corpora]) # (K,)
         self.part = np.repeat(np.arange(len(corpora)), [len(c) for c in self.corpora]) # (K,) which corpus it is from
         # what fits must not depend on answers that we may not see: such a query reserves room for the task's longest output
-        known = h[1::2] > 0
-        size = np.multiply(h, w, dtype=np.int32)
+        known, size = h[1::2] > 0, np.multiply(h, w, dtype=np.int32)
         output = np.where(self.is_demo, size[1::2] + np.maximum(h[1::2], w[1::2]), 0)
-        longest = np.maximum.reduceat(output, first[:-1])[pair_task] + 1 - 1 * known # END is counted below where the answer is known
-        long = 2 + known + size[::2] + size[1::2] + np.maximum(h[::2].astype(np.int32) + h[1::2], w[::2].astype(np.int32) + w[1::2]) + np.where(known, 0, longest)
+        reserve = np.where(known, 0, np.maximum.reduceat(output, first[:-1])[pair_task])
+        need = np.stack([3 + reserve + size[::2] + size[1::2] + x[::2] + x[1::2] for x in (h, w)]) # IN, OUT, END; a ROW a row
         # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no part, so
         # that a hidden one cannot change a view
         mode = cfg.colors if cfg.colors != 'auto' else 'domain' if cfg.shots == 0 else 'nonzero'
@@ -431,7 +501,7 @@ class Sampler:
         self.rows = rows or {}
         most = min(int(n_demos.max()), MAX_SHOTS)
         self.most = min(most, cfg.shots) if cfg.shots >= 0 else most
-        self.tables = Tables(cells, off, h, w, first, n_demos, pair_task, known, long.astype(np.int32), self.is_demo.copy(), domain, row, *places())
+        self.tables = Tables(cells, off, h, w, first, n_demos, pair_task, known, need.astype(np.int32), self.is_demo.copy(), domain, row, *places())
 
     def grid(self, g):
         """ grid number g as a (H, W) uint8 view """
@@ -461,9 +531,10 @@ class Sampler:
             T = width[order[ends - 1]]
         else:
             if batching == 'pack':
-                order = np.argsort(-docs.length, kind='stable')
-                row = best_fit(docs.length[order], T)
-                row = np.argsort(np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))))[row] # neighbours are alike otherwise
+                last = docs.tight & (docs.length >= T - T // 16) # they fill a row alone, or may shrink to fill another
+                order = np.lexsort((np.where(last, 1, -1) * docs.length, last)) # else the longest first
+                row = best_fit(self.tables, docs, order, T, LOSS_ON.index(self.cfg.loss_on))
+                row = np.argsort(np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))))[row[order]] # neighbours are alike otherwise
                 order, row = order[np.argsort(row, kind='stable')], np.sort(row)
             B, R = max(self.cfg.batch_tokens // T, 1), row[-1] + 1
             ends = np.minimum(np.arange(B, R + B, B), R)
@@ -478,13 +549,13 @@ class Sampler:
         """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
         buffers = buffers or Buffers(max(r1 - r0, 1) * T, self.cfg.shots == 0)
         batch, arrays = buffers.shaped(max(r1 - r0, 1), T)
-        tokens, loss = np.empty(T, np.uint8), np.empty(T, np.int8)
-        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), tokens, loss, *arrays)
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.empty(T, np.uint8), *arrays)
         return batch
 
 def places():
     """ -> place and depth of Tables: tokens of one grid differ in row and col alone, so pos is a sum of two tables """
-    place, depth = np.zeros((MAX_SIDE + 1, 3 * MAX_GRID), np.uint8), np.zeros((256, 3 * MAX_GRID), np.uint8)
+    n = whole(3 * MAX_GRID)
+    place, depth = np.zeros((MAX_SIDE + 1, n), np.uint8), np.zeros((256, n), np.uint8)
     for W in range(1, MAX_SIDE + 1):
         r, c = np.divmod(np.arange(MAX_SIDE * (W + 1)), W + 1)
         place[W, : 3 * len(r)] = np.stack([r + (c == W), (c + 1) * (c < W), 0 * r], 1).ravel() # ROW opens the next row
@@ -573,7 +644,8 @@ class ArcDataset(torch.utils.data.Dataset):
         t.usable[held] = False
         # what is trained on
         can = t.known & (s.is_demo | in_data[task])
-        short, near = t.long <= cfg.block_size, has_context(t, cfg.block_size) if cfg.shots != 0 else np.ones(len(task), bool)
+        long = t.need.max(0)
+        short, near = long <= cfg.block_size, has_context(t, long, cfg.block_size) if cfg.shots != 0 else np.ones(len(task), bool)
         self.num_held, self.num_long, self.num_alone = (int(x.sum()) for x in (can & held, can & ~held & ~short, can & ~held & short & ~near))
         pairs = np.flatnonzero(can & ~held & short & near)
         if len(pairs) == 0:
@@ -741,25 +813,33 @@ class ArcStream(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, dataset, rank=0, world=1):
-        self.args, self.loader, self.start = (dataset, rank, world), None, None
+        self.args, self.start, self.place = (dataset, rank, world), {}, {} # where the next iterator begins, and where this one is
 
     def __iter__(self):
+        self.start, self.place = {}, self.start # at once, a generator would wait for its first batch
+        return self.batches(dict(self.place))
+
+    def batches(self, start):
         worker = torch.utils.data.get_worker_info()
         n, skip = (worker.num_workers, worker.id) if worker else (1, 0)
-        loader = self.loader = ArcLoader(*self.args, prefetch=False)
-        if self.start is not None:
-            loader.load_state_dict(self.start)
-            skip, self.start = n - 1, None
+        loader, saved = ArcLoader(*self.args, prefetch=False), start.pop('workers', 1)
+        if start:
+            if saved not in (1, n):
+                raise ValueError(f"resume refused: workers differs (saved {saved}, now {n})")
+            loader.load_state_dict(start)
+            skip = skip if saved == 1 else n - 1 # the place after a batch of this worker, or of a process without others
         while True:
             for _ in range(skip):
                 loader.window, loader.batch = loader.after(loader.window, loader.batch)
             skip = n - 1
-            yield Batch(*(x if x is None else x.clone() for x in loader.next_batch())) # the next one comes before this is used
+            batch = Batch(*(x if x is None else x.clone() for x in loader.next_batch())) # the next one comes before this is used
+            self.place = {**loader.state_dict(), 'workers': n}
+            yield batch
 
     def state_dict(self):
         """ of this worker, {} before its first batch """
-        return self.loader.state_dict() if self.loader else self.start or {}
+        return self.start or self.place
 
     def load_state_dict(self, state):
-        """ where the next iterator begins. raises ValueError there, if it is a place in another stream """
-        self.start = state or None
+        """ where the next iterator begins: a state of this or of an ArcLoader. raises ValueError there, if it is a place in another stream """
+        self.start = state or {}

@@ -594,7 +594,7 @@ def read_up_to(file):
     with file.open() as f:
         return f.read(MAX_JSON_BYTES + 1)
 
-def read_source(source, opened=True, on_bad='raise', n_demos=3):
+def read_source(source, opened=True, on_bad='raise', n_demos=10):
     """
     one source -> Corpus with unique names. opened=False: no answer is kept. on_bad='quarantine': a task that is malformed
     (a file of a tree or archive, a line, a row) is left out whole and its error goes to corpus.bad. raises ValueError.
@@ -639,7 +639,7 @@ def read_source(source, opened=True, on_bad='raise', n_demos=3):
         raise ValueError(f"{source}: not one whole task, {len(bad)} in quarantine, the first: {bad[0] if bad else ''}")
     return Corpus.of(list(unique.values()), source, bad) # insertion order
 
-def read_sources(spec, opened=True, on_bad='raise', n_demos=3):
+def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
     """ 'a*2+b' -> list of (Corpus, repeat), in order. '' -> []. raises ValueError """
     corpora = []
     for part in [spec] if os.path.exists(spec) else spec.split('+'):

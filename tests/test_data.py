@@ -5,32 +5,41 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import slow_loader
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nanoarc import data
-from nanoarc.data import END, IN, OUT, PAD, ROW, WINDOW, ArcDataset, ArcLoader, Batch, Corpus, DataConfig
-from nanoarc.sources import Task, read_sources
+from nanoarc.data import END, IN, OUT, PAD, ROW, WINDOW, ArcDataset, ArcLoader, Batch, DataConfig, Rows, Sampler
+from nanoarc.sources import Corpus, Task, read_source, read_tasks
 
 sides = st.integers(1, 30)
 grids = st.tuples(sides, sides).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
 small = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
 
-def corpus_of(*pairs, queries=(), **kwargs):
-    """ a corpus of one task with these demos """
-    return Corpus([Task('toy', 'toy', list(pairs), list(queries) or [(pairs[0][0], None)])], DataConfig(**kwargs))
+def sampler_of(*pairs, queries=(), **kwargs):
+    """ one task with these demos """
+    task = Task('toy', 'toy', list(pairs), list(queries) or [(pairs[0][0], None)])
+    return Sampler([(Corpus.of([task]), 1)], DataConfig(**kwargs))
 
-def written(corpus, docs, i=0, **kwargs):
+def written(sampler, docs, i=0):
     """ document i of a plan -> (idx, targets, pos) of its own length """
-    T = int(docs.length[i])
-    idx, targets, pos = np.full(T, PAD), np.full(T, -100), np.zeros((T, 3), np.uint8)
-    n = corpus.write(docs, i, idx, targets, pos, **kwargs)
-    return idx[:n], targets[:n], pos[:n]
+    batch = sampler.write(Rows(docs, np.array([0, 1]), np.array([i]), None, None), 0, 1, int(docs.length.max()) + 9)
+    n = int((batch.doc >= 0).sum())
+    assert (batch.doc[0, :n] == 0).all() and (batch.idx[0, n:] == PAD).all() and (batch.pos[0, n:] == 0).all()
+    return tuple(x[0, :n].numpy() for x in (batch.idx, batch.targets, batch.pos))
 
-def documents(corpus, target, d=0, cmap=range(10)):
-    """ a plan of one document, its context in the order of the file """
-    return corpus.documents([target], np.array([d]), np.array([cmap], np.uint8), np.arange(corpus.demos.shape[1], dtype=np.uint64)[None])
+def documents(sampler, target, d=0, cmap=range(10)):
+    """ a plan of one document under a given augment, its context in the order of the file """
+    docs = sampler.plan([target], 0, 0, True, 0)
+    n = sum(sampler.grid(2 * p + i).size + data.dihedral(sampler.grid(2 * p + i), d).shape[0] for p in docs.pairs[0] if p >= 0 for i in range(2))
+    return docs._replace(dihedral=np.array([d], np.uint8), cmap=np.array([cmap], np.uint8), length=np.array([n + 3 * (docs.pairs >= 0).sum()]))
+
+def visits(sampler, pair, n, seed=1, **kwargs):
+    """ the dihedrals and color maps of the first n visits of a pair """
+    docs = sampler.plan(np.full(n, pair), np.arange(n), 0, False, seed, **kwargs)
+    return docs.dihedral, docs.cmap
 
 def pairs_of(idx):
     """ tokens of a document -> list of (input, output), read by hand """
@@ -57,7 +66,7 @@ def test_every_demo_of_every_task_is_used(toy, shots):
 @pytest.mark.parametrize('shape', [(1, 1), (1, 30), (30, 1), (30, 30), (2, 6), (3, 4)])
 def test_the_shape_of_a_grid_survives_the_round_trip(shape):
     x, y = np.random.default_rng(0).integers(0, 10, (2, *shape)).astype(np.uint8)
-    c = corpus_of((x, y))
+    c = sampler_of((x, y))
     idx, _, _ = written(c, documents(c, 0))
     assert same(pairs_of(idx)[0], (x, y)) and len(idx) == 3 + 2 * shape[0] * (shape[1] + 1)
 
@@ -73,7 +82,7 @@ def test_targets_are_the_next_token_and_the_plan_knows_how_many(toy, loss_on):
     ds = ArcDataset(DataConfig(data=toy(n=4), shots=-1, loss_on=loss_on))
     docs = ds.plan(np.arange(40))
     for i in range(40):
-        idx, targets, _ = written(ds.corpus, docs, i)
+        idx, targets, _ = written(ds.sampler, docs, i)
         on = np.flatnonzero(targets != -100)
         assert (targets[on] == idx[on + 1]).all() and len(on) == docs.loss_tokens[i] and targets[-1] == -100
         outs, ends = np.flatnonzero(idx == OUT), np.flatnonzero(idx == END)
@@ -84,11 +93,11 @@ def test_targets_are_the_next_token_and_the_plan_knows_how_many(toy, loss_on):
 @pytest.mark.parametrize('block_size', [60, 100, 200])
 def test_an_over_long_document_loses_demos_never_cells(toy, block_size):
     src = toy(n=6, demos=5)
-    known = {(x.tobytes(), y.tobytes(), *x.shape) for task, _ in read_sources(src) for x, y in task.demos + task.queries}
+    known = {(x.tobytes(), y.tobytes(), *x.shape) for task in read_tasks(src) for x, y in task.demos + task.queries}
     ds = ArcDataset(DataConfig(data=src, shots=-1, block_size=block_size, colors='none', val_tasks=0))
     docs, n = ds.plan(np.arange(len(ds))), []
     for i in range(len(ds)):
-        idx, _, _ = written(ds.corpus, docs, i)
+        idx, _, _ = written(ds.sampler, docs, i)
         assert len(idx) == docs.length[i] <= block_size
         pairs = [tuple(data.undo_dihedral(g, int(docs.dihedral[i])) for g in pair) for pair in pairs_of(idx)]
         assert {(x.tobytes(), y.tobytes(), *x.shape) for x, y in pairs} <= known # whole, every one of them
@@ -115,12 +124,12 @@ def test_augments_differ_between_epochs_and_never_touch_val(toy):
         for pair, d in zip(docs.pairs[:, 0].tolist(), docs.dihedral.tolist()):
             views[pair].add(d)
     assert all(len(v) == 8 for v in views.values()) # 8 epochs see each symmetry once
-    docs = ds.val_plan()
+    docs = ds.sampler.plan(ds.val_pairs, 0, 0, True, 0)
     assert len(ds.val_pairs) == 3 and (docs.dihedral == 0).all() and (docs.cmap == np.arange(10)).all()
     assert not set(ds.val_pairs) & set(ds.targets.tolist())
     assert all(torch.equal(a, b) for x, y in zip(ds.val_batches(), ds.val_batches()) for a, b in zip(x, y))
-    plans = [ArcDataset(DataConfig(data=ds.cfg.data, val_tasks=3, shots=-1), seed=seed).val_plan() for seed in (1, 7)]
-    assert np.array_equal(plans[0].pairs, plans[1].pairs) and (plans[0].pairs >= 0).all() # each seed is judged on the same
+    plans = [list(ArcDataset(DataConfig(data=ds.cfg.data, val_tasks=3, shots=-1), seed=seed).val_batches()) for seed in (1, 7)]
+    assert all(torch.equal(x, y) for a, b in zip(*plans) for x, y in zip(a[:4], b[:4])) and all((b.dihedral == 0).all() for b in ds.val_batches()) # each seed is judged on the same
 
 def test_train_and_val_never_run_dry(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3, demos=2), batch_tokens=64))
@@ -137,7 +146,7 @@ def test_train_and_val_never_run_dry(toy):
 @given(grids, st.integers(0, 7))
 def test_a_dihedral_and_its_inverse_are_the_identity(grid, d):
     assert np.array_equal(data.undo_dihedral(data.dihedral(grid, d), d), grid)
-    assert data.dihedral(grid, d).shape == (grid.shape[::-1] if data.swaps_sides(d) else grid.shape)
+    assert data.dihedral(grid, d).shape == (grid.shape[::-1] if d in (1, 3, 4, 6) else grid.shape)
 
 def test_the_eight_dihedrals_are_eight():
     grid = np.arange(6).reshape(2, 3)
@@ -146,7 +155,7 @@ def test_the_eight_dihedrals_are_eight():
 @settings(max_examples=40, deadline=None)
 @given(grids, grids, st.integers(0, 7), st.permutations(range(10)))
 def test_decode_of_encode_is_the_pair_under_any_augment(x, y, d, cmap):
-    c = corpus_of((x, y))
+    c = sampler_of((x, y))
     idx, _, _ = written(c, documents(c, 0, d, cmap))
     undone = [np.argsort(cmap)[data.undo_dihedral(g, d)] for g in pairs_of(idx)[0]]
     assert same(undone, (x, y)) and len(idx) <= data.MAX_PAIR
@@ -154,7 +163,7 @@ def test_decode_of_encode_is_the_pair_under_any_augment(x, y, d, cmap):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(small, small), min_size=1, max_size=4), st.integers(0, 7))
 def test_every_cell_stands_one_to_the_right_of_the_token_before_it(pairs, d):
-    c = corpus_of(*pairs, shots=-1)
+    c = sampler_of(*pairs, shots=-1)
     idx, _, pos = written(c, documents(c, 0, d))
     pos = pos.astype(int)
     cells = np.flatnonzero(idx < ROW)
@@ -198,47 +207,35 @@ def test_same_seed_same_batches_in_another_process():
 # -----------------------------------------------------------------------------
 # the stream
 
-def hash64_slowly(*parts):
-    """ the same in plain python, where no integer overflows unseen """
-    h, M = 0, 2**64 - 1
-    for x in parts:
-        h = ((h ^ int(x)) + 0x9e3779b97f4a7c15) & M
-        h = ((h ^ (h >> 30)) * 0xbf58476d1ce4e5b9) & M
-        h = ((h ^ (h >> 27)) * 0x94d049bb133111eb) & M
-        h ^= h >> 31
-    return h
-
 def test_the_hash_is_64_bit_and_equals_plain_python():
     parts = [[1, 2, 3], [2**64 - 1, 0, 2**63], [7, 2**33, 2**40 + 1]]
     got = data.hash64(*(np.array(x, dtype=np.uint64) for x in parts))
-    assert got.tolist() == [hash64_slowly(*x) for x in zip(*parts)] and got.dtype == np.uint64
-    assert data.hash64(0).tolist() == [0xe220a8397b1dcdaf] # splitmix64's first output from state 0, as published
+    assert got.tolist() == [slow_loader.hash64(*x) for x in zip(*parts)] and got.dtype == np.uint64
+    assert int(data.hash64(0)) == 0xe220a8397b1dcdaf # splitmix64's first output from state 0, as published
 
-@pytest.mark.parametrize('n', [*range(1, 40), 255, 256, 257, 1000, 1120, 65_537])
-def test_the_bijection_is_a_permutation(n):
-    for key in (0, 2**64 - 1, 12345):
-        assert sorted(data.bijection(np.arange(n), n, key).tolist()) == list(range(n))
+def domain_of(sampler, task=0):
+    return [x for x in range(10) if sampler.tables.domain[task] >> x & 1]
 
 def test_color_maps_come_without_replacement_and_keep_what_is_fixed():
     x, y = np.array([[0, 1, 2]], np.uint8), np.array([[3, 1, 2]], np.uint8) # 3 is in outputs only
-    c = corpus_of((x, y), queries=[(np.array([[4, 1]], np.uint8), np.array([[5]], np.uint8))])
-    assert c.domain[0, : c.n_domain[0]].tolist() == [1, 2, 4, 5, 6, 7, 8, 9] # an answer's 5 is not looked at
-    asked = corpus_of((x, y), queries=[(np.array([[3]], np.uint8), None)])
-    assert asked.n_domain[0] == 9 # a query's input shows that 3 is no color of outputs only
-    d, cmap = c.augments(np.zeros(40320, int), np.arange(40320), 1)
+    c = sampler_of((x, y), queries=[(np.array([[4, 1]], np.uint8), np.array([[5]], np.uint8))])
+    assert domain_of(c) == [1, 2, 4, 5, 6, 7, 8, 9] # an answer's 5 is not looked at
+    asked = sampler_of((x, y), queries=[(np.array([[3]], np.uint8), None)])
+    assert len(domain_of(asked)) == 9 # a query's input shows that 3 is no color of outputs only
+    d, cmap = visits(c, 0, 40320)
     assert len(np.unique(cmap, axis=0)) == 40320 and (cmap[:, [0, 3]] == [0, 3]).all() # 8! maps, each one once
     assert all(sorted(m) == list(range(10)) for m in cmap[:100].tolist())
     assert np.bincount(d).tolist() == [5040] * 8
     for colors, n in (('nonzero', 9), ('all', 10), ('none', 0)):
-        assert corpus_of((x, y), colors=colors).n_domain[0] == n
+        assert len(domain_of(sampler_of((x, y), colors=colors))) == n
 
 def test_a_fifth_of_the_documents_keep_their_colors(toy):
     docs = ArcDataset(DataConfig(data=toy(n=5))).plan(np.arange(WINDOW))
     assert 0.17 < (docs.cmap == np.arange(10)).all(1).mean() < 0.23
 
 def test_a_context_is_other_demos_and_never_a_query(toy):
-    ds = ArcDataset(DataConfig(data=toy('a', n=4, queries=2), adapt=toy('b', n=4, queries=2, seed=1), shots=-1, val_tasks=0))
-    c, orders = ds.corpus, set()
+    ds = ArcDataset(DataConfig(data=toy('a', n=4, queries=2, side=6), adapt=toy('b', n=4, queries=2, side=6, seed=1), shots=-1, val_tasks=0))
+    c, orders = ds.sampler.tables, set()
     docs = ds.plan(np.arange(10 * len(ds)))
     for row in docs.pairs:
         target, context = row[0], row[1:][row[1:] >= 0]
@@ -258,7 +255,7 @@ def test_up_to_k_shots_are_drawn(toy):
 def test_a_repeated_source_is_seen_that_often_and_equal_tasks_share_a_row(toy):
     a = toy('a', n=2)
     ds = ArcDataset(DataConfig(data=f"{a}*3+{toy('b', n=3)}", val_tasks=0)) # b's first two tasks are a's
-    assert len(ds) == 2 * 4 * 3 + 3 * 4 and len(ds.corpus.rows) == 3 and ds.corpus.row.tolist() == [0, 1, 0, 1, 2]
+    assert len(ds) == 2 * 4 * 3 + 3 * 4 and len(ds.sampler.rows) == 3 and ds.sampler.tables.row.tolist() == [0, 1, 0, 1, 2]
     docs = ds.plan(np.arange(8 * len(ds)))
     seen = defaultdict(list)
     for p, d in zip(docs.pairs[:, 0].tolist(), docs.dihedral.tolist()):
@@ -278,16 +275,57 @@ def test_a_held_out_query_stands_in_no_context_either(tmp_path):
         task['train'].append(task['test'][0])
     (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
     ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), shots=-1, val_tasks=1, colors='none'))
-    c, held = ds.corpus, ds.val_pairs[0]
-    same = {p for p in range(len(c.pair_task)) if np.array_equal(c.grid(2 * p), c.grid(2 * held)) and np.array_equal(c.grid(2 * p + 1), c.grid(2 * held + 1))}
+    c, held = ds.sampler, ds.val_pairs[0]
+    same = {p for p in range(len(c.is_demo)) if np.array_equal(c.grid(2 * p), c.grid(2 * held)) and np.array_equal(c.grid(2 * p + 1), c.grid(2 * held + 1))}
     assert len(same) == 2 and ds.num_held == 2
-    assert not same & set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) and (ds.val_plan().pairs[0] >= 0).sum() == 4 # itself and three others
+    assert not same & set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) and (c.plan(ds.val_pairs, 0, 0, True, 0).pairs[0] >= 0).sum() == 4 # itself and three others
 
-def test_data_never_trains_on_a_query_of_adapt():
-    ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation')) # 40853293 has the query of 070dd51e, with its answer
-    name = [ds.corpus.tasks[ds.corpus.pair_task[p]].name for p in ds.targets]
-    assert ds.num_leaks == 1 and name.count('40853293') == 2 and name.count('070dd51e') == 2
-    assert ArcDataset(DataConfig(data='arc2/training', adapt='arc1/evaluation')).num_leaks > 300
+def names_of(ds):
+    """ task names of the targets of an epoch """
+    names = [name.decode() for c in ds.sampler.corpora for name in c.name]
+    return Counter(names[ds.sampler.tables.pair_task[p]] for p in ds.targets)
+
+def test_data_that_holds_a_query_of_adapt_is_refused_dropped_or_allowed():
+    cfg = dict(data='arc1/training', adapt='arc1/evaluation', val_tasks=0)
+    with pytest.raises(ValueError, match=r"2 pairs of data .*40853293 \(arc1/training\) = 070dd51e query 0 \(arc1/evaluation\), verbatim; caa06a1f .* = 50a16a69 query 0 .*, augmented. --drop_overlap"):
+        ArcDataset(DataConfig(**cfg))
+    ds = ArcDataset(DataConfig(**cfg, drop_overlap=True))
+    names = names_of(ds)
+    assert ds.num_dropped == 2 and ds.leaks == [] and not {'40853293', 'caa06a1f'} & set(names) and len(ds) == 1718 + 1363 - 3 - 4
+    assert names['070dd51e'] == 2 # the demos of adapt are never left out
+    ds = ArcDataset(DataConfig(**cfg, allow_leak=True))
+    assert ds.num_dropped == 0 and len(ds.leaks) == 2 and names_of(ds)['40853293'] == 3
+    assert ArcDataset(DataConfig(data='arc2/training', adapt='arc1/evaluation', drop_overlap=True)).num_dropped == 377 # 376 by their id, and caa06a1f
+    assert ArcDataset(DataConfig(data='arc1/training', adapt='arc2/evaluation')).leaks == []
+
+def test_a_tasks_own_demos_under_adapt_are_no_leak(tmp_path):
+    import json
+    from conftest import toy_tasks
+    task = toy_tasks(n=1, side=9)['toy0000']
+    task['train'].append(task['test'][0])
+    (tmp_path / 'x.json').write_text(json.dumps(task))
+    assert len(ArcDataset(DataConfig(data='', adapt=str(tmp_path / 'x.json')))) == 4
+
+def test_what_was_trained_on_is_written_down(toy):
+    a, b = toy('a', n=2, side=9), toy('b', n=3, side=9, seed=5)
+    lines = ArcDataset(DataConfig(data=a, adapt=b, val_tasks=1)).trained_on().splitlines()
+    assert len(lines) == 7 and all(len(line.split()[0]) == 16 and line.endswith(f"({a})") for line in lines) # 2 x 4 without the query that is held out
+
+def test_an_augmented_copy_of_a_held_out_query_in_another_task_is_held_out_too(tmp_path):
+    import json
+    from conftest import toy_tasks
+    tasks = toy_tasks(n=2, demos=3, side=9)
+    for name, task in list(tasks.items()): # another task, that has the query turned and recolored among its demos
+        pair = {key: (9 - np.rot90(np.array(x), 3)).tolist() for key, x in task['test'][0].items()}
+        tasks[f"{name}_copy"] = {'train': [pair, *toy_tasks(n=1, demos=2, side=9, seed=len(tasks))['toy0000']['train']], 'test': [tasks['toy0000']['train'][0]]}
+    (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
+    ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), shots=-1, val_tasks=4))
+    assert len(ds.val_pairs) == 2 and ds.num_held >= 2
+    hashes = {int(ds.sampler.hash[p]) for p in ds.val_pairs}
+    seen = set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) - {-1}
+    others = {p for p in seen if int(ds.sampler.hash[p]) in hashes}
+    keys = {ds.sampler.key[ds.sampler.tables.pair_task[p]] for p in ds.val_pairs}
+    assert all(ds.sampler.key[ds.sampler.tables.pair_task[p]] in keys for p in others) # at most the task's own demos
 
 def test_the_order_of_the_demos_is_part_of_the_corpus(tmp_path):
     import json
@@ -296,24 +334,38 @@ def test_the_order_of_the_demos_is_part_of_the_corpus(tmp_path):
     for _ in range(2):
         path.write_text(json.dumps(task))
         ds = ArcDataset(DataConfig(data=str(path)))
-        seen.append((ds.corpus_sha256, list(ds.corpus.rows)))
+        seen.append((ds.corpus_sha256, list(ds.sampler.rows)))
         task['train'].reverse()
     assert seen[0][0] != seen[1][0] and seen[0][1] == seen[1][1] # another stream, but the same task to the model
 
-@pytest.mark.parametrize('batching', ['bucket', 'pad'])
+@pytest.mark.parametrize('batching', ['bucket', 'pack', 'pad'])
 def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, batching):
     ds = ArcDataset(DataConfig(data=toy(n=5, side=6), batching=batching, block_size=128, batch_tokens=500))
-    docs, batches = ArcLoader(ds).plan(3)
-    assert sorted(i for ids, _ in batches for i in ids) == list(range(WINDOW))
-    assert all(len(ids) * T <= 500 and docs.length[ids].max() <= T for ids, T in batches)
-    if batching == 'pad':
-        assert {T for _, T in batches} == {128}
+    docs, start, order, batches, _ = ds.plan_window(3)
+    assert sorted(order.tolist()) == list(range(WINDOW)) and start[0] == 0 and start[-1] == WINDOW
+    assert sorted(r for r0, r1, _ in batches for r in range(r0, r1)) == list(range(len(start) - 1)) # each row in one batch
+    for r0, r1, T in batches:
+        assert (r1 - r0) * T <= 500 and all(docs.length[order[start[r] : start[r + 1]]].sum() <= T for r in range(r0, r1))
+    if batching != 'bucket':
+        assert set(batches[:, 2].tolist()) == {128} and sorted((batches[:, 1] - batches[:, 0]).tolist())[1] == 3 # all but the last are full
+
+def share(spec, **kwargs):
+    """ useful tokens / all tokens of a window """
+    docs, _, _, batches, _ = ArcDataset(DataConfig(data=spec, **kwargs)).plan_window(0)
+    return docs.length.sum() / ((batches[:, 1] - batches[:, 0]) * batches[:, 2]).sum()
 
 def test_buckets_are_at_least_95_percent_useful():
-    loader = ArcLoader(ArcDataset(DataConfig(batch_tokens=4096)))
-    docs, batches = loader.plan(0)
-    assert docs.length.sum() / sum(len(ids) * T for ids, T in batches) > 0.95
-    assert len({T for _, T in batches}) < 100
+    assert all(share('arc1/training', batch_tokens=n) > 0.95 for n in (512, 4096, 65536))
+    _, _, _, batches, _ = ArcDataset(DataConfig(batch_tokens=4096)).plan_window(0)
+    assert len(set(batches[:, 2].tolist())) < 100
+
+@pytest.mark.parametrize('shots', [0, -1])
+def test_packed_rows_are_at_least_99_percent_useful(shots, request):
+    for T, least in ((4096, 0.99), (2048, 0.985)):
+        assert share('arc1/training', shots=shots, batching='pack', block_size=T, batch_tokens=4 * T) >= least
+    zipped = request.getfixturevalue('test_data') / 're_arc_small.zip'
+    for T, least in ((4096, 0.99), (2048, 0.985)):
+        assert share(str(zipped), shots=shots, batching='pack', block_size=T, batch_tokens=4 * T) >= least
 
 @pytest.mark.parametrize('shots', [0, -1])
 def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
@@ -332,28 +384,6 @@ def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
             got = other.next_batch()
             assert all(x is y is None or torch.equal(x, y) for x, y in zip(got, want)) and n == (got.targets != -100).sum()
 
-def test_a_place_in_another_stream_is_refused_by_field_name(toy):
-    src = toy(n=4)
-    state = ArcLoader(ArcDataset(DataConfig(data=src))).state_dict()
-    for field, other in (('seed', dict(seed=1)), ('corpus_sha256', dict(data=toy('b', n=5))), ('pipeline_sha256', dict(p_identity=0.3)),
-                         ('global_batch', dict(batch_tokens=77))):
-        ds = ArcDataset(DataConfig(**{'data': src, **{k: x for k, x in other.items() if k != 'seed'}}), seed=other.get('seed', 1337))
-        with pytest.raises(ValueError, match=f"resume refused: .*{field} differs"):
-            ArcLoader(ds).load_state_dict(state)
-
-def test_any_number_of_ranks_sees_the_same_global_batch(toy):
-    ds = ArcDataset(DataConfig(data=toy(n=4), batch_tokens=100))
-    one = ArcLoader(ds)
-    for world in (2, 3, 7):
-        ranks = [ArcLoader(ds, rank=r, world=world) for r in range(world)]
-        for x in [one, *ranks]:
-            x.window = x.batch = 0
-        for _ in range(20):
-            want, parts = one.next_batch(), [x.next_batch() for x in ranks]
-            rows = torch.cat([p.idx[(p.doc >= 0).any(1)] for p in parts])
-            assert torch.equal(rows, want.idx) # a rank without rows ran one of no loss
-            assert sum(int((p.targets != -100).sum()) for p in parts) == int((want.targets != -100).sum())
-
 def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3), block_size=64), epochs=2)
     assert len(ds) == 2 * len(ds.targets) and ds[10**12].idx.shape == (64,)
@@ -365,17 +395,26 @@ def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
         ds[-1]
 
 def test_a_prompt_is_a_document_without_its_answer(toy):
-    ds = ArcDataset(DataConfig(data=toy(n=3), shots=-1))
-    docs = ds.plan(np.arange(10))
-    for i in range(10):
-        whole, prompt = written(ds.corpus, docs, i)[0], written(ds.corpus, docs, i, prompt=True)[0]
-        assert prompt[-1] == OUT and np.array_equal(whole[: len(prompt)], prompt) and OUT not in whole[len(prompt) :]
+    """ the same corpus with its answers and without """
+    whole = sampler_of(*PAIRS, queries=PAIRS[:1], shots=-1)
+    closed = sampler_of(*PAIRS, queries=[(PAIRS[0][0], None)], shots=-1)
+    for k in range(10):
+        a, b = (written(x, x.plan([3], k, 5, False, 1)) for x in (whole, closed))
+        assert b[0][-1] == OUT and all(np.array_equal(x[: len(y)], y) for x, y in zip((a[0], a[2]), (b[0], b[2]))) and OUT not in a[0][len(b[0]) :]
+
+PAIRS = [(np.full((2, 3 + k), k, np.uint8), np.full((4, 1 + k), k, np.uint8)) for k in range(3)]
+
+def test_xy_makes_idx_and_targets_alone(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=3), batching='pack', block_size=64, batch_tokens=256))
+    a, b = ArcLoader(ds), ArcLoader(ds, xy=True)
+    for _ in range(30):
+        x, y = a.next_batch(), b.next_batch()
+        assert torch.equal(x.idx, y.idx) and torch.equal(x.targets, y.targets) and y[2:] == (None,) * 4
 
 def test_small_tasks_of_arc1_are_81_and_34():
-    tasks = {subset: [t for t, _ in read_sources(f"arc1/{subset}") if not data.too_long(t, 100)] for subset in ('training', 'evaluation')}
-    assert [len(x) for x in tasks.values()] == [81, 34] and sum(len(t.queries) for t in tasks['evaluation']) == 42
-    c = Corpus(tasks['evaluation'], DataConfig())
-    assert (c.n_domain < 9).sum() == 14 # so many have colors that only outputs have
+    corpora = {subset: c.select(data.fits(c, 100)) for subset in ('training', 'evaluation') for c in [read_source(f"arc1/{subset}", subset == 'training')]}
+    assert [len(c) for c in corpora.values()] == [81, 34] and len(corpora['evaluation'].hash) - corpora['evaluation'].n_demos.sum() == 42
+    s = Sampler([(corpora['evaluation'], 1)], DataConfig())
+    assert sum(len(domain_of(s, k)) < 9 for k in range(34)) == 14 # so many have colors that only outputs have
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
-    demos = [p for k in range(115) for p in range(ds.corpus.first[k], ds.corpus.first[k] + ds.corpus.n_demos[k])]
-    assert ds.corpus.long[demos].max() <= 100 and len(ds.val_pairs) >= 32
+    assert ds.sampler.tables.need[:, ds.sampler.is_demo].max() <= 100 and len(ds.val_pairs) >= 32 and ds.num_tasks_out == 685

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import TINY, toy_tasks
 
-from nanoarc import solve
+from nanoarc import checkpoint, solve
 from nanoarc.cli import main as cli
-from nanoarc.data import Corpus, DataConfig, dihedral
-from nanoarc.sources import Task, grid_bytes, read_sources
+from nanoarc.data import DataConfig, Sampler, dihedral
+from nanoarc.sources import Task, grid_bytes, read_source, read_tasks
 
 def as_task(name, answers):
     """ a task whose answers are these grids """
@@ -39,7 +39,7 @@ def test_the_score_equals_a_hand_count():
 
 @pytest.mark.parametrize('source, outputs', [('arc1/evaluation', 419), ('arc2/evaluation', 167), ('kaggle2025/evaluation', 172)])
 def test_a_perfect_submission_scores_100(source, outputs, tmp_path, capsys):
-    submission = {task.name: [{'attempt_1': [[0]], 'attempt_2': y.tolist()} for _, y in task.queries] for task, _ in read_sources(source)}
+    submission = {task.name: [{'attempt_1': [[0]], 'attempt_2': y.tolist()} for _, y in task.queries] for task in read_tasks(source)}
     path = tmp_path / 'submission.json'
     path.write_text(json.dumps(submission))
     cli(['score', str(path), source])
@@ -80,11 +80,10 @@ def test_attempts_differ_and_every_query_has_an_entry_in_order(tmp_path):
 
 @pytest.mark.parametrize('shots', [0, -1])
 def test_views_differ_begin_with_the_query_itself_and_can_be_undone(shots):
-    tasks = [task for task, _ in read_sources('arc1/training')][:8]
-    corpus = Corpus(tasks, DataConfig(shots=shots))
-    for k, task in enumerate(tasks):
-        pair = int(corpus.first[k] + corpus.n_demos[k])
-        docs, prompts = solve.make_views(corpus, pair, 16, seed=1)
+    sampler = Sampler([(read_source('arc1/training', opened=False), 1)], DataConfig(shots=shots))
+    for k, task in enumerate(read_tasks('arc1/training')[:8]):
+        pair = int(sampler.tables.first[k] + sampler.tables.n_demos[k])
+        docs, prompts = solve.make_views(sampler, pair, 16, seed=1)
         assert docs.dihedral[0] == 0 and (docs.cmap[0] == np.arange(10)).all() and 0 in prompts
         assert len({idx.tobytes() for idx, _ in prompts.values()}) >= len(prompts) - 8 and len(set(docs.dihedral.tolist())) == 8
         x = task.queries[0][0]
@@ -117,12 +116,30 @@ def test_a_task_without_an_embedding_row_is_refused_by_name_with_the_way_out(tin
     assert e.value.code == 2 and "120 of 120 tasks have no embedding row" in err and "0934a4d8" in err and "--adapt arc2/evaluation" in err and err.count("\n") == 1
 
 def test_a_model_that_has_learned_its_tasks_solves_them(toy, tmp_path, capsys):
-    src = toy(n=3, side=3) # transposes, asked for what they were trained on
+    src = toy(n=3, side=3, seed=4) # transposes, asked for what they were trained on
     cli(['train', f"--data={src}", f"--out_dir={tmp_path / 'run'}", '--max_iters=300', '--val_tasks=0', *TINY])
-    cli(['solve', '--run', str(tmp_path / 'run'), '--data', src, '--views=8', '--device=cpu'])
+    solve_it = ['solve', '--run', str(tmp_path / 'run'), '--data', src, '--views=8', '--device=cpu']
+    with pytest.raises(SystemExit): # it has seen the answers
+        cli(solve_it)
+    err = capsys.readouterr().err
+    assert "was trained on 3 of these queries, answers included: " in err and f"({src}) = toy0000 query 0 ({src})" in err and "--allow_leak" in err and err.count("\n") == 1
+    cli([*solve_it, '--allow_leak'])
     capsys.readouterr()
     cli(['score', str(tmp_path / 'run' / 'submission.json'), src])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['score'] == 100
+    out = capsys.readouterr().out.splitlines()
+    assert json.loads(out[-1])['score'] == 100 and json.loads(out[-1])['leaks'] == 3 and "TRAINED ON 3 OF THE ANSWERS" in out[-2]
+
+def test_a_leak_that_training_was_allowed_is_in_its_checkpoint_and_in_the_score(toy, tmp_path, capsys):
+    src, run = toy(n=2, side=9), tmp_path / 'run'
+    train_it = ['train', f"--data={src}", f"--adapt={src}", f"--out_dir={run}", '--max_iters=1', '--val_tasks=0', *TINY]
+    with pytest.raises(SystemExit):
+        cli(train_it)
+    assert "--drop_overlap" in capsys.readouterr().err
+    cli([*train_it, '--allow_leak'])
+    assert len(checkpoint.load(run)[1]['leaks']) == 2 and "leak allowed: toy0000" in capsys.readouterr().out
+    cli(['solve', '--run', str(run), '--data', src, '--views=1', '--device=cpu'])
+    cli(['score', str(run / 'submission.json'), src])
+    assert "TRAINED ON 2 OF THE ANSWERS" in capsys.readouterr().out
 
 def test_a_query_before_which_no_demo_fits_is_named(toy, tmp_path, capsys):
     cli(['train', f"--data={toy(side=3)}", '--shots=-1', '--block_size=70', f"--out_dir={tmp_path / 'run'}", '--max_iters=1', *TINY])
@@ -138,6 +155,6 @@ def test_a_wrong_setting_is_one_line_and_exit_2(args, want, tiny_run, capsys):
 
 def test_in_context_needs_no_row(toy, tmp_path):
     cli(['train', f"--data={toy()}", '--shots=-1', '--mixer=MA', f"--out_dir={tmp_path / 'run'}", '--max_iters=2', *TINY])
-    other = toy('other', n=2, seed=5)
+    other = toy('other', n=2, seed=5, side=9)
     cli(['solve', '--run', str(tmp_path / 'run'), '--data', other, '--views=2', '--device=cpu'])
     assert set(json.loads((tmp_path / 'run' / 'submission.json').read_text())) == {'toy0000', 'toy0001'}

@@ -81,7 +81,7 @@ def test_validation_counts_output_tokens_whatever_is_trained_on(toy, tmp_path):
 
 def test_what_would_change_a_resumed_run_is_refused_by_name(tiny_run):
     run, _ = tiny_run
-    for flag, field in (('--seed=1', 'seed'), ('--batch_tokens=999', 'global_batch'), ('--p_identity=0.5', 'pipeline_sha256'), ('--adapt=arc2/evaluation', 'n_task=4'),
+    for flag, field in (('--seed=1', 'seed'), ('--batch_tokens=999', 'batch_tokens differs'), ('--p_identity=0.5', 'p_identity differs'), ('--adapt=arc2/evaluation', 'n_task=4'),
                         ('--n_embd=64', 'fit this model'), ('--minutes=9', 'does not go with --resume'), ('--out_dir=x', 'does not go with --resume')):
         result = subprocess.run([sys.executable, '-m', 'nanoarc.cli', 'train', '--resume', run, flag], capture_output=True, text=True)
         assert result.returncode == 2 and field in result.stderr and result.stderr.count("\n") == 1, result.stderr
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b"old")]
 
 @pytest.mark.parametrize('args, want', [
-    (['--loss_on=all'], "add --no_prefix"), (['--batching=pack'], "batching='pack'"), (['--mixer=X'], "mixer='X'"), (['--max_iters=0'], "set --minutes or --max_iters"),
+    (['--loss_on=all'], "add --no_prefix"), (['--batching=box'], "batching='box'"), (['--mixer=X'], "mixer='X'"), (['--max_iters=0'], "set --minutes or --max_iters"),
     (['--dtype=int8'], "dtype='int8'"), (['--data=no/where'], "no such source"), (['--config=no.toml'], "no.toml"), (['--resume=/no/run'], "no checkpoint here"),
     (['--colors=blue'], "colors='blue'"), (['--loss_on=x'], "loss_on='x'"), (['--shots=-2'], "shots=-2"),
     (['--grad_accum=0'], "grad_accum"), (['--seed=-1'], "seed=-1"), (['--n_embd=40', '--mixer=A'], "n_embd=40"), (['--head_size=2'], "head_size=2"), (['--device=gpu'], "device='gpu'"),

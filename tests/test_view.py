@@ -9,10 +9,10 @@ from rich.console import Console
 
 from nanoarc import view
 from nanoarc.cli import COMMANDS, main as cli
-from nanoarc.sources import read_sources
+from nanoarc.sources import read_tasks
 
 def test_a_task_is_drawn_in_the_terminal():
-    task = {task.name: task for task, _ in read_sources('arc1/training')}['007bbfb7']
+    task = {task.name: task for task in read_tasks('arc1/training')}['007bbfb7']
     out = io.StringIO()
     view.print_task(task, [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[1]]}], Console(file=out, width=200, force_terminal=True, color_system='truecolor'))
     text = out.getvalue()
@@ -22,7 +22,7 @@ def test_a_task_is_drawn_in_the_terminal():
 def test_a_png_has_the_colors_of_the_grid(tmp_path):
     import matplotlib.image
     path = tmp_path / 'submission.json'
-    task = {task.name: task for task, _ in read_sources('arc1/evaluation')}['66e6c45b']
+    task = {task.name: task for task in read_tasks('arc1/evaluation')}['66e6c45b']
     path.write_text(json.dumps({'66e6c45b': [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[8]]}]}))
     cli(['view', '66e6c45b', '007bbfb7', '--submission', str(path), '--out', str(tmp_path / 'x.png')])
     image = (matplotlib.image.imread(tmp_path / 'x.png')[..., :3] * 255).round().astype(int)

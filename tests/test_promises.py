@@ -1,0 +1,268 @@
+""" python -m pytest tests/test_promises.py: what the loader promises, each as the exact test of it. bench/controls.py plants the bugs """
+import gc
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_tasks
+from slow_loader import SlowLoader
+
+from nanoarc import data
+from nanoarc.data import EPOCH, ArcDataset, ArcLoader, ArcStream, DataConfig, bijection, hash64
+from nanoarc.sources import read_tasks
+
+pytestmark = pytest.mark.reliability
+
+def as_lists(batch):
+    return [x if x is None else x.tolist() for x in batch]
+
+@pytest.mark.parametrize('part', range(4))
+def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_path, monkeypatch):
+    modes, skipped = set(), 0
+    for n in range(250):
+        rng = random.Random(1000 * part + n)
+        monkeypatch.setattr(data, 'WINDOW', rng.choice([1, 7, 24, 40]))
+        specs = {'data': [], 'adapt': []}
+        tasks = []
+        for i in range(rng.choice([1, 1, 2, 3])):
+            path = tmp_path / f"{n}_{i}.json"
+            path.write_text(json.dumps(toy_tasks(n=rng.randint(1, 5), demos=rng.randint(1, 5), queries=rng.randint(1, 3), side=rng.choice([2, 5, 9]), seed=rng.randint(0, 3))))
+            repeat, kind = rng.choice([1, 1, 2, 5]), 'adapt' if i > 0 and rng.random() < 0.5 else 'data'
+            specs[kind].append((f"{path}*{repeat}", [(task, repeat, kind == 'data') for task in read_tasks(str(path))]))
+        tasks = [x for kind in ('data', 'adapt') for _, part_tasks in specs[kind] for x in part_tasks]
+        cfg = DataConfig(
+            data='+'.join(spec for spec, _ in specs['data']), adapt='+'.join(spec for spec, _ in specs['adapt']), shots=rng.choice([0, 0, -1, -1, 1, 2, 3]),
+            block_size=rng.choice([40, 90, 200, 500]), batching=rng.choice(['bucket', 'pack', 'pad']), batch_tokens=rng.choice([1, 64, 300, 1000]),
+            loss_on=rng.choice(['query', 'outputs', 'all']), colors=rng.choice(['auto', 'domain', 'nonzero', 'all', 'none']), p_identity=rng.choice([0, 0.2, 1]),
+            val_tasks=rng.choice([0, 1, 2]), max_pair=rng.choice([0, 0, 60]), allow_leak=True, drop_overlap=rng.random() < 0.5)
+        seed, window = rng.choice([0, 1, 1337, 2**40]), rng.choice([0, 1, rng.randrange(10**12)])
+        slow = SlowLoader(tasks, cfg, seed, data.WINDOW)
+        if len(slow.targets) == 0:
+            with pytest.raises(ValueError, match="nothing to train on"):
+                ArcDataset(cfg, seed)
+            skipped += 1
+            continue
+        ds = ArcDataset(cfg, seed)
+        assert [p.number for p, _ in slow.targets] == ds.targets.tolist(), cfg
+        world = rng.choice([1, 1, 2, 3])
+        loaders = [ArcLoader(ds, rank, world, prefetch=rng.random() < 0.3) for rank in range(world)]
+        for loader in loaders:
+            loader.window = window
+        want = slow.batches(window)
+        for rows, T in want:
+            total = loaders[0].loss_tokens()
+            for rank, loader in enumerate(loaders):
+                mine = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
+                got = as_lists(loader.next_batch())
+                fields = slow.write(mine, T)
+                assert got == fields[:4] + (fields[4:] if cfg.shots == 0 else [None, None]), cfg
+            assert total == sum(y != -100 for row in rows for doc in row for y in doc['targets'])
+        assert all(loader.window == window + 1 and loader.batch == 0 for loader in loaders)
+        modes.add((cfg.batching, cfg.loss_on, cfg.shots))
+    assert len(modes) > 40 and skipped < 50
+
+# -----------------------------------------------------------------------------
+# the stream
+
+GOLDEN = {0: "fa4133b659afb537", 1: "337fc7d439e47ba3", 2: "32c3648c0e6615d0", 1337: "274025e94becab29", 2**63: "34c1efd45e3fd19c"} # sha256 by seed
+
+def epoch_order(n, seed, epoch):
+    return bijection(np.arange(n, dtype=np.uint64), np.uint64(n), hash64(seed, EPOCH, epoch))
+
+def test_an_epoch_is_a_permutation_at_any_size():
+    for n in [*range(1, 301), 400, 1000, 1120, 65_537]:
+        for seed in (0, 1337, 2**63):
+            for epoch in (0, 1, 10**9):
+                assert np.array_equal(np.sort(epoch_order(n, seed, epoch)), np.arange(n))
+
+def test_the_order_is_the_one_that_it_always_was():
+    """ or a resumed run would go on elsewhere: raise data.FORMAT when this has to change """
+    got = {seed: hashlib.sha256(epoch_order(1000, seed, 3).astype('<u8').tobytes()).hexdigest()[:16] for seed in (0, 1, 2, 1337, 2**63)}
+    assert got == GOLDEN
+
+def test_every_target_comes_once_an_epoch_times_its_repeat():
+    ds = ArcDataset(DataConfig(data='arc1/training*2+arc2/evaluation', val_tasks=0))
+    n = len(ds)
+    first = ds.sampler.tables.first[400] # where arc2 begins
+    assert n == 2 * 1718 + 526
+    for epoch in (0, 1, 10**9):
+        seen = Counter(ds.plan(np.arange(epoch * n, (epoch + 1) * n, dtype=np.uint64)).pairs[:, 0].tolist())
+        assert seen == {p: 2 if p < first else 1 for p in range(1718 + 526)}
+
+def test_no_two_seeds_or_epochs_share_a_stream():
+    ds = ArcDataset(DataConfig(data='arc1/training', val_tasks=0))
+    heads, n = set(), len(ds)
+    for ds.seed in range(64):
+        for epoch in range(64):
+            heads.add(tuple(ds.plan(np.arange(epoch * n, epoch * n + 64)).pairs[:, 0].tolist()))
+    assert len(heads) == 64 * 64
+    orders = np.array([epoch_order(1000, seed, 0) for seed in range(64)] + [epoch_order(1000, 0, epoch) for epoch in range(1, 64)], dtype=float)
+    rho = np.corrcoef(orders) - np.eye(len(orders))
+    assert abs(rho).max() < 0.15
+
+def test_resuming_costs_one_plan_wherever_it_is(toy, monkeypatch):
+    ds, calls = ArcDataset(DataConfig(data=toy(n=4))), []
+    monkeypatch.setattr(ArcDataset, 'plan', lambda self, t, plan=ArcDataset.plan: calls.append(len(t)) or plan(self, t))
+    state = ArcLoader(ds).state_dict()
+    for window in (0, 10**6, 10**9, 10**12, 2**51 - 1): # the last one ends at document 2^63
+        calls.clear()
+        loader = ArcLoader(ds, prefetch=False)
+        loader.load_state_dict({**state, 'window': window, 'batch': 3})
+        loader.next_batch()
+        assert calls == [data.WINDOW]
+
+# -----------------------------------------------------------------------------
+# state
+
+MODES = [dict(batching='bucket', batch_tokens=3000), dict(batching='pack', shots=-1, batch_tokens=2048, block_size=512, loss_on='outputs'),
+         dict(batching='pad', shots=2, batch_tokens=8192, block_size=256)]
+
+def digest(batches):
+    h = hashlib.sha256()
+    for batch in batches:
+        for x in batch:
+            if x is not None:
+                h.update(str(tuple(x.shape)).encode() + x.numpy().tobytes())
+    return h.hexdigest()
+
+@pytest.mark.parametrize('mode', MODES)
+def test_every_place_can_be_gone_back_to(toy, mode):
+    cfg = DataConfig(data=toy(n=5), **mode)
+    loader, states, batches = ArcLoader(ArcDataset(cfg)), [], []
+    loader.batch = len(loader.rows(0).batches) - 30 # so that a window ends in the middle
+    for _ in range(60):
+        states.append(json.dumps(loader.state_dict()))
+        batches.append(digest([loader.next_batch()]))
+    assert loader.window == 1
+    for i in range(60):
+        other = ArcLoader(ArcDataset(cfg), prefetch=i % 2 == 0)
+        other.load_state_dict(json.loads(states[i]))
+        assert [digest([other.next_batch()]) for _ in range(60 - i)] == batches[i:]
+
+def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs(toy):
+    cfg = dict(data=toy(n=4))
+    state = ArcLoader(ArcDataset(DataConfig(**cfg))).state_dict()
+    assert len(state) > 15
+    for field in state:
+        if field not in ('window', 'batch'):
+            for saved in ({**state, field: "other"}, {key: x for key, x in state.items() if key != field}):
+                with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
+                    ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict(saved)
+    changed = dict(shots=1, max_pair=90, block_size=99, batching='pad', batch_tokens=77, loss_on='all', colors='all', p_identity=0.3, val_tasks=1, deal=2,
+                   allow_leak=True, drop_overlap=True)
+    for field, x in changed.items():
+        with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
+            ArcLoader(ArcDataset(DataConfig(**{**cfg, field: x}))).load_state_dict(state)
+    with pytest.raises(ValueError, match="^resume refused: seed differs [^;]*$"):
+        ArcLoader(ArcDataset(DataConfig(**cfg), seed=1)).load_state_dict(state)
+    for other in (toy('b', n=4, seed=1), f"{cfg['data']}*2"):
+        with pytest.raises(ValueError, match="^resume refused: corpus_sha256 differs [^;]*$"):
+            ArcLoader(ArcDataset(DataConfig(data=other))).load_state_dict(state)
+
+# -----------------------------------------------------------------------------
+# ranks
+
+def global_batch(loaders):
+    """ the next batch of each rank -> the global one: their rows in order, without those that stand for none """
+    parts = [loader.next_batch() for loader in loaders]
+    full = [torch.cat([x[(part.doc >= 0).any(1)] for x, part in zip(xs, parts)]) if xs[0] is not None else None for xs in zip(*parts)]
+    assert all(len(part.idx) == 1 and (part.targets == -100).all() for part in parts if not (part.doc >= 0).any()) # it ran a row of no loss
+    return full
+
+def run(ds, schedule):
+    """ list of (world size, steps), the state handed on as json -> digest of all global batches """
+    h, state = hashlib.sha256(), None
+    for world, steps in schedule:
+        loaders = [ArcLoader(ds, rank, world, prefetch=False) for rank in range(world)]
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(json.loads(state))
+        for _ in range(steps):
+            h.update(digest([global_batch(loaders)]).encode())
+        states = {json.dumps(loader.state_dict()) for loader in loaders}
+        assert len(states) == 1 # no rank is elsewhere
+        state = states.pop()
+    return h.hexdigest()
+
+@pytest.mark.parametrize('mode', MODES)
+def test_one_two_four_three_ranks_see_the_same_global_stream(toy, mode):
+    ds = ArcDataset(DataConfig(data=toy(n=5), **mode))
+    want = run(ds, [(1, 400)])
+    assert run(ds, [(1, 100), (2, 100), (4, 100), (3, 100)]) == want
+
+def test_any_number_of_ranks_sees_the_same_global_stream(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=5), batch_tokens=1500))
+    want, rng = run(ds, [(1, 12)]), random.Random(0)
+    for world in (*range(2, 17), 36, 97):
+        assert run(ds, [(world, 12)]) == want
+    for _ in range(200):
+        cuts = sorted(rng.sample(range(1, 12), 3))
+        assert run(ds, [(rng.randint(1, 9), b - a) for a, b in zip([0, *cuts], [*cuts, 12])]) == want
+
+def test_each_validation_query_counts_once_on_any_number_of_ranks(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=23, queries=2), val_tasks=9, batch_tokens=300))
+    n = len(ds.val_pairs)
+    assert n == 18
+    want = sorted(tuple(row) for batch in ds.val_batches() for row in zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist()))
+    assert len(want) == n
+    for world in range(1, 8):
+        ranks = [list(ds.val_batches(rank, world)) for rank in range(world)]
+        assert len({len(batches) for batches in ranks}) == 1 # they meet as often, none hangs
+        got = [row for batches in ranks for batch in batches
+               for row, real in zip(zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist()), (batch.doc >= 0).any(1)) if real]
+        assert sorted(got) == want
+
+# -----------------------------------------------------------------------------
+# processes and memory
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning') # torch sometimes aborts a worker that it ends in the middle of an endless stream
+@pytest.mark.parametrize('start, workers', [('fork', 1), ('fork', 2), ('fork', 3), ('forkserver', 2), ('spawn', 2)])
+def test_worker_processes_make_the_same_bytes_in_the_same_order(toy, start, workers):
+    ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=128, batch_tokens=512, shots=-1))
+    loader = ArcLoader(ds)
+    loader.next_batch() # its thread must not trouble the children
+    want = ArcLoader(ds)
+    with_workers = iter(torch.utils.data.DataLoader(ArcStream(ds), batch_size=None, num_workers=workers, multiprocessing_context=start))
+    for _ in range(100):
+        assert digest([next(with_workers)]) == digest([want.next_batch()])
+    del with_workers
+
+def test_a_loader_that_was_forked_goes_on(toy):
+    loader, read, write = ArcLoader(ArcDataset(DataConfig(data=toy(n=4)))), *os.pipe()
+    for _ in range(3):
+        loader.next_batch()
+    if (pid := os.fork()) == 0: # the child has no thread, and must not wait for it
+        os.write(write, digest([loader.next_batch()]).encode())
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0 and os.read(read, 64).decode() == digest([loader.next_batch()])
+
+def rss():
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20 # MiB
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason="reads the memory of the process from /proc")
+@pytest.mark.parametrize('prefetch', [True, False])
+def test_memory_stays_flat_over_100_000_batches(toy, prefetch):
+    loader = ArcLoader(ArcDataset(DataConfig(data=toy(n=3), batch_tokens=600)), prefetch=prefetch)
+    for _ in range(10_000): # every shape has come by
+        loader.next_batch()
+    gc.collect()
+    start, files = rss(), len(os.listdir('/proc/self/fd'))
+    for _ in range(100_000):
+        loader.next_batch()
+    gc.collect()
+    assert rss() - start < 1 and len(os.listdir('/proc/self/fd')) == files and loader.window > 100
+
+def test_a_batch_is_valid_until_the_second_next_call(toy):
+    loader = ArcLoader(ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=128, batch_tokens=512)))
+    held = []
+    for _ in range(300):
+        batch = loader.next_batch()
+        held.append((batch, digest([batch])))
+        for old, want in held[-2:]:
+            assert digest([old]) == want
