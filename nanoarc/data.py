@@ -152,16 +152,13 @@ def grammar(pos, width):
 # the kernels: compiled once, then cached on disk. they hold no lock, so another thread may run meanwhile
 
 class Tables(NamedTuple):
-    """ what the kernels know of a corpus: K tasks, P pairs. see sources.Corpus for the first six """
-    cells: np.ndarray
-    off: np.ndarray
-    h: np.ndarray
-    w: np.ndarray
-    first: np.ndarray
+    """ what the kernels know of a corpus: K tasks, P pairs, in few and narrow arrays: in a large one each look is a cache miss """
+    cells: np.ndarray # as in sources.Corpus
+    grid: np.ndarray # (2P,) int64 where each grid begins in cells << 16 | height << 8 | width. no sides: the answer is not known
+    first: np.ndarray # as in sources.Corpus
     n_demos: np.ndarray
     pair_task: np.ndarray # (P,) int32
-    known: np.ndarray # (P,) bool, the answer may be read
-    need: np.ndarray # (2, P) int32 tokens that a pair may take, upright and turned
+    need: np.ndarray # (2, P) int16 tokens that a pair may take, upright and turned
     usable: np.ndarray # (P,) bool, a demo that may stand in a context
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
@@ -239,17 +236,21 @@ def take(drawn, n, need, total, reach, pairs):
     return shots
 
 @njit(cache=True, nogil=True)
-def measure(tab, pairs, shots, turned, loss_on):
-    """ -> tokens of a document, and how many of them carry loss """
-    length, loss = 0, 0
-    sides = tab.w if turned else tab.h # a grid has a ROW a row
-    for k in range(shots + 1):
-        x, y, answer = 2 * pairs[k], 2 * pairs[k] + 1, 0
-        if tab.known[pairs[k]]:
-            answer = np.int64(tab.h[y]) * tab.w[y] + sides[y] + 1 # and END
-        length += 2 + np.int64(tab.h[x]) * tab.w[x] + sides[x] + answer # IN and OUT
-        if k == 0 or (loss_on == 1 and k < shots):
-            loss += answer
+def tokens_of(grid, turned):
+    """ an entry of Tables.grid -> tokens that it takes, a ROW a row """
+    h, w = grid >> 8 & 255, grid & 255
+    return h * w + (w if turned else h)
+
+@njit(cache=True, nogil=True)
+def measure(tab, pairs, shots, context, turned, loss_on):
+    """ a document of a target and so many tokens of context -> its tokens, and how many of them carry loss """
+    loss, p = 0, pairs[0]
+    length = context + 2 + tokens_of(tab.grid[2 * p], turned) # IN and OUT
+    for k in range(max(shots, 1) if loss_on == 1 else 1): # not the first pair, unless it is alone
+        if tab.grid[2 * pairs[k] + 1] & 255:
+            loss += tokens_of(tab.grid[2 * pairs[k] + 1], turned) + 1 # and END
+    if tab.grid[2 * p + 1] & 255:
+        length += tokens_of(tab.grid[2 * p + 1], turned) + 1
     return length, length - 1 if loss_on == 2 else loss
 
 @njit(cache=True, nogil=True)
@@ -301,7 +302,7 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, n_demos, 
                 while not has(reach[shots], total):
                     total -= 1
                 shots = take(drawn[i], shots, need, total, reach, pairs[i])
-        length[i], loss_tokens[i] = measure(tab, pairs[i], shots, is_turned(dihedral[i]), loss_on)
+        length[i], loss_tokens[i] = measure(tab, pairs[i], shots, total, is_turned(dihedral[i]), loss_on)
     return pairs, drawn, tight, dihedral, cmap, length, loss_tokens
 
 @njit(cache=True, nogil=True)
@@ -317,8 +318,17 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
     they are not wanted. tokens is (T,) uint8 scratch: a pair is put together there, then widened and colored in one go.
     """
     for b in range(idx.shape[0]):
-        x, y, at = idx[b], targets[b], 0
-        for j in range(row_start[r0 + b], row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]):
+        x, y, at, seen = idx[b], targets[b], 0, 0
+        last = row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]
+        for j in range(row_start[r0 + b], last): # a large corpus lies in DRAM: ask for the first four lines of all pairs at once, then wait once
+            for k in range(docs.pairs.shape[1]):
+                if docs.pairs[row_docs[j], k] < 0:
+                    break
+                a = tab.grid[2 * docs.pairs[row_docs[j], k]] >> 16
+                for m in range(4):
+                    seen += tab.cells[np.uintp(min(a + 64 * m, len(tab.cells) - 1))]
+        tokens[0] = seen & 1 # or the compiler would see that nobody looks
+        for j in range(row_start[r0 + b], last):
             n_doc = row_docs[j]
             start, shots, d = at, 0, docs.dihedral[n_doc]
             while shots + 1 < docs.pairs.shape[1] and docs.pairs[n_doc, shots + 1] >= 0:
@@ -328,16 +338,17 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
                 color |= U(docs.cmap[n_doc, c]) << U(4 * c)
             for k in range(shots, -1, -1):
                 p, begin, out = docs.pairs[n_doc, k], at, at
+                known = tab.grid[2 * p + 1] & 255 > 0
                 for side in range(2):
                     z = np.uint8(2 * k + side)
                     out, tokens[at] = at, IN + side # IN or OUT
                     if pos.size > 0:
                         pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = 0, 0, z
                     at += 1
-                    if side == 1 and not tab.known[p]: # a prompt ends here
+                    if side == 1 and not known: # a prompt ends here
                         break
-                    g = 2 * p + side
-                    a, row, col, H, W = walk(tab.off[g], np.int64(tab.h[g]), np.int64(tab.w[g]), d)
+                    g = tab.grid[2 * p + side]
+                    a, row, col, H, W = walk(g >> 16, g >> 8 & 255, g & 255, d)
                     if pos.size > 0:
                         where, place, depth = pos[b, 3 * at :], tab.place[W], tab.depth[z]
                         for m in range(min(whole(3 * H * (W + 1)), len(where))):
@@ -350,7 +361,7 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
                         tokens[np.uintp(at + W)] = ROW
                         a += row
                         at += W + 1
-                if tab.known[p]:
+                if known:
                     tokens[at] = END
                     if pos.size > 0:
                         pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = H, 1, z
@@ -359,7 +370,7 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
                 for m in range(min(whole(at - begin), len(wide))):
                     wide[m] = np.int64(color >> (U(narrow[m]) << U(2)) & U(15))
                 y[begin:at] = -100
-                if tab.known[p] and (k == 0 or (loss_on == 1 and k < shots)):
+                if known and (k == 0 or (loss_on == 1 and k < shots)):
                     y[out : at - 1] = x[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
             if loss_on == 2:
                 y[start : at - 1] = x[start + 1 : at]
@@ -414,8 +425,9 @@ def best_fit(tab, docs, order, T, loss_on):
                             break
                 room -= 1 if count[room // 64] else room % 64 + 1
             if at > 0:
-                shots = take(docs.drawn[i], n, need, at - need[p] - best, reach, docs.pairs[i])
-                docs.length[i], docs.loss_tokens[i] = measure(tab, docs.pairs[i], shots, turned, loss_on)
+                total = at - need[p] - best
+                shots = take(docs.drawn[i], n, need, total, reach, docs.pairs[i])
+                docs.length[i], docs.loss_tokens[i] = measure(tab, docs.pairs[i], shots, total, turned, loss_on)
         room = docs.length[i]
         while room <= most and newest[room] < 0:
             room += 1 if count[room // 64] else 64 - room % 64
@@ -486,16 +498,16 @@ class Sampler:
             return xs[0] if len(xs) == 1 else np.concatenate(xs) # no copy of one, it may be mapped from a large file
         cells, h, w, n_demos, self.hash, self.key = (join(name) for name in ('cells', 'h', 'w', 'n_demos', 'hash', 'key'))
         base = np.cumsum([0] + [len(c.cells) for c in self.corpora])
-        off = np.concatenate([c.off + n for c, n in zip(self.corpora, base)])
+        grid = np.concatenate([c.off + n for c, n in zip(self.corpora, base)]) << 16 | h.astype(np.int64) << 8 | w
         first = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.first) for c in self.corpora]))])
         pair_task = np.repeat(np.arange(len(n_demos), dtype=np.int32), np.diff(first))
         self.is_demo = np.concatenate([c.is_demo() for c in self.corpora])
         self.repeat = np.repeat([repeat for _, repeat in corpora], [len(c) for c in self.corpora]) # (K,)
         self.part = np.repeat(np.arange(len(corpora)), [len(c) for c in self.corpora]) # (K,) which corpus it is from
         # what fits must not depend on answers that we may not see: such a query reserves room for the task's longest output
-        known, size = h[1::2] > 0, np.multiply(h, w, dtype=np.int32)
+        self.known, size = h[1::2] > 0, np.multiply(h, w, dtype=np.int32)
         output = np.where(self.is_demo, size[1::2] + np.maximum(h[1::2], w[1::2]), 0)
-        reserve = np.where(known, 0, np.maximum.reduceat(output, first[:-1])[pair_task])
+        reserve = np.where(self.known, 0, np.maximum.reduceat(output, first[:-1])[pair_task])
         need = np.stack([3 + reserve + size[::2] + size[1::2] + x[::2] + x[1::2] for x in (h, w)]) # IN, OUT, END; a ROW a row
         # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no part, so
         # that a hidden one cannot change a view
@@ -516,13 +528,13 @@ class Sampler:
         self.rows = rows or {}
         self.n_demos = int(n_demos.max())
         self.most = min(self.n_demos, MAX_SHOTS, cfg.shots if cfg.shots >= 0 else MAX_SHOTS)
-        self.tables = Tables(cells, off, h, w, first, n_demos, pair_task, known, need.astype(np.int32), self.is_demo.copy(), domain, row, *places())
+        self.tables = Tables(cells, grid, first, n_demos, pair_task, need.astype(np.int16), self.is_demo.copy(), domain, row, *places())
 
     def grid(self, g):
         """ grid number g as a (H, W) uint8 view """
-        t = self.tables
-        h, w = int(t.h[g]), int(t.w[g])
-        return t.cells[t.off[g] : t.off[g] + h * w].reshape(h, w)
+        x = int(self.tables.grid[g])
+        h, w = x >> 8 & 255, x & 255
+        return self.tables.cells[x >> 16 : (x >> 16) + h * w].reshape(h, w)
 
     def plan(self, target, visit, order, as_is, seed, p_identity=0.0):
         """ see plan_documents; arrays of n or scalars -> Documents """
@@ -646,18 +658,18 @@ class ArcDataset(torch.utils.data.Dataset):
         t, in_data = s.tables, s.part < len(data) # (K,)
         task = t.pair_task
         # hold out the queries of some tasks of data. chosen by content, so that each seed is judged on the same ones
-        query = t.known & ~s.is_demo & in_data[task] # (P,)
+        query = s.known & ~s.is_demo & in_data[task] # (P,)
         keys, at = np.unique(s.key[np.unique(task[query])], return_index=True)
         n = min(cfg.val_tasks, len(keys) // 2)
         val = query & np.isin(task, np.unique(task[query])[at[:n]])
         held, by_hash = val.copy(), {}
         for p in np.flatnonzero(val):
             by_hash.setdefault(int(s.hash[p]), []).append(p)
-        for p in np.flatnonzero(np.isin(s.hash, np.array(list(by_hash), U)) & t.known): # the same pair elsewhere
+        for p in np.flatnonzero(np.isin(s.hash, np.array(list(by_hash), U)) & s.known): # the same pair elsewhere
             held[p] |= any(s.key[task[p]] != s.key[task[q]] or self.same_pair(p, q) for q in by_hash[int(s.hash[p])])
         t.usable[held] = False
         # what is trained on
-        can = t.known & (s.is_demo | in_data[task])
+        can = s.known & (s.is_demo | in_data[task])
         long = t.need.max(0)
         short, near = long <= cfg.block_size, has_context(t, long, cfg.block_size) if cfg.shots != 0 else np.ones(len(task), bool)
         self.num_held, self.num_long, self.num_alone = (int(x.sum()) for x in (can & held, can & ~held & ~short, can & ~held & short & ~near))
@@ -666,8 +678,8 @@ class ArcDataset(torch.utils.data.Dataset):
             raise ValueError(f"{nothing}, then {self.num_held} pairs are held out, {self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
         self.val_pairs = np.flatnonzero(val & short & near)
         times = s.repeat[task[pairs]]
-        self.targets, self.repeat = np.repeat(pairs, times), np.repeat(times, times)
-        self.copy = np.arange(len(self.targets)) - np.repeat(np.cumsum(times) - times, times) # which of the repeats
+        self.targets = np.repeat(pairs, times).astype(np.int32) # small: the larger the corpus, the more a look costs
+        self.copy = (np.arange(len(self.targets)) - np.repeat(np.cumsum(times) - times, times)).astype(np.int32) # which of the repeats
         self.trained = (t.usable | np.isin(np.arange(len(task)), pairs)) & in_data[task] # (P,) pairs whose output may be seen, adapt's apart
 
     def same_pair(self, p, q):
@@ -704,8 +716,9 @@ class ArcDataset(torch.utils.data.Dataset):
         t, n = np.asarray(t, U), U(len(self.targets))
         epoch, i = np.divmod(t, n)
         i = bijection(i, n, hash64(self.seed, EPOCH, epoch)).astype(np.int64)
-        visit = epoch * self.repeat[i].astype(U) + self.copy[i].astype(U)
-        return self.sampler.plan(self.targets[i], visit, hash64(self.seed, DEMOS, t), False, self.seed, self.cfg.p_identity)
+        target = self.targets[i]
+        visit = epoch * self.sampler.repeat[self.sampler.tables.pair_task[target]].astype(U) + self.copy[i].astype(U)
+        return self.sampler.plan(target, visit, hash64(self.seed, DEMOS, t), False, self.seed, self.cfg.p_identity)
 
     def plan_window(self, window):
         """ window number -> Rows of the documents of that window, batches shuffled """

@@ -110,7 +110,7 @@ def make_views(sampler, pair, n, seed):
     query -> (Documents of n views, {number: (idx (T,), pos (T, 3))} of those that differ), prompts that stop after OUT.
     view 0 is the query as it is; view k >= 1 is an augment, drawn as in training but always with its colors permuted.
     """
-    assert not sampler.tables.known[pair], "answers are to be closed here"
+    assert not sampler.known[pair], "answers are to be closed here"
     k = np.arange(n)
     docs = sampler.plan(np.full(n, pair), k - (k > 0), hash64(seed, DEMOS, pair, k), k == 0, seed)
     batch = sampler.write(Rows(docs, np.arange(n + 1), k, None, None), 0, n, int(docs.length.max()))

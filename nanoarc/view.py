@@ -111,11 +111,11 @@ def print_stats(cfg, png=''):
     from nanoarc.data import ArcDataset # imported late: it brings torch
     ds = ArcDataset(cfg)
     s, t = ds.sampler, ds.sampler.tables
-    known = t.known | s.is_demo
+    known, h, w = s.known | s.is_demo, t.grid >> 8 & 255, t.grid & 255
     pairs = pl.DataFrame({
         'source': np.array([c.source for c in s.corpora])[s.part[t.pair_task]], 'task': t.pair_task, 'demo': s.is_demo, 'answered': known,
-        'input side': np.maximum(t.h[::2], t.w[::2]), 'output side': np.maximum(t.h[1::2], t.w[1::2]), 'input cells': t.h[::2].astype(int) * t.w[::2],
-        'output cells': t.h[1::2].astype(int) * t.w[1::2], 'tokens, longer way': t.need.max(0)})
+        'input side': np.maximum(h[::2], w[::2]), 'output side': np.maximum(h[1::2], w[1::2]), 'input cells': (h * w)[::2],
+        'output cells': (h * w)[1::2], 'tokens, longer way': t.need.max(0)})
     docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
     shots = (docs.pairs >= 0).sum(1) - 1
     can = np.minimum(np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable, s.most)[docs.pairs[:, 0]]

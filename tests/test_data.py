@@ -245,7 +245,7 @@ def test_a_context_is_other_demos_and_never_a_query(toy):
         orders.add(tuple(row))
     assert len(orders) > 8 * 8 # demo order is shuffled
     assert {task for task in c.pair_task[ds.targets].tolist()} == set(range(8))
-    assert not any(c.known[p] for task in range(4, 8) for p in range(c.first[task] + c.n_demos[task], c.first[task + 1])) # adapt: closed
+    assert not any(ds.sampler.known[p] for task in range(4, 8) for p in range(c.first[task] + c.n_demos[task], c.first[task + 1])) # adapt: closed
 
 def test_up_to_k_shots_are_drawn(toy):
     ds = ArcDataset(DataConfig(data=toy(n=4, demos=5), shots=2, val_tasks=0))

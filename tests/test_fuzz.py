@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from slow_loader import canonical
 from test_sources import GRID, make_list, plain, refusal, task
 
 from nanoarc.cli import main as cli
-from nanoarc.sources import Corpus, overlaps, pair_hash, query_labels, read_source, read_sources, read_tasks
+from nanoarc.sources import Corpus, Task, overlaps, pair_hash, query_labels, read_source, read_sources, read_tasks
 
 # -----------------------------------------------------------------------------
 # an oracle that shares nothing with nanoarc: is this file a task, tasks by id, or a list of pairs?
@@ -327,19 +328,16 @@ def test_one_changed_digit_in_any_of_500_tasks_changes_the_corpus():
         names.add(Corpus("", {**arrays, 'cells': cells}).sha256)
     assert len(names) == 500 and whole.sha256 not in names
 
-def test_a_name_an_answer_a_shape_and_an_order_change_the_corpus_and_a_place_does_not():
-    tasks = read_tasks('arc1/training')[:5]
-    want, seen = Corpus.of(tasks, "here").sha256, []
-    assert Corpus.of(tasks, "there").sha256 == want
-    def changed(**kwargs):
-        t = tasks[0]
-        fields = {'name': t.name, 'source': t.source, 'demos': t.demos, 'queries': t.queries, **kwargs}
-        return [type(t)(**fields), *tasks[1:]]
-    x, y = tasks[0].queries[0]
-    for other in (changed(name="x"), changed(queries=[(x, y.reshape(1, -1)[:, :30])]), changed(queries=[(x, None)]), changed(demos=tasks[0].demos[::-1]), changed(demos=tasks[0].demos[:-1]),
-                  changed(demos=tasks[0].demos + [(x, y)]), changed(queries=[(np.ascontiguousarray(x.T), y)]), tasks[::-1], tasks[:-1], tasks + tasks[:1]):
-        seen.append(Corpus.of(other).sha256)
-    assert len({want, *seen, Corpus.of(tasks, bad=["one is missing"]).sha256}) == len(seen) + 2
+def test_a_name_a_shape_a_split_and_an_order_change_the_corpus_and_a_place_does_not():
+    x, y = np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(4, dtype=np.uint8).reshape(2, 2)
+    t, other = Task("t", "here", [(x, y), (y, x)], [(x, y)]), Task("u", "here", [(y, y)], [(y, y)])
+    want = Corpus.of([t, other], "here").sha256
+    assert Corpus.of([replace(t, source="there"), other], "there").sha256 == want
+    tasks = [replace(t, **fields) for fields in ( # the key stays, so each of the others has to count by itself
+        {'name': "v"}, {'key': "k"}, {'queries': [(x, y.reshape(1, 4))]}, {'queries': [(x.reshape(3, 2), y)]}, {'queries': [(x, None)]}, {'queries': [(x, y)] * 2},
+        {'demos': t.demos[:1]}, {'demos': t.demos[::-1]}, {'demos': t.demos[:1], 'queries': [(y, x), (x, y)]}, {'demos': t.demos + [(x, y)], 'queries': [(y, y)]})]
+    corpora = [Corpus.of([task, other]) for task in tasks] + [Corpus.of([other, t]), Corpus.of([t]), Corpus.of([t, other, other]), Corpus.of([t, other], bad=["one is missing"])]
+    assert len({want, *(c.sha256 for c in corpora)}) == len(corpora) + 1
 
 # -----------------------------------------------------------------------------
 # archives from strangers
@@ -567,6 +565,14 @@ def test_values_that_cannot_be_are_refused_though_their_hashes_are_right(packed,
         path = packed(name, npy(y))
         err = refusal(capsys, 'data', 'check', path)
         assert str(path) in err and want in err
+
+@pytest.mark.reliability
+def test_a_color_cannot_hide_behind_a_short_header(packed):
+    cells = packed.corpus.cells.copy()
+    cells[:5] = 200
+    header = f"{{'descr':'|u1','fortran_order':False,'shape':({len(cells)},)}}".encode().ljust(69) + b"\n" # 80 bytes with what is before it, np.save writes 128
+    with pytest.raises(ValueError, match="cells.npy: "):
+        read_source(str(packed('cells', b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, 'little') + header + cells.tobytes())))
 
 def test_a_packed_corpus_is_the_corpus(toy, tmp_path, capsys):
     src = toy(n=5, queries=2)

@@ -405,11 +405,17 @@ def test_a_broken_file_alone_is_no_quarantine(tmp_path):
     with pytest.raises(ValueError, match="not one whole task, 1 in quarantine, the first: .*x.json: task a, demo 1"):
         read_source(str(tmp_path), on_bad='quarantine')
 
-def test_a_corpus_in_quarantine_may_move(toy, tmp_path):
+def test_a_corpus_in_quarantine_may_move(toy, tmp_path, monkeypatch):
     for name in ('here', 'there'):
         toy(name)
         (tmp_path / name / 'broken.json').write_text("{")
-    assert read_source(str(tmp_path / 'here'), on_bad='quarantine').sha256 == read_source(str(tmp_path / 'there'), on_bad='quarantine').sha256
+        (tmp_path / name / 'lines.jsonl').write_text(json.dumps({'id': "e", **task([[12]])}))
+    shutil.make_archive(tmp_path / 'x', 'zip', tmp_path / 'there')
+    monkeypatch.chdir(tmp_path)
+    sources = [tmp_path / 'here', tmp_path / 'there', f"{tmp_path}/there/", 'there', './there', f"file://{tmp_path}/there", 'x.zip', './x.zip', f"file://{tmp_path}/x.zip"]
+    got = {str(source): read_source(str(source), on_bad='quarantine') for source in sources}
+    assert len({c.sha256 for c in got.values()}) == 1, {source: c.bad for source, c in got.items()}
+    assert len(got['there'].bad) == 2
 
 # -----------------------------------------------------------------------------
 # malformed input: one line that names file, task and place, exit code 2
