@@ -383,9 +383,9 @@ class Corpus:
         wrong = [name for name, n in want.items() if len(arrays[name]) != n]
         if not wrong and K > 0:
             sizes = np.multiply(arrays['h'], arrays['w'], dtype=np.int64)
-            known = np.ones(2 * P, bool) # only the answer of a query may be empty
-            known[1::2] = sizes[1::2] > 0
             bad = max(arrays['h'].max(), arrays['w'].max()) > MAX_SIDE or first[0] != 0 or first[-1] != P or (np.diff(first) <= n_demos).any() or (n_demos < 1).any()
+            known = np.ones(2 * P, bool) # only the answer of a query may be empty
+            known[1::2] = (sizes[1::2] > 0) | (not bad and np.arange(P) < (first[:-1] + n_demos).repeat(np.diff(first)))
             wrong = ['first, n_demos or sides'] * bool(bad) + ['cells'] * bool(sizes.sum() != len(arrays['cells']) or (sizes[known] == 0).any())
         if wrong or K == 0:
             raise ValueError(f"{path}: the arrays do not fit together: {', '.join(wrong) or 'no task'}")
@@ -592,9 +592,7 @@ def read_parquet(file, source, opened, n_demos, beside):
     with file.open() as f:
         try:
             table = pl.read_parquet(f.read() if not hasattr(f, 'fileno') else f)
-        except BaseException as e: # polars has many, and a panic is no Exception
-            if isinstance(e, KeyboardInterrupt):
-                raise
+        except (Exception, pl.exceptions.PanicException) as e: # polars has many, and a panic is no Exception
             raise ValueError(f"{file.path}: not parquet, {show(str(e))}") from None
     def leaves(dtype):
         if isinstance(dtype, (pl.List, pl.Array)):
@@ -609,7 +607,9 @@ def read_parquet(file, source, opened, n_demos, beside):
         raise ValueError(f"{file.path}: want columns 'train' and 'test', or 'examples', found {show(table.columns)}")
     ids = [name for name in ('id', 'task_id', 'name') if name in table.columns]
     stem = Path(file.name).stem
-    return (partial(to_record, row, f"{stem}.{n}", source, f"{file.path}: row {n}", opened, n_demos)
+    def without_nulls(row): # a table has no other way to say that an answer is not known
+        return {**row, 'test': [{key: x for key, x in pair.items() if x is not None} for pair in row['test'] or ()]} if 'test' in row else row
+    return (partial(to_record, without_nulls(row), f"{stem}.{n}", source, f"{file.path}: row {n}", opened, n_demos)
             for n, row in enumerate(table.select(used + ids).iter_rows(named=True)))
 
 READERS = {'.json': read_json_tasks, '.jsonl': read_jsonl, '.parquet': read_parquet}

@@ -567,6 +567,20 @@ def test_values_that_cannot_be_are_refused_though_their_hashes_are_right(packed,
         assert str(path) in err and want in err
 
 @pytest.mark.reliability
+def test_only_the_answer_of_a_query_may_be_empty(packed, tmp_path):
+    c = packed.corpus # a task has 3 demos and 2 queries
+    for g in range(10):
+        h, w = c.h.copy(), c.w.copy()
+        h[g] = w[g] = 0
+        cells = np.concatenate([c.grid(k).ravel() for k in range(len(h)) if k != g])
+        Corpus("", {**{name: getattr(c, name) for name in c.ARRAYS}, 'h': h, 'w': w, 'cells': cells}).save(tmp_path / str(g))
+        if g in (7, 9):
+            assert read_tasks(str(tmp_path / str(g)))[0].queries[g // 2 - 3][1] is None
+        else:
+            with pytest.raises(ValueError, match="the arrays do not fit together"):
+                read_source(str(tmp_path / str(g)))
+
+@pytest.mark.reliability
 def test_a_color_cannot_hide_behind_a_short_header(packed):
     cells = packed.corpus.cells.copy()
     cells[:5] = 200

@@ -507,3 +507,8 @@ def test_an_empty_directory_and_a_giant_file_are_refused(tmp_path, monkeypatch):
     (tmp_path / 'x.json').write_text(json.dumps(task()))
     with pytest.raises(ValueError, match="x.json: over 0 MiB"):
         read_tasks(str(tmp_path))
+
+def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
+    pl.DataFrame([{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]}]).write_parquet(tmp_path / 'x.parquet')
+    (_, known), (_, unknown) = read_tasks(str(tmp_path / 'x.parquet'))[0].queries
+    assert known.tolist() == GRID and unknown is None
