@@ -224,3 +224,17 @@ def test_decoding_ends_and_decodes_whatever_the_weights(toy):
             assert max(grid.shape) <= 30 and logp[b] < 0
             alone = decode(model, idx[b : b + 1], pos[b : b + 1], task[b : b + 1], dih[b : b + 1])
             assert torch.equal(alone[0][0], tokens[b]) and (alone[1][0] - logp[b]).abs() < 1e-9
+
+@pytest.mark.parametrize('mixer, shots', [('A', -1), ('MA', 0), ('M', -1)])
+def test_the_loss_of_a_packed_batch_is_that_of_its_documents_one_by_one(toy, mixer, shots):
+    from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
+    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batching='pack', block_size=128, batch_tokens=256))
+    model = Model(ModelConfig(n_layer=2, n_embd=32, head_size=16, mixer=mixer, n_task=4 if shots == 0 else 0)).eval()
+    with torch.no_grad():
+        batch = ArcLoader(ds).next_batch()
+        alone = 0.0
+        for row, docs in enumerate(batch.doc):
+            for d in range(int(docs.max()) + 1):
+                one = Batch(*(x if x is None else x[row][docs == d][None] for x in batch))
+                alone += float(model(*one._replace(doc=torch.zeros_like(one.doc)))[1])
+        assert int(batch.doc.max()) > 1 and float(model(*batch)[1]) == pytest.approx(alone, rel=1e-4)
