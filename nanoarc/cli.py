@@ -64,7 +64,7 @@ def view(args):
 def data(args):
     """ data check SRC, data stats SRC, data pack SRC --out DIR: validate a source, describe it, make it open at once """
     from nanoarc.data import DataConfig
-    from nanoarc.sources import Corpus, overlaps, query_labels, read_sources
+    from nanoarc.sources import Corpus, overlaps, queries_of, read_sources
 
     @dataclass
     class Data:
@@ -88,6 +88,8 @@ def data(args):
         return
     sources = read_sources(cfg.src, True, cfg.on_bad, cfg.deal)
     corpora = [c for c, _ in sources]
+    if len(corpora) == 0:
+        raise ValueError("data: want a source")
     if cfg.action == 'pack' and ([repeat for _, repeat in sources] != [1] or not cfg.out):
         raise ValueError("data pack: want one source, without + or *, and --out DIR")
     for c in corpora:
@@ -99,9 +101,7 @@ def data(args):
         corpora[0].save(cfg.out)
         print(f"{cfg.out}: {Corpus.open(cfg.out).sha256}") # opened again, as a proof
     if cfg.against:
-        asked = {}
-        for c, _ in read_sources(cfg.against, False, cfg.on_bad, cfg.deal):
-            asked |= query_labels(c)
+        asked = queries_of([c for c, _ in read_sources(cfg.against, False, cfg.on_bad, cfg.deal)])
         texts = [text for c in corpora for _, text in overlaps(c, asked)]
         print("\n".join([*texts, f"{len(texts)} pairs of {cfg.src} are queries of {cfg.against}"]))
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numba import njit, vectorize
 
-from nanoarc.sources import MAX_SIDE, grid_bytes, overlaps, query_labels, read_sources, walk
+from nanoarc.sources import MAX_SIDE, grid_bytes, overlaps, queries_of, read_sources, walk
 
 # tokens: 0..9 are the colors
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14 # 15 is unused
@@ -285,14 +285,16 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, n_demos, 
         if most > 0:
             for j in range(tab.n_demos[task]): # insertion sort, tasks have few demos
                 key, at = U(j) if as_is[i] else mix(order[i], U(j)), j
-                while at > 0 and keys[at - 1] > key:
+                while at > 0 and keys[at - 1] > key and tab.n_demos[task] <= 64:
                     keys[at], queue[at] = keys[at - 1], queue[at - 1]
                     at -= 1
                 keys[at], queue[at] = key, tab.first[task] + j
+            if tab.n_demos[task] > 64:
+                queue[: tab.n_demos[task]] = tab.first[task] + np.argsort(keys[: tab.n_demos[task]])
             need = tab.need[is_turned(dihedral[i])]
             room = max(block_size - need[p], 0)
             for j in range(tab.n_demos[task]):
-                if shots < most and queue[j] != p and tab.usable[queue[j]]:
+                if shots < most and queue[j] != p and tab.usable[queue[j]] and need[queue[j]] <= room:
                     drawn[i, shots] = pairs[i, shots + 1] = queue[j]
                     total += need[queue[j]]
                     shots += 1
@@ -552,7 +554,7 @@ class Sampler:
         order, start = np.arange(n), np.arange(n + 1) # a document a row
         if batching == 'bucket':
             step = np.maximum(2.0 ** (np.floor(np.log2(docs.length)) - 4), 4)
-            width = (np.ceil(docs.length / step) * step).astype(np.int64)
+            width = np.minimum(np.ceil(docs.length / step) * step, np.maximum(docs.length, T)).astype(np.int64) # a learned position ends at block_size
             order = counting_sort(width, width.max() + 1)[0]
             ends = cut_buckets(width[order], self.cfg.batch_tokens)
             T = width[order[ends - 1]]
@@ -564,7 +566,8 @@ class Sampler:
                 rank = np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))) # neighbours are alike otherwise
                 order, start = counting_sort(np.argsort(rank)[row], len(rank))
             B, R = max(self.cfg.batch_tokens // T, 1), len(start) - 1
-            ends = np.minimum(np.arange(B, R + B, B), R)
+            n = -(-R // B) # batches, of even size: no rank is to go without because one is a rest
+            ends = np.arange(1, n + 1) * R // n
         batches = np.stack([np.concatenate([[0], ends[:-1]]), ends, np.broadcast_to(T, len(ends))], 1)
         if key is not None:
             batches = batches[np.argsort(mix(key, np.arange(len(batches), dtype=U)))]
@@ -614,7 +617,8 @@ class ArcDataset(torch.utils.data.Dataset):
     the stream: document t for any t >= 0, a pure function of (seed, t). each trainable pair is the target once an epoch
     (n times where its source is repeated *n), its context is the other demos of its task and never a query.
 
-    ds[t] is a Batch of one document, (T,) each with T = block_size; len(ds) = targets x epochs. the demos of `adapt`
+    ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not iterate);
+    len(ds) = targets x epochs; DataLoader wants collate_fn=ds.collate. the demos of `adapt`
     are targets too, its answers stay closed (all that is kept of one is a hash, for the leak guard). skipped pairs are counted in num_held (a validation query, verbatim
     or as an augment of it in another task), num_long (do not fit block_size) and num_alone (no context, where shots != 0),
     skipped tasks in num_tasks_out (over max_pair) and num_dropped (drop_overlap). leaks: what allow_leak let pass.
@@ -622,8 +626,9 @@ class ArcDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, cfg, seed=1337, epochs=1):
-        if cfg.val_tasks < 0 or seed < 0:
-            raise ValueError(f"val_tasks={cfg.val_tasks} seed={seed}: want no negative number")
+        if cfg.val_tasks < 0 or cfg.max_pair < 0 or type(seed) is not int or not 0 <= seed < 2**64 or not 0 <= cfg.p_identity <= 1:
+            raise ValueError(f"val_tasks={cfg.val_tasks} max_pair={cfg.max_pair} seed={seed} p_identity={cfg.p_identity}: want no negative number, "
+                             "a seed of 64 bits, a share of 0..1")
         self.cfg, self.seed, self.epochs = cfg, seed, epochs
         data = read_sources(cfg.data, True, cfg.on_bad, cfg.deal)
         adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
@@ -636,9 +641,7 @@ class ArcDataset(torch.utils.data.Dataset):
         data, adapt = ([(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in part] for part in (data, adapt))
         self.num_tasks_out = n_read - sum(len(c) for c, _ in data + adapt)
         # the leak guard: pairs of data that are queries of adapt. the demos of adapt are exempt, they come with the queries
-        asked = {}
-        for c, _ in adapt:
-            asked |= query_labels(c)
+        asked = queries_of([c for c, _ in adapt])
         for i, (c, repeat) in enumerate(data):
             found, keep = overlaps(c, asked), np.ones(len(c), bool)
             self.leaks += [text for _, text in found]
@@ -687,16 +690,17 @@ class ArcDataset(torch.utils.data.Dataset):
         return all(grid_bytes(self.sampler.grid(2 * p + i)) == grid_bytes(self.sampler.grid(2 * q + i)) for i in range(2))
 
     def trained_on(self):
-        """ a line for each pair of data whose output may be trained on: its pair_hash, task and source. adapt is exempt """
+        """ a line for each pair of data whose output may be trained on: hashes of pair and input, task, source. adapt is exempt """
         c, lines = self.sampler.corpora, []
-        for part, base in enumerate(np.searchsorted(self.sampler.part, np.arange(len(c)))):
-            for p in np.flatnonzero(self.trained & (self.sampler.part == part)[self.sampler.tables.pair_task]):
-                lines.append(f"{self.sampler.hash[p]:016x} {c[part].name[self.sampler.tables.pair_task[p] - base].decode()} ({c[part].source})\n")
+        for part, trained in zip(c, np.split(self.trained, np.cumsum([len(part.hash) for part in c[:-1]]))):
+            task = np.repeat(np.arange(len(part)), np.diff(part.first))
+            for p in np.flatnonzero(trained):
+                lines.append(f"{part.hash[p]:016x} {part.input_hash[p]:016x} {part.name[task[p]].decode()} ({part.source})\n")
         return "".join(lines)
 
     def __reduce__(self):
         """ to a worker process go the settings, it reads the files itself: a packed corpus is mapped there too, not copied """
-        return reopen, (self.cfg, self.seed, self.epochs, self.corpus_sha256)
+        return reopen, (type(self), self.cfg, self.seed, self.epochs, self.corpus_sha256)
 
     def __len__(self):
         return len(self.targets) * self.epochs
@@ -742,9 +746,9 @@ def fits(corpus, max_pair):
     long = 3 + (h * w).reshape(-1, 2).sum(1) + np.maximum(h[::2] + h[1::2], w[::2] + w[1::2])
     return np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1]) <= max_pair
 
-def reopen(cfg, seed, epochs, corpus_sha256):
+def reopen(cls, cfg, seed, epochs, corpus_sha256):
     """ an ArcDataset in another process. raises ValueError if the files have changed since """
-    ds = ArcDataset(cfg, seed, epochs)
+    ds = cls(cfg, seed, epochs)
     if ds.corpus_sha256 != corpus_sha256:
         raise ValueError(f"data={cfg.data!r} adapt={cfg.adapt!r}: changed since the first process read it")
     return ds
@@ -770,6 +774,9 @@ class ArcLoader:
 
     def rows(self, window):
         """ window number -> Rows. two threads ask, one plans """
+        if self.pid != os.getpid(): # the first call, or a forked process, where the thread is not and who knows what the lock is
+            self.pid, self.lock, self.ready, self.ring = os.getpid(), threading.Lock(), None, [None] * 3
+            self.pool = ThreadPoolExecutor(1, 'nanoarc-loader') if self.prefetch else None
         with self.lock:
             return self.plan(window)
 
@@ -801,9 +808,7 @@ class ArcLoader:
     def next_batch(self):
         """ -> Batch on self.device, this rank's rows of the next global batch """
         place = self.window, self.batch
-        if self.pid != os.getpid(): # the first call, or a forked process, where the thread is not
-            self.pid, self.lock, self.ready, self.ring = os.getpid(), threading.Lock(), None, [None] * 3
-            self.pool = ThreadPoolExecutor(1, 'nanoarc-loader') if self.prefetch else None
+        self.rows(self.window)
         turn, ready = self.turn, self.ready
         batch = ready[1].result() if ready else None # waits for the thread, it must not write on
         if ready is None or ready[0] != place: # nothing is on its way, or someone went elsewhere
@@ -836,7 +841,8 @@ class ArcLoader:
 class ArcStream(torch.utils.data.IterableDataset):
     """
     an ArcLoader for torch's DataLoader(ArcStream(ds), batch_size=None, num_workers=n) and torchdata's StatefulDataLoader,
-    which saves and resumes it. worker w of n makes the batches w, w + n, ...: in all the same ones in the same order.
+    which saves and resumes it. worker w of n makes the batches w, w + n, ...: in all the same ones in the same order. each
+    new iterator begins anew, or where load_state_dict said; a resumed run wants as many workers as before.
     """
 
     def __init__(self, dataset, rank=0, world=1):

@@ -18,7 +18,7 @@ from rich.progress import track
 from nanoarc import checkpoint
 from nanoarc.data import DEMOS, END, MAX_GRID, PAD, ROW, DataConfig, Rows, Sampler, decode_grid, fits, grammar, hash64, next_pos, undo_dihedral
 from nanoarc.model import Cache, Model, ModelConfig
-from nanoarc.sources import grid_bytes, query_labels, read_json, read_sources
+from nanoarc.sources import grid_bytes, queries_of, read_json, read_sources
 from nanoarc.train import get_device
 
 @dataclass
@@ -59,9 +59,14 @@ def find_leaks(run, corpora):
     if not path.is_file():
         print(f"warning: no {path}, so nobody knows whether it was trained on what it is asked now")
         return []
-    trained = dict(line.split(" ", 1) for line in path.read_text().splitlines())
-    asked = {f"{key:016x}": label for c in corpora for key, (label, _) in query_labels(c).items()}
-    return [f"{trained[key]} = {label}" for key, label in asked.items() if key in trained]
+    inputs, tasks = defaultdict(list), defaultdict(set)
+    for line in path.read_text().splitlines():
+        pair, x, label = line.split(" ", 2)
+        inputs[int(x, 16)].append((int(pair, 16), label))
+        tasks[label].add(int(pair, 16))
+    found = {query.label: label for x, queries in queries_of(corpora).items() for query in queries
+             for pair, label in inputs.get(x, ()) if query.is_in(pair, tasks[label])}
+    return [f"{label} = {query}" for query, label in found.items()]
 
 def load_model(run, device):
     """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed). raises ValueError """

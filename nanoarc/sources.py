@@ -195,23 +195,21 @@ def walk(a, H, W, d):
 @njit(cache=True, nogil=True)
 def index_grids(cells, off, h, w):
     """
-    -> (grids,) uint16 set of the colors of each grid, a bit a color, and the (pairs,) uint64 pair_hash of grids 2p and
-    2p + 1: the same under any dihedral and any renaming of colors, 0 where the output is not known. it is the least of
-    eight FNV-1a hashes, one a dihedral, of sides and cells with colors numbered as they first appear.
+    -> (grids,) uint16 set of the colors of each grid, a bit a color; (pairs,) uint64 pair_hash of grids 2p and 2p + 1: the
+    same under any dihedral and any renaming of colors, 0 where the output is not known; (pairs,) the same of the input
+    alone. each is the least of eight FNV-1a hashes, one a dihedral, of sides and cells with colors numbered as they come.
     """
-    colors, hashes = np.zeros(len(h), np.uint16), np.zeros(len(h) // 2, np.uint64)
+    colors, hashes = np.zeros(len(h), np.uint16), np.zeros((2, len(h) // 2), np.uint64) # of inputs, of pairs
     prime = np.uint64(0x100000001b3)
     for g in range(len(h)):
         for i in range(off[g], off[g] + np.int64(h[g]) * w[g]):
             colors[g] |= np.uint16(1 << cells[i])
     name = np.empty(256, np.uint8)
-    for p in range(len(hashes)):
-        if h[2 * p + 1] == 0:
-            continue
-        best = np.uint64(0)
+    for p in range(len(h) // 2):
         for d in range(8):
             name[:], n, x = 255, 0, np.uint64(0xcbf29ce484222325)
-            for g in range(2 * p, 2 * p + 2):
+            for side in range(1 + (h[2 * p + 1] > 0)):
+                g = 2 * p + side
                 a, row, col, H, W = walk(off[g], np.int64(h[g]), np.int64(w[g]), d)
                 x = (x ^ np.uint64(H * 31 + W)) * prime
                 for r in range(H):
@@ -221,10 +219,9 @@ def index_grids(cells, off, h, w):
                             name[cell] = n
                             n += 1
                         x = (x ^ np.uint64(name[cell])) * prime
-            x ^= x >> np.uint64(32)
-            best = x if d == 0 else min(best, x)
-        hashes[p] = max(best, np.uint64(1))
-    return colors, hashes
+                y = max(x ^ x >> np.uint64(32), np.uint64(1))
+                hashes[side, p] = y if d == 0 else min(hashes[side, p], y)
+    return colors, hashes[1], hashes[0]
 
 def pair_hash(x, y):
     """ two grids -> int, see index_grids """
@@ -238,23 +235,39 @@ def seal(x, rows):
     except ValueError:
         return 0
 
-def query_labels(corpus):
-    """ {pair_hash: (label, bytes of the input)} of the queries that have an answer, closed or not """
-    labels = {}
-    for k in range(len(corpus)):
-        for i, p in enumerate(range(corpus.first[k] + corpus.n_demos[k], corpus.first[k + 1])):
-            if corpus.hash[p]:
-                labels[int(corpus.hash[p])] = f"{corpus.name[k].decode()} query {i} ({corpus.source})", grid_bytes(corpus.grid(2 * p))
-    return labels
+class Query(NamedTuple):
+    """ what the leak guard knows of a query that is to be answered """
+    label: str # for people
+    input: bytes # the grid, to tell whether a copy is verbatim
+    pair: int # pair_hash, 0 = nobody here knows the answer
+    demos: frozenset # pair_hash of the demos of its task
+
+    def is_in(self, pair, task):
+        """ is this a trained pair of equal input? with an unknown answer: if its task shares a demo with ours. pair_hash, and a set of them """
+        return pair == self.pair or (self.pair == 0 and not self.demos.isdisjoint(task))
+
+def queries_of(corpora):
+    """ list of Corpus -> {hash of the input: [Query, ...]} """
+    asked = {}
+    for c in corpora:
+        for k in range(len(c)):
+            a, b = c.first[k], c.first[k] + c.n_demos[k]
+            demos = frozenset(c.hash[a:b].tolist())
+            for i, p in enumerate(range(b, c.first[k + 1])):
+                query = Query(f"{c.name[k].decode()} query {i} ({c.source})", grid_bytes(c.grid(2 * p)), int(c.hash[p]), demos)
+                asked.setdefault(int(c.input_hash[p]), []).append(query)
+    return asked
 
 def overlaps(corpus, asked):
-    """ pairs of a Corpus that are among query_labels -> list of (task number, text that names both, and whether to the last cell) """
+    """ pairs of a Corpus that are among queries_of others -> list of (task number, text that names both, and whether to the last cell) """
     out = []
-    for p in np.flatnonzero(np.isin(corpus.hash, np.array(list(asked), np.uint64))):
+    for p in np.flatnonzero(np.isin(corpus.input_hash, np.array(list(asked), np.uint64)) & (corpus.hash > 0)):
         k = int(np.searchsorted(corpus.first, p, side='right')) - 1
-        label, verbatim = asked[int(corpus.hash[p])]
-        how = "verbatim" if grid_bytes(corpus.grid(2 * p)) == verbatim else "augmented"
-        out.append((k, f"{corpus.name[k].decode()} ({corpus.source}) = {label}, {how}"))
+        task = corpus.hash[corpus.first[k] : corpus.first[k + 1]].tolist()
+        for query in asked[int(corpus.input_hash[p])]:
+            if query.is_in(int(corpus.hash[p]), task):
+                how = "verbatim" if grid_bytes(corpus.grid(2 * p)) == query.input else "augmented"
+                out.append((k, f"{corpus.name[k].decode()} ({corpus.source}) = {query.label}, {how}"))
     return out
 
 # -----------------------------------------------------------------------------
@@ -265,7 +278,7 @@ class Corpus:
     grids 2p and 2p+1; an answer that is not known is an empty grid. task k owns the pairs first[k] : first[k+1], its
     n_demos[k] demos before its queries; name[k] is unique, tasks of one key[k] are the same task.
     """
-    ARRAYS = {'cells': 'u1', 'h': 'u1', 'w': 'u1', 'colors': '<u2', 'hash': '<u8', 'first': '<i8', 'n_demos': '<i4', 'name': 'S', 'key': 'S32'}
+    ARRAYS = {'cells': 'u1', 'h': 'u1', 'w': 'u1', 'colors': '<u2', 'hash': '<u8', 'input_hash': '<u8', 'first': '<i8', 'n_demos': '<i4', 'name': 'S', 'key': 'S32'}
 
     def __init__(self, source, arrays, bad=(), files=None):
         self.source, self.bad = source, list(bad) # the tasks that on_bad=quarantine left out, as error messages
@@ -285,12 +298,12 @@ class Corpus:
         off = np.concatenate([[0], np.cumsum([grid.size for grid in grids], dtype=np.int64)])[:-1]
         first = np.concatenate([[0], np.cumsum([len(task.demos) + len(task.queries) for task in tasks], dtype=np.int64)])
         n_demos = np.array([len(task.demos) for task in tasks], np.int32)
-        colors, hashes = index_grids(cells, off, h, w)
+        colors, hashes, inputs = index_grids(cells, off, h, w)
         for k, task in enumerate(tasks):
             if task.seals:
                 hashes[first[k] + n_demos[k] : first[k + 1]] = task.seals
         name, key = (np.array([getattr(task, x).encode(errors='backslashreplace') for task in tasks], 'S') for x in ('name', 'key'))
-        return cls(source, dict(zip(cls.ARRAYS, (cells, h, w, colors, hashes, first, n_demos, name, key))), bad)
+        return cls(source, dict(zip(cls.ARRAYS, (cells, h, w, colors, hashes, inputs, first, n_demos, name, key))), bad)
 
     def __len__(self):
         return len(self.n_demos)
@@ -313,7 +326,7 @@ class Corpus:
         self.sha256 # computed now, it stays that of the whole source
         pairs = keep.repeat(np.diff(self.first))
         grids, other = pairs.repeat(2), copy.copy(self)
-        for name, mask in (('off', grids), ('h', grids), ('w', grids), ('colors', grids), ('hash', pairs), ('n_demos', keep), ('name', keep), ('key', keep)):
+        for name, mask in (('off', grids), ('h', grids), ('w', grids), ('colors', grids), ('hash', pairs), ('input_hash', pairs), ('n_demos', keep), ('name', keep), ('key', keep)):
             setattr(other, name, getattr(self, name)[mask])
         other.first = np.concatenate([[0], np.cumsum(np.diff(self.first)[keep])])
         return other
@@ -335,7 +348,7 @@ class Corpus:
     def sha256(self):
         """ what makes two corpora the same: every grid, name and split into tasks, not where the files lie """
         files = self.files or {name: hashlib.sha256(npy_bytes(getattr(self, name))).hexdigest() for name in self.ARRAYS}
-        text = json.dumps([[files[name] for name in self.ARRAYS if name not in ('colors', 'hash')], len(self.bad)]) # those two follow from the rest
+        text = json.dumps([[files[name] for name in self.ARRAYS if name not in ('colors', 'hash', 'input_hash')], len(self.bad)]) # those follow from the rest
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, out_dir):
@@ -355,7 +368,7 @@ class Corpus:
         os.replace(temp, out_dir / 'manifest.json')
 
     @classmethod
-    def open(cls, path, source=None):
+    def open(cls, path):
         """ a packed corpus, memory-mapped. every file is hashed first (2 GB/s), so what is damaged is refused. raises ValueError """
         path = Path(path)
         manifest, arrays = read_json(path / 'manifest.json'), {}
@@ -379,7 +392,7 @@ class Corpus:
             if name == 'cells' and top > 9:
                 raise ValueError(f"{file}: color {top} is outside 0..9")
         P, K, first, n_demos = len(arrays['hash']), len(arrays['n_demos']), arrays['first'], arrays['n_demos']
-        want = {'h': 2 * P, 'w': 2 * P, 'colors': 2 * P, 'first': K + 1, 'name': K, 'key': K}
+        want = {'h': 2 * P, 'w': 2 * P, 'colors': 2 * P, 'input_hash': P, 'first': K + 1, 'name': K, 'key': K}
         wrong = [name for name, n in want.items() if len(arrays[name]) != n]
         if not wrong and K > 0:
             sizes = np.multiply(arrays['h'], arrays['w'], dtype=np.int64)
@@ -389,7 +402,7 @@ class Corpus:
             wrong = ['first, n_demos or sides'] * bool(bad) + ['cells'] * bool(sizes.sum() != len(arrays['cells']) or (sizes[known] == 0).any())
         if wrong or K == 0:
             raise ValueError(f"{path}: the arrays do not fit together: {', '.join(wrong) or 'no task'}")
-        return cls(source or str(path), arrays, manifest['bad'], manifest['sha256'])
+        return cls(str(path), arrays, manifest['bad'], manifest['sha256'])
 
 def is_packed(path):
     """ is this the directory of a packed corpus? """
@@ -455,7 +468,8 @@ def list_files(source):
     files = [f for f in files if Path(f.name).suffix in READERS and not any(x.startswith(('.', '__')) for x in Path(f.name).parts)]
     files.sort(key=lambda f: f.name.split('/')) # wherever they lie, in the same order
     folders = {Path(f.name).parent for f in files}
-    return [f for f in files if not (Path(f.name).name == 'metadata.json' and Path(f.name).parent / 'tasks' in folders)]
+    return [f for f in files if not (Path(f.name).name == 'metadata.json' and Path(f.name).parent / 'tasks' in folders)
+            and not Path(f.name).name == 'sample_submission.json'] # Kaggle's
 
 def list_zip(file):
     """ File of a .zip -> list of its Files. nothing is extracted; a path that leads out of it is refused. raises ValueError """
@@ -653,13 +667,15 @@ def read_source(source, opened=True, on_bad='raise', n_demos=10):
             raise ValueError(f"{source}: no {', '.join(READERS)} file in it")
         todo = (make(partial(READERS[Path(f.name).suffix], f, source, opened, n_demos, by_name), len(files) == 1) for f in files)
     tasks = [task for fs in todo for f in fs for task in make(f, False)]
-    def queries(task):
-        return [grid if grid is None else grid_bytes(grid) for pair in task.queries for grid in pair]
     unique = {}
     for task in tasks:
         old = unique.setdefault(task.name, task)
-        if old is not task and (old.key != task.key or queries(old) != queries(task)):
-            raise ValueError(f"{source}: two different tasks are named {show(task.name)[1:-1]}: join their folders with + instead")
+        same = old.key == task.key and len(old.queries) == len(task.queries) and all(
+            grid_bytes(x) == grid_bytes(x2) and (y is None or y2 is None or grid_bytes(y) == grid_bytes(y2)) for (x, y), (x2, y2) in zip(old.queries, task.queries))
+        if not same:
+            raise ValueError(f"{source}: two different tasks are named {show(task.name)[1:-1]}: join their files or folders with + instead")
+        if any(y is None for _, y in old.queries) and sum(task.seals) + sum(y is not None for _, y in task.queries) > 0:
+            unique[task.name] = task # Kaggle asks the same task here with, there without its answers
     if len(unique) == 0:
         raise ValueError(f"{source}: not one whole task, {len(bad)} in quarantine, the first: {bad[0] if bad else ''}")
     return Corpus.of(list(unique.values()), source, bad) # insertion order
@@ -673,6 +689,8 @@ def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
         source, repeat = part.strip(), 1
         if not os.path.exists(source) and (m := re.fullmatch(r"(.+)\*(\d+)", source)):
             source, repeat = m[1].strip(), int(m[2])
+        if repeat < 1:
+            raise ValueError(f"{part.strip()}: want it at least once, leave it out otherwise")
         corpora.append((read_source(source, opened, on_bad, n_demos), repeat))
     return corpora
 

@@ -111,9 +111,9 @@ def print_stats(cfg, png=''):
     from nanoarc.data import ArcDataset # imported late: it brings torch
     ds = ArcDataset(cfg)
     s, t = ds.sampler, ds.sampler.tables
-    known, h, w = s.known | s.is_demo, t.grid >> 8 & 255, t.grid & 255
+    h, w = t.grid >> 8 & 255, t.grid & 255
     pairs = pl.DataFrame({
-        'source': np.array([c.source for c in s.corpora])[s.part[t.pair_task]], 'task': t.pair_task, 'demo': s.is_demo, 'answered': known,
+        'source': np.array([c.source for c in s.corpora])[s.part[t.pair_task]], 'task': t.pair_task, 'demo': s.is_demo, 'answered': s.known, 'same shape': (h[::2] == h[1::2]) & (w[::2] == w[1::2]),
         'input side': np.maximum(h[::2], w[::2]), 'output side': np.maximum(h[1::2], w[1::2]), 'input cells': (h * w)[::2],
         'output cells': (h * w)[1::2], 'tokens, longer way': t.need.max(0)})
     docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
@@ -121,15 +121,15 @@ def print_stats(cfg, png=''):
     can = np.minimum(np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable, s.most)[docs.pairs[:, 0]]
     tables = [("tasks", pairs.group_by('source', maintain_order=True).agg(
         tasks=pl.col('task').n_unique(), demos=pl.col('demo').sum(), queries=(~pl.col('demo')).sum(),
-        answers=(pl.col('answered') & ~pl.col('demo')).sum(), same_shape=(pl.col('input cells') == pl.col('output cells')).filter('answered').mean()))]
-    columns = {name: pairs.filter('answered')[name].to_numpy() for name in pairs.columns[4:]}
+        answers=(pl.col('answered') & ~pl.col('demo')).sum(), same_shape=pl.col('same shape').filter('answered').mean()))]
+    columns = {name: pairs.filter('answered')[name].to_numpy() for name in pairs.columns[5:]}
     columns |= {'demos a task': t.n_demos, f"tokens a document, shots={cfg.shots}": docs.length, "of them with loss": docs.loss_tokens}
     tables.append(("percentiles", pl.DataFrame([{'': name, **{f"{q}%": int(np.percentile(x, q, method='nearest')) for q in (0, 5, 25, 50, 75, 95, 99, 100)}, 'mean': float(x.mean())}
                                                 for name, x in columns.items()])))
     cells = np.bincount(np.concatenate([t.cells[a : a + 2**24] for a in range(0, len(t.cells), 2**24)]), minlength=10)
     tables.append(("colors", pl.DataFrame({'color': range(10), 'cells': cells / cells.sum(), **{
         f"{name} that have it": [float((x >> color & 1).mean()) for color in range(10)] for name, x in
-        zip(('inputs', 'outputs'), np.concatenate([c.colors for c in s.corpora]).reshape(-1, 2)[known].T)}})))
+        zip(('inputs', 'outputs'), np.concatenate([c.colors for c in s.corpora]).reshape(-1, 2)[s.known].T)}})))
     tables.append((f"in block_size={cfg.block_size}", pl.DataFrame({
         'documents an epoch': [len(ds)], 'lost demos': [int((shots < can).sum())], 'targets too long': [ds.num_long], 'targets without context': [ds.num_alone],
         'tasks over max_pair': [ds.num_tasks_out], 'tasks malformed': [len(ds.bad)]})))

@@ -133,7 +133,7 @@ class SlowLoader:
         if float(hash64(seed, IDENTITY, target.number, visit)) < cfg.p_identity * 2.0**64:
             color = {c: c for c in range(10)}
         order = sorted(range(len(target.task.demos)), key=lambda k: hash64(seed, DEMOS, t, k))
-        drawn = [q for q in (target.task.demos[k] for k in order) if q is not target and q in self.usable]
+        drawn = [q for q in (target.task.demos[k] for k in order) if q is not target and q in self.usable and target.need(d) + q.need(d) <= cfg.block_size]
         drawn = drawn[: len(drawn) if cfg.shots < 0 else cfg.shots]
         return self.finish({'t': t, 'target': target, 'drawn': drawn, 'd': d, 'color': color}, cfg.block_size)
 
@@ -177,7 +177,7 @@ class SlowLoader:
             def width(doc):
                 n = len(doc['idx'])
                 step = max(2 ** (floor(log2(n)) - 4), 4)
-                return ceil(n / step) * step
+                return min(ceil(n / step) * step, T)
             docs.sort(key=width) # stable
             out = []
             for doc in docs:
@@ -212,7 +212,8 @@ class SlowLoader:
                 order = sorted(range(len(rows)), key=lambda r: hash64(ROWS, r, h=key))
                 rows = [sorted(rows[r], key=lambda doc: doc['t']) for r in order]
             B = max(cfg.batch_tokens // T, 1)
-            out = [(rows[i : i + B], T) for i in range(0, len(rows), B)]
+            m = ceil(len(rows) / B)
+            out = [(rows[i * len(rows) // m : (i + 1) * len(rows) // m], T) for i in range(m)]
         order = sorted(range(len(out)), key=lambda j: hash64(j, h=key))
         return [out[j] for j in order]
 

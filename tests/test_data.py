@@ -347,7 +347,7 @@ def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, bat
     for r0, r1, T in batches:
         assert (r1 - r0) * T <= 500 and all(docs.length[order[start[r] : start[r + 1]]].sum() <= T for r in range(r0, r1))
     if batching != 'bucket':
-        assert set(batches[:, 2].tolist()) == {128} and sorted((batches[:, 1] - batches[:, 0]).tolist())[1] == 3 # all but the last are full
+        assert set(batches[:, 2].tolist()) == {128} and set((batches[:, 1] - batches[:, 0]).tolist()) <= {2, 3} # even: none is a rest
 
 def share(spec, **kwargs):
     """ useful tokens / all tokens of a window """
@@ -424,3 +424,54 @@ def test_small_tasks_of_arc1_are_81_and_34():
     assert sum(len(domain_of(s, k)) < 9 for k in range(34)) == 14 # so many have colors that only outputs have
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
     assert ds.sampler.tables.need[:, ds.sampler.is_demo].max() <= 100 and len(ds.val_pairs) >= 32 and ds.num_tasks_out == 685
+
+def test_a_leak_is_seen_though_nobody_knows_the_answer(tmp_path):
+    import json
+    obj = {t.name: {'train': [{'input': x.tolist(), 'output': y.tolist()} for x, y in t.demos], 'test': [{'input': x.tolist()} for x, _ in t.queries]}
+           for t in read_tasks('arc1/evaluation')}
+    path = tmp_path / 'x_challenges.json' # as Kaggle hands them out
+    path.write_text(json.dumps(obj))
+    for source, n in (('arc1/evaluation', 400), ('arc2/training', 377), ('arc1/training', 2)): # the last two are those that differ in their id
+        with pytest.raises(ValueError, match="pairs of data are queries of adapt"):
+            ArcDataset(DataConfig(data=source, adapt=str(path)))
+        ds = ArcDataset(DataConfig(data=f"{source}+arc2/evaluation", adapt=str(path), drop_overlap=True))
+        assert ds.num_dropped - 6 == n # of arc2/evaluation 6. the same small inputs under other rules are none
+
+def test_no_document_lacks_a_context_that_was_asked_for(tmp_path):
+    import json
+    rng = np.random.default_rng(0)
+    def pair(n):
+        return {'input': rng.integers(0, 10, (n, n)).tolist(), 'output': rng.integers(0, 10, (n, n)).tolist()}
+    (tmp_path / 'x.json').write_text(json.dumps({'train': [pair(10), pair(3), pair(3), pair(3)], 'test': [pair(3)]}))
+    for shots in (1, 2, -1):
+        ds = ArcDataset(DataConfig(data=str(tmp_path / 'x.json'), shots=shots, block_size=150, val_tasks=0))
+        assert ds.num_long == 1 and ds.num_alone == 0 and (ds.plan(np.arange(300)).pairs[:, 1] >= 0).all()
+
+def test_no_row_is_wider_than_block_size():
+    ds = ArcDataset(DataConfig(shots=-1, block_size=1000, batch_tokens=8000))
+    assert 900 < ds.plan_window(0).batches[:, 2].max() <= 1000 and max(b.idx.shape[1] for b in ds.val_batches()) <= 1000
+
+def test_hundreds_of_demos_are_drawn_and_ordered_by_the_same_hash():
+    pairs = [(np.full((1, 1 + k % 7), k % 10, np.uint8), np.full((1, 2), 1, np.uint8)) for k in range(200)]
+    c = sampler_of(*pairs, shots=-1, block_size=5000)
+    docs = c.plan([3] * 20, np.arange(20), np.arange(1, 21), False, 1)
+    for i, row in enumerate(docs.pairs.tolist()):
+        order = sorted(range(200), key=lambda k: slow_loader.hash64(k, h=i + 1))
+        assert row == [3] + [k for k in order if k != 3][: data.MAX_SHOTS]
+
+class Subclass(ArcDataset):
+    def __getitem__(self, t):
+        return {'input_ids': super().__getitem__(t).idx}
+
+def test_a_subclass_goes_to_a_worker_as_itself(toy):
+    import pickle # what torch sends to workers with, nothing of nanoarc's
+    ds = pickle.loads(pickle.dumps(Subclass(DataConfig(data=toy()))))
+    assert type(ds) is Subclass and ds[5].keys() == {'input_ids'}
+
+@pytest.mark.parametrize('kwargs, want', [(dict(data='arc1/training*0'), "at least once"), (dict(p_identity=7.0), "p_identity=7.0"), (dict(max_pair=-1), "max_pair=-1"), (dict(deal=0), "deal=0")])
+def test_a_setting_that_cannot_be_is_refused(kwargs, want):
+    with pytest.raises(ValueError, match=want):
+        ArcDataset(DataConfig(**kwargs))
+    for seed in (1.5, -1, 2**64, None):
+        with pytest.raises(ValueError, match="seed"):
+            ArcDataset(DataConfig(), seed=seed)

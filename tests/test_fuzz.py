@@ -22,7 +22,7 @@ from slow_loader import canonical
 from test_sources import GRID, make_list, plain, refusal, task
 
 from nanoarc.cli import main as cli
-from nanoarc.sources import Corpus, Task, overlaps, pair_hash, query_labels, read_source, read_sources, read_tasks
+from nanoarc.sources import Corpus, Task, overlaps, pair_hash, queries_of, read_source, read_sources, read_tasks
 
 # -----------------------------------------------------------------------------
 # an oracle that shares nothing with nanoarc: is this file a task, tasks by id, or a list of pairs?
@@ -606,7 +606,7 @@ def test_a_packed_corpus_is_the_corpus(toy, tmp_path, capsys):
 
 def test_pack_takes_one_source_and_an_empty_directory(toy, tmp_path, capsys):
     src, out = toy(), tmp_path / 'out'
-    for args, want in (([f"{src}+arc1/training", '--out', out], "want one source, without +"), ([src], "and --out DIR"), ([f"{src}*2", '--out', out], "want one source"), (['', '--out', out], "want one source")):
+    for args, want in (([f"{src}+arc1/training", '--out', out], "want one source, without +"), ([src], "and --out DIR"), ([f"{src}*2", '--out', out], "want one source"), (['', '--out', out], "want a source")):
         assert want in refusal(capsys, 'data', 'pack', *args) and not out.exists()
     out.mkdir()
     (out / 'x').touch()
@@ -627,7 +627,7 @@ def test_a_closed_corpus_reveals_no_answer(packed, toy, tmp_path, capsys):
     assert all(y is None for t in read_tasks(src, opened=False) for _, y in t.queries)
     assert all((getattr(closed, x)[answers] == 0).all() for x in ('h', 'w', 'colors')) and all(closed.grid(g).size == 0 for g in np.flatnonzero(answers))
     assert all((closed.grid(g) == c.grid(g)).all() for g in np.flatnonzero(~answers)) and (closed.hash == c.hash).all()
-    assert query_labels(closed).keys() == query_labels(c).keys() and len(query_labels(c)) == 6
+    assert queries_of([closed]).keys() == queries_of([c]).keys() and len(queries_of([c])) == 6
     assert read_source(src).task(0).queries[0][1] is not None # what is closed is closed in that corpus alone
 
 def test_closed_nobody_can_tell_the_size_of_an_answer(toy, tmp_path, capsys):
@@ -643,7 +643,7 @@ def test_select_keeps_some_tasks_and_the_name_of_the_whole(toy):
     some = c.select(keep)
     assert plain(some) == [x for x, k in zip(plain(c), keep) if k]
     assert some.sha256 == c.sha256 and np.shares_memory(some.cells, c.cells) and len(c) == 5 and c.select(keep | True) is c
-    assert (some.is_demo() == np.concatenate([[True] * 3 + [False] * 2] * 3)).all() and query_labels(some).keys() < query_labels(c).keys()
+    assert (some.is_demo() == np.concatenate([[True] * 3 + [False] * 2] * 3)).all() and queries_of([some]).keys() < queries_of([c]).keys()
     shut = some.close()
     assert [x[:3] for x in plain(shut)] == [x[:3] for x in plain(some)]
     assert all(y is None for k in range(3) for _, y in shut.task(k).queries) and all(y is not None for k in range(3) for _, y in some.task(k).queries)
@@ -658,7 +658,7 @@ def test_what_a_closed_corpus_is_called_depends_on_nothing_before(toy):
 # the leak guard
 
 def test_the_leak_guard_finds_what_arc_1_and_2_share():
-    asked = query_labels(read_source('arc1/evaluation', opened=False))
+    asked = queries_of([read_source('arc1/evaluation', opened=False)])
     found = [text for _, text in overlaps(read_source('arc1/training'), asked)]
     assert found == ["40853293 (arc1/training) = 070dd51e query 0 (arc1/evaluation), verbatim", "caa06a1f (arc1/training) = 50a16a69 query 0 (arc1/evaluation), augmented"]
     arc2 = read_source('arc2/training')
@@ -666,7 +666,7 @@ def test_the_leak_guard_finds_what_arc_1_and_2_share():
     found = overlaps(arc2, asked)
     same = {arc2.name[k] for k, text in found if re.search(r"= (\w+) query", text)[1] == arc2.name[k].decode()}
     assert len(shared) == 376 and same == shared and {arc2.name[k] for k, _ in found} - shared == {b'caa06a1f'}
-    assert overlaps(arc2, query_labels(read_source('arc1/evaluation'))) == found # opened or closed, it is one guard
+    assert overlaps(arc2, queries_of([read_source('arc1/evaluation')])) == found # opened or closed, it is one guard
     assert overlaps(arc2, {}) == []
 
 def grids(most=3, colors=10):
@@ -698,7 +698,7 @@ def test_a_closed_answer_that_is_no_grid_is_not_ours_to_judge(junk, tmp_path):
     obj['test'][1]['output'] = junk
     (tmp_path / 'a.json').write_text(json.dumps(obj))
     c = read_source(str(tmp_path / 'a.json'), opened=False)
-    assert c.hash.tolist() == [*want[:4], 0, want[5]] and len(query_labels(c)) == 2 and len(overlaps(c, query_labels(c))) == 2
+    assert c.hash.tolist() == [*want[:4], 0, want[5]] and len(queries_of([c])) == 3 and len(overlaps(c, queries_of([c]))) == 2
     (tmp_path / 'x_challenges.json').write_text(json.dumps({'a': {'train': obj['train'], 'test': [{'input': pair['input']} for pair in obj['test']]}}))
     for solutions in ([junk], [junk] * 5): # as many as it likes
         (tmp_path / 'x_solutions.json').write_text(json.dumps({'a': solutions}))

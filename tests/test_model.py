@@ -228,7 +228,7 @@ def test_decoding_ends_and_decodes_whatever_the_weights(toy):
 @pytest.mark.parametrize('mixer, shots', [('A', -1), ('MA', 0), ('M', -1)])
 def test_the_loss_of_a_packed_batch_is_that_of_its_documents_one_by_one(toy, mixer, shots):
     from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
-    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batching='pack', block_size=128, batch_tokens=256))
+    ds = ArcDataset(DataConfig(data=toy(n=4), shots=shots, batching='pack', block_size=512, batch_tokens=1024))
     model = Model(ModelConfig(n_layer=2, n_embd=32, head_size=16, mixer=mixer, n_task=4 if shots == 0 else 0)).eval()
     with torch.no_grad():
         batch = ArcLoader(ds).next_batch()

@@ -158,3 +158,15 @@ def test_in_context_needs_no_row(toy, tmp_path):
     other = toy('other', n=2, seed=5, side=9)
     cli(['solve', '--run', str(tmp_path / 'run'), '--data', other, '--views=2', '--device=cpu'])
     assert set(json.loads((tmp_path / 'run' / 'submission.json').read_text())) == {'toy0000', 'toy0001'}
+
+def test_a_run_knows_what_it_was_trained_on_though_the_asked_file_has_no_answers(toy, tmp_path, capsys):
+    src, blind = toy(n=3, side=9), tmp_path / 'blind'
+    cli(['train', f"--data={src}", '--shots=-1', f"--out_dir={tmp_path / 'run'}", '--max_iters=1', '--val_tasks=0', *TINY])
+    blind.mkdir()
+    for path in Path(src).iterdir():
+        obj = json.loads(path.read_text())
+        del obj['test'][0]['output']
+        (blind / path.name).write_text(json.dumps(obj))
+    with pytest.raises(SystemExit):
+        cli(['solve', '--run', str(tmp_path / 'run'), '--data', str(blind), '--views=1', '--device=cpu'])
+    assert "was trained on 3 of these queries" in capsys.readouterr().err

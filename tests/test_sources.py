@@ -512,3 +512,20 @@ def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
     pl.DataFrame([{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]}]).write_parquet(tmp_path / 'x.parquet')
     (_, known), (_, unknown) = read_tasks(str(tmp_path / 'x.parquet'))[0].queries
     assert known.tolist() == GRID and unknown is None
+
+def test_kaggles_own_directory_is_read_as_it_is(tmp_path):
+    tasks = toy_tasks(n=4, queries=2)
+    answers = {name: [pair['output'] for pair in obj['test']] for name, obj in tasks.items()}
+    asked = {name: {**obj, 'test': [{'input': pair['input']} for pair in obj['test']]} for name, obj in tasks.items()}
+    for name, obj in (('arc-agi_evaluation_challenges', asked), ('arc-agi_evaluation_solutions', answers), ('arc-agi_test_challenges', dict(list(asked.items())[:2])),
+                      ('arc-agi_training_challenges', {}), ('sample_submission', {'toy0000': [{'attempt_1': [[0, 0]], 'attempt_2': [[0, 0]]}]})):
+        if obj:
+            (tmp_path / f"{name}.json").write_text(json.dumps(obj))
+    for order in (1, 2): # the same tasks again without their answers, before or after those that have them
+        got = read_tasks(str(tmp_path))
+        assert [t.name for t in got] == sorted(tasks) and all(y is not None for t in got for _, y in t.queries)
+        (tmp_path / 'arc-agi_test_challenges.json').rename(tmp_path / 'a_challenges.json') if order == 1 else None
+
+def test_no_source_at_all_is_an_error(capsys):
+    for src in ('', '+'):
+        assert "want a source" in refusal(capsys, 'data', 'check', src)
