@@ -162,8 +162,8 @@ class Tables(NamedTuple):
     usable: np.ndarray # (P,) bool, a demo that may stand in a context
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
-    place: np.ndarray # (31, whole(3 * MAX_GRID)) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
-    depth: np.ndarray # (256, whole(3 * MAX_GRID)) uint8 0, 0, z of as many tokens, by z
+    place: np.ndarray # (31, 3 * MAX_GRID) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
+    depth: np.ndarray # (256, 3 * MAX_GRID) uint8 0, 0, z of as many tokens, by z
 
 class Documents(NamedTuple):
     """ a plan of n documents, nothing of them written yet """
@@ -308,11 +308,6 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, n_demos, 
     return pairs, drawn, tight, dihedral, cmap, length, loss_tokens
 
 @njit(cache=True, nogil=True)
-def whole(n):
-    """ n or a little more: loops of whole vectors are faster, and what is written too far is written again by what follows """
-    return (n + 63) // 64 * 64
-
-@njit(cache=True, nogil=True)
 def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, targets, pos, doc, task, dihedral):
     """
     rows r0..r1-1, row r being the documents row_docs[row_start[r] : row_start[r+1]] one after another, into the (B, T)
@@ -322,7 +317,7 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
     for b in range(idx.shape[0]):
         x, y, at, seen = idx[b], targets[b], 0, 0
         last = row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]
-        for j in range(row_start[r0 + b], last): # a large corpus lies in DRAM: ask for the first four lines of all pairs at once, then wait once
+        for j in range(row_start[r0 + b], last if len(tab.cells) > 2**23 else 0): # in DRAM: ask for the first lines of all pairs at once, then wait once
             for k in range(docs.pairs.shape[1]):
                 if docs.pairs[row_docs[j], k] < 0:
                     break
@@ -353,7 +348,7 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
                     a, row, col, H, W = walk(g >> 16, g >> 8 & 255, g & 255, d)
                     if pos.size > 0:
                         where, place, depth = pos[b, 3 * at :], tab.place[W], tab.depth[z]
-                        for m in range(min(whole(3 * H * (W + 1)), len(where))):
+                        for m in range(3 * H * (W + 1)):
                             where[m] = place[m] + depth[m]
                     for r in range(H): # an unsigned index spares the test for a negative one
                         i = a
@@ -368,8 +363,8 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, tar
                     if pos.size > 0:
                         pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = H, 1, z
                     at += 1
-                wide, narrow = x[begin:], tokens[begin:]
-                for m in range(min(whole(at - begin), len(wide))):
+                wide, narrow = x[begin:at], tokens[begin:at]
+                for m in range(len(wide)):
                     wide[m] = np.int64(color >> (U(narrow[m]) << U(2)) & U(15))
                 y[begin:at] = -100
                 if known and (k == 0 or (loss_on == 1 and k < shots)):
@@ -578,13 +573,12 @@ class Sampler:
         """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
         buffers = buffers or Buffers(max(r1 - r0, 1) * T, self.cfg.shots == 0)
         batch, arrays = buffers.shaped(max(r1 - r0, 1), T)
-        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.zeros(T, np.uint8), *arrays)
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.empty(T, np.uint8), *arrays)
         return batch
 
 def places():
     """ -> place and depth of Tables: tokens of one grid differ in row and col alone, so pos is a sum of two tables """
-    n = whole(3 * MAX_GRID)
-    place, depth = np.zeros((MAX_SIDE + 1, n), np.uint8), np.zeros((256, n), np.uint8)
+    place, depth = np.zeros((MAX_SIDE + 1, 3 * MAX_GRID), np.uint8), np.zeros((256, 3 * MAX_GRID), np.uint8)
     for W in range(1, MAX_SIDE + 1):
         r, c = np.divmod(np.arange(MAX_SIDE * (W + 1)), W + 1)
         place[W, : 3 * len(r)] = np.stack([r + (c == W), (c + 1) * (c < W), 0 * r], 1).ravel() # ROW opens the next row

@@ -475,3 +475,15 @@ def test_a_setting_that_cannot_be_is_refused(kwargs, want):
     for seed in (1.5, -1, 2**64, None):
         with pytest.raises(ValueError, match="seed"):
             ArcDataset(DataConfig(), seed=seed)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs cuda")
+def test_on_cuda_the_batches_are_those_of_the_cpu(toy):
+    ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=512, batch_tokens=4096))
+    a, b = ArcLoader(ds), ArcLoader(ds, device='cuda')
+    held = []
+    for _ in range(500): # many are under way at once: none may be written over before it is copied
+        want, got = a.next_batch(), b.next_batch()
+        assert all(x.is_cuda for x in got)
+        held.append(([x.clone() for x in want], [x.clone() for x in got]))
+    assert all(torch.equal(x, y.cpu()) for want, got in held for x, y in zip(want, got))
