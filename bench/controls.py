@@ -1,6 +1,6 @@
 """
 can the tests of the loader's promises fail? each control plants one bug in a copy of the sources and runs the test that
-must turn red. usage: python bench/controls.py [words of a name], 4 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
+must turn red. usage: python bench/controls.py [words of a name], 7 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
 """
 import os
 import shutil
