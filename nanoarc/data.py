@@ -505,7 +505,7 @@ class Sampler:
         self.known, size = h[1::2] > 0, np.multiply(h, w, dtype=np.int32)
         output = np.where(self.is_demo, size[1::2] + np.maximum(h[1::2], w[1::2]), 0)
         reserve = np.where(self.known, 0, np.maximum.reduceat(output, first[:-1])[pair_task])
-        need = np.stack([3 + reserve + size[::2] + size[1::2] + x[::2] + x[1::2] for x in (h, w)]) # IN, OUT, END; a ROW a row
+        need = pair_tokens(h, w) + reserve
         # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no part, so
         # that a hidden one cannot change a view
         mode = cfg.colors if cfg.colors != 'auto' else 'domain' if cfg.shots == 0 else 'nonzero'
@@ -584,6 +584,11 @@ def places():
         place[W, : 3 * len(r)] = np.stack([r + (c == W), (c + 1) * (c < W), 0 * r], 1).ravel() # ROW opens the next row
     depth[:, 2::3] = np.arange(256)[:, None]
     return place, depth
+
+def pair_tokens(h, w):
+    """ (2P,) sides of grids -> (2, P) int32 tokens of pairs with an answer, upright and turned: IN, OUT, END, cells, a ROW a row """
+    size = np.multiply(h, w, dtype=np.int32)
+    return np.stack([3 + size[::2] + size[1::2] + x[::2] + x[1::2] for x in (h, w)])
 
 class Buffers:
     """ memory for Batches of at most n tokens, one at a time. xy: for idx and targets alone """
@@ -736,8 +741,7 @@ def fits(corpus, max_pair):
     """ which tasks of a Corpus have no demo of more than max_pair tokens in its longer orientation -> (tasks,) bool. 0 = all """
     if max_pair == 0:
         return np.ones(len(corpus), bool)
-    h, w = corpus.h.astype(np.int32), corpus.w.astype(np.int32)
-    long = 3 + (h * w).reshape(-1, 2).sum(1) + np.maximum(h[::2] + h[1::2], w[::2] + w[1::2])
+    long = pair_tokens(corpus.h, corpus.w).max(0)
     return np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1]) <= max_pair
 
 def reopen(cls, cfg, seed, epochs, corpus_sha256):
