@@ -48,7 +48,7 @@ class DataConfig:
     max_pair: int = 0 # leave out tasks with a demo of more tokens than this, in its longer orientation. 0 = off
     block_size: int = 2048 # the most tokens of a document. longer ones lose demos, never cells
     batching: str = 'bucket' # 'bucket' = similar lengths together (best on cpu) | 'pack' = rows of block_size full of documents (best on gpu) | 'pad' = a document a row of block_size
-    batch_tokens: int = 512 # tokens of a micro batch, padding included, over all ranks. at least one document
+    batch_tokens: int = 2048 # tokens of a micro batch, padding included, over all ranks. at least one document
     loss_on: str = 'query' # 'query' = the target's output | 'outputs' = and the context's, but the first | 'all' = every token
     colors: str = 'auto' # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' | 'auto' = domain at shots=0, else nonzero
     p_identity: float = 0.2 # share of the documents that keep their colors

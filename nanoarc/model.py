@@ -1,52 +1,85 @@
 """
-the model, in reading order: config, rope, attention, mamba-2, block, model, init, muon, decode caches.
+the model, in reading order: config, norm and rope, attention, mamba-2, block, model, init, muon, decode caches.
 
 a stack of pre-norm residual blocks, each a mixer and a SwiGLU. the pattern `mixer` is repeated over the layers: 'A' is
-attention, 'M' is Mamba-2, 'MA' alternates the two. it knows nothing of ARC but what a batch tells it: token ids, places
-(row, col, z), which document a token belongs to, and at shots=0 which task and symmetry it is.
+attention, 'S' attention over a sliding window, 'M' Mamba-2; 'MA' is a hybrid, 'MS' is Samba (arxiv 2406.07522). it knows
+nothing of ARC but what a batch tells it: token ids, places (row, col, z), which document a token belongs to, and at
+shots=0 which task and symmetry it is. a row may hold several documents: each is computed as if it stood alone.
 B, T, C are batch, time, channels; nh heads of size hs; ns is the state size of mamba-2, whose B and C are Bm and Cm here.
 """
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 @dataclass
 class ModelConfig:
-    mixer: str = 'MA' # pattern over the layers: A = attention, M = mamba-2, e.g. 'A', 'MMA'
-    n_layer: int = 4 # blocks, each a mixer and a SwiGLU
-    n_embd: int = 128 # width of the residual stream
+    depth: int = 4 # the one dial: layers, and with them width, heads and learning rates
+    mixer: str = 'MA' # pattern over the layers: A = attention, S = sliding window attention, M = mamba-2, e.g. 'A', 'MS', 'MMMA'
+    n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
+    n_embd: int = 0 # width of the residual stream. 0 = 32 a layer of depth
     head_size: int = 32 # of attention
+    n_kv_head: int = 0 # heads of keys and values, each shared by as many query heads (GQA, arxiv 2305.13245). 0 = one each
+    qk_norm: bool = False # queries and keys of norm 1 (arxiv 2010.04245)
+    window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU, 0 = 8/3 n_embd rounded down to a multiple of 16
     prefix: bool = True # the tokens of a prompt see each other both ways (attention only, loss_on='query' only)
-    rope_bases: tuple[float, float, float] = (100.0, 100.0, 10.0) # of row, col, z
+    rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0) # of row, col, z. a single one, e.g. 10000: rope over the place in the document
+    loops: int = 1 # times that the stack is run, with the same weights
     d_state: int = 64 # ns, the state size of mamba-2
     d_head: int = 64 # its head size
     d_conv: int = 4 # width of its causal convolution
     expand: int = 2 # its inner width over n_embd
-    chunk_size: int = 64 # tokens of a chunk of its scan
+    chunk_size: int = 128 # tokens of a chunk of its scan
+    kernel: str = 'torch' # of that scan: 'torch' | 'triton' = flash-linear-attention's, on cuda
     vocab_size: int = 16 # of the grid tokens
     n_task: int = 0 # rows of the task embedding, set from the data. 0 = in context, no embedding
 
     def __post_init__(self):
         self.rope_bases = tuple(self.rope_bases) # json and toml know lists only
 
+    def filled(self):
+        """ the same with n_layer, n_embd, n_kv_head and n_hidden as the dial sets them. raises ValueError """
+        n_layer, n_embd = self.n_layer or self.depth, self.n_embd or 32 * self.depth
+        cfg = replace(self, n_layer=n_layer, n_embd=n_embd, n_hidden=self.n_hidden or n_embd * 8 // 3 // 16 * 16,
+                      n_kv_head=self.n_kv_head or n_embd // self.head_size)
+        if not self.mixer or set(self.mixer) - set('ASM') or min(n_layer, n_embd, self.loops, self.window) < 1 or self.vocab_size < 16:
+            raise ValueError(f"mixer={self.mixer!r} depth={self.depth} n_layer={self.n_layer} n_embd={self.n_embd} loops={self.loops} window={self.window} "
+                             f"vocab_size={self.vocab_size}: want a pattern of A, S and M, e.g. 'MA', at least one of each, and the 16 grid tokens")
+        if n_embd % self.head_size or n_embd // self.head_size % cfg.n_kv_head or self.head_size < 2 * len(self.rope_bases) or self.head_size % 2:
+            raise ValueError(f"n_embd={n_embd} head_size={self.head_size} n_kv_head={self.n_kv_head}: want heads of an even size, two channels "
+                             "a rope axis at least, that divides n_embd, and a number of kv heads that divides theirs")
+        if len(self.rope_bases) not in (1, 3):
+            raise ValueError(f"rope_bases={self.rope_bases}: want 3, of row, col and z, or 1, of the place in the document")
+        if self.expand * n_embd % self.d_head or self.d_conv < 2 or self.chunk_size < 1 or self.kernel not in ('torch', 'triton'):
+            raise ValueError(f"expand * n_embd = {self.expand * n_embd}, d_head={self.d_head}, d_conv={self.d_conv}, chunk_size={self.chunk_size}, "
+                             f"kernel={self.kernel!r}: want a d_head that divides the first, a d_conv of at least 2, chunks, and torch or triton")
+        return cfg
+
+    def learning_rates(self, lr, adam_lr):
+        """ of Muon and of AdamW, where 0 = by the width: LOG.md says what was measured """
+        scale = (128 / self.filled().n_embd) ** 0.5
+        return lr or 5e-3 * scale, adam_lr or 5e-3 * scale
+
     @property
     def kinds(self):
         """ the mixer of each layer, e.g. 'MAMA' """
-        return (self.mixer * self.n_layer)[: self.n_layer]
+        n = self.n_layer or self.depth
+        return (self.mixer * n)[:n]
 
 # -----------------------------------------------------------------------------
-# 3d rope (RoFormer, arxiv 2104.09864, an axis at a time as in mdlARC)
+# rope (RoFormer, arxiv 2104.09864; over several axes as in mdlARC)
 
 def rope_tables(pos, hs, bases):
-    """ (B, T, 3) row, col, z -> cos and signed sin (B, T, 1, hs) fp32. of the hs/2 pairs z turns the fewest """
-    n = [-(-hs // 6), -(-hs // 6)] # pairs that row and col turn
+    """ (B, T, axes) places -> cos and signed sin (B, T, 1, hs) fp32. of the hs/2 pairs the last axis turns the fewest """
+    n = [-(-hs // (2 * len(bases)))] * (len(bases) - 1) # pairs that each axis turns
     n.append(hs // 2 - sum(n))
     angles = []
-    for axis in range(3):
+    for axis in range(len(bases)):
         freq = bases[axis] ** -(torch.arange(n[axis], dtype=torch.float32, device=pos.device) / n[axis])
         angles.append(pos[..., axis : axis + 1].float() * freq) # (B, T, n)
     angles = torch.cat(angles, -1)[:, :, None] # (B, T, 1, hs/2)
@@ -56,97 +89,102 @@ def rope_tables(pos, hs, bases):
 def rotate(x, cos, sin):
     """ (B, T, nh, hs), each pair (i, i + hs/2) of its channels turned """
     x1, x2 = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([x2, x1], -1), sin).type_as(x)
+    return (x * cos + torch.cat([x2, x1], -1) * sin).type_as(x)
 
 # -----------------------------------------------------------------------------
+# attention
+
+BLOCK = 128 # queries that see the same slice of the keys, on cpu
 
 class Attention(nn.Module):
     """ multi-head attention with rope on q and k. what a token may see is the mask's business """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, kind):
         super().__init__()
-        if cfg.n_embd % cfg.head_size or cfg.head_size < 6 or cfg.head_size % 2:
-            raise ValueError(f"n_embd={cfg.n_embd} head_size={cfg.head_size}: want heads of an even size from 6 that divides n_embd")
-        self.hs = cfg.head_size
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.kind, self.hs, self.nh, self.nkv, self.qk_norm = kind, cfg.head_size, cfg.n_embd // cfg.head_size, cfg.n_kv_head, cfg.qk_norm
+        self.qkv = nn.Linear(cfg.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=False)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, ctx, cache=None):
         B, T, C = x.shape
-        nh = C // self.hs
-        qk, v = self.qkv(x).view(B, T, 3 * nh, self.hs).split([2 * nh, nh], 2)
-        q, k = rotate(qk, *ctx.rope).transpose(1, 2).chunk(2, 1) # (B, nh, T, hs) each
+        qk, v = self.qkv(x).view(B, T, -1, self.hs).split([self.nh + self.nkv, self.nkv], 2)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (self.hs,), eps=1e-6)
+        q, k = rotate(qk, *ctx.rope).transpose(1, 2).split([self.nh, self.nkv], 1) # (B, nh, T, hs) and (B, nkv, T, hs)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal)
+        if self.nkv < self.nh:
+            k, v = (z.repeat_interleave(self.nh // self.nkv, 1) for z in (k, v))
+        y = attend(q, k, v, ctx.masks[self.kind])
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
-class KVCache:
-    """ keys and values of the tokens so far, (B, nh, T, hs), with room to grow """
+def attend(q, k, v, mask):
+    """
+    softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs). mask: a BlockMask of FlexAttention, or a list of blocks of queries
+    (first, end, first key, end of keys, (B or 1, 1, queries, keys) of 0 and -inf to add, or None = sees all of these).
+    """
+    if not isinstance(mask, list):
+        return (flex_attention if torch.compiler.is_compiling() else compiled_flex())(q, k, v, block_mask=mask)
+    y = []
+    for a, b, lo, hi, bias in mask:
+        qb, kb, vb = q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi]
+        if q.is_cpu and hi - lo <= 8 * BLOCK: # plain products are faster than the fused kernel, and small enough to keep
+            att = (qb * qb.size(-1) ** -0.5) @ kb.transpose(2, 3) # (B, nh, b - a, hi - lo)
+            y.append((att if bias is None else att + bias).softmax(-1).type_as(vb) @ vb)
+        else:
+            y.append(F.scaled_dot_product_attention(qb, kb, vb, attn_mask=None if bias is None else bias.type_as(qb)))
+    return y[0] if len(y) == 1 else torch.cat(y, 2)
 
-    def __init__(self):
-        self.k = self.v = None
-        self.n = 0 # tokens so far
+@functools.cache
+def compiled_flex():
+    """ FlexAttention (arxiv 2412.05496): a kernel made for the mask, which skips what nobody sees. only compiled is it fast """
+    return torch.compile(flex_attention)
 
-    def append(self, k, v):
-        """ (B, nh, t, hs) more -> all so far """
-        a, self.n = self.n, self.n + k.size(2)
-        if self.k is None:
-            self.k, self.v = k, v
-        if self.n > self.k.size(2): # grow by half, so that a token costs the same on average
-            self.k, self.v = (F.pad(x, (0, 0, 0, self.n // 2 + 16)) for x in (self.k, self.v))
-        self.k[:, :, a : self.n], self.v[:, :, a : self.n] = k, v
-        return self.k[:, :, : self.n], self.v[:, :, : self.n]
-
-    def keep(self, rows):
-        """ go on with these rows of the batch only """
-        self.k, self.v = self.k[rows], self.v[rows]
+def flex_fits(x, cfg):
+    """ has the device of x FlexAttention? it wants Triton, a GPU from Ampere on, and heads of a power of 2 """
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and cfg.head_size >= 16 and cfg.head_size.bit_count() == 1
 
 # -----------------------------------------------------------------------------
 # mamba-2 (arxiv 2405.21060)
 
-def ssd(x, a, Bm, Cm, doc, Q, want_state=True):
+FORGET = -30.0 # log decay at the border of two documents: e^-30 of a state is less than fp32 can tell from nothing
+
+def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     """
     the state space recurrence h_t = exp(a_t) h_{t-1} + x_t Bm_t^T, y_t = h_t Cm_t, in chunks of Q tokens: inside a
-    chunk it is masked attention, between chunks one state is handed on. the state starts at zero in each document.
-    x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), doc (B, T) or None -> y (B, T, nh, hs) and the
-    last state (B, nh, hs, ns), not up to date with want_state=False. tested against the recurrence, a token at a time.
+    chunk it is masked attention, between chunks one state is handed on.
+    x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
+    None = zero -> y (B, T, nh, hs) and the last state, not up to date with want_state=False.
     """
-    B, T, nh, hs = x.shape
-    y, state, before = [], x.new_zeros(B, nh, hs, Bm.size(-1)), None # before: the document that the state belongs to
+    y, T = [], x.size(1)
     for t in range(0, T, Q):
-        xc, bc, cc = x[:, t : t + Q], Bm[:, t : t + Q], Cm[:, t : t + Q]
+        xc, bc, cc = x[:, t : t + Q].transpose(1, 2), Bm[:, t : t + Q], Cm[:, t : t + Q] # (B, nh, q, hs), (B, q, ns)
         s = a[:, t : t + Q].cumsum(1).transpose(1, 2) # (B, nh, q) log decay from the chunk's start
-        L = s[..., :, None] - s[..., None, :] # (B, nh, q, q) log decay from token j to token i
-        seen = torch.ones(L.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        carry, last = s.exp(), (s[..., -1:] - s).exp() # (B, nh, q) from the state to token i, and from token j to the end
-        if doc is not None:
-            dc = doc[:, t : t + Q]
-            seen = seen & (dc[:, None, :, None] == dc[:, None, None, :])
-            last = last * (dc == dc[:, -1:])[:, None]
-            if before is not None:
-                carry = carry * (dc == before)[:, None]
-            before = dc[:, -1:]
-        att = (cc @ bc.transpose(1, 2))[:, None] * L.masked_fill(~seen, float('-inf')).exp() # (B, nh, q, q)
-        yc = att @ xc.transpose(1, 2) # (B, nh, q, hs)
-        if t > 0: # the first chunk has no past
-            yc = yc + (cc[:, None] @ state.transpose(2, 3)) * carry[..., None]
+        future = torch.full((s.size(-1),) * 2, float('-inf'), dtype=s.dtype, device=s.device).triu(1)
+        L = (s[..., :, None] - s[..., None, :] + future).exp() # (B, nh, q, q) decay from token j to token i
+        yc = ((cc @ bc.transpose(1, 2))[:, None] * L) @ xc # (B, nh, q, hs)
+        if state is not None:
+            yc = yc + (cc[:, None] @ state.transpose(2, 3)) * s.exp()[..., None]
         y.append(yc.transpose(1, 2))
         if want_state or t + Q < T:
-            state = state * carry[..., -1, None, None] + (xc.transpose(1, 2) * last[..., None]).transpose(2, 3) @ bc[:, None]
-    return torch.cat(y, 1), state
+            new = (xc * (s[..., -1:] - s).exp()[..., None]).transpose(2, 3) @ bc[:, None] # (B, nh, hs, ns)
+            state = new if state is None else new + state * s[..., -1, None, None].exp()
+    return torch.cat(y, 1) if len(y) > 1 else y[0], state
+
+def ssd_triton(x, a, Bm, Cm):
+    """ the same by the kernel of flash-linear-attention (arxiv 2312.06635), from a state of zero -> y """
+    from fla.ops.simple_gla import chunk_simple_gla
+    q, k = (z[:, :, None].expand(-1, -1, x.size(2), -1).contiguous() for z in (Cm, Bm)) # (B, T, nh, ns)
+    return chunk_simple_gla(q, k, x.contiguous(), a.contiguous(), scale=1.0)[0]
 
 class Mamba2(nn.Module):
     """ project, short causal convolution, selective state space, gated norm, project """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, kind='M'):
         super().__init__()
-        self.hs, self.ns, self.Q = cfg.d_head, cfg.d_state, cfg.chunk_size
+        self.hs, self.ns, self.Q, self.kernel = cfg.d_head, cfg.d_state, cfg.chunk_size, cfg.kernel
         self.inner = cfg.expand * cfg.n_embd
-        if self.inner % self.hs or cfg.d_conv < 2 or cfg.chunk_size < 1:
-            raise ValueError(f"expand * n_embd = {self.inner}, d_head={self.hs}, d_conv={cfg.d_conv}, chunk_size={cfg.chunk_size}: "
-                             "want a d_head that divides the first, a d_conv of at least 2 and chunks")
         nh, self.mixed = self.inner // self.hs, self.inner + 2 * cfg.d_state # the convolution mixes x, Bm and Cm
         self.in_proj = nn.Linear(cfg.n_embd, self.inner + self.mixed + nh, bias=False) # gate, x Bm Cm, dt
         self.conv = nn.Parameter(torch.empty(cfg.d_conv, self.mixed)) # [k] weighs the token k steps back
@@ -154,48 +192,43 @@ class Mamba2(nn.Module):
         self.a_log, self.dt_bias, self.skip = (nn.Parameter(torch.empty(nh)) for _ in range(3))
         self.norm = nn.RMSNorm(self.inner, eps=1e-6)
         self.proj = nn.Linear(self.inner, cfg.n_embd, bias=False)
+        if self.kernel == 'triton':
+            try:
+                import fla.ops.simple_gla # noqa: F401
+            except ImportError as e:
+                raise ValueError(f"kernel='triton' is flash-linear-attention's, which is not here ({e}): pip install 'nanoarc[gpu]', or kernel='torch'") from None
 
     def forward(self, x, ctx, cache=None):
         B, T, C = x.shape
-        K, doc = len(self.conv), ctx.doc
+        K = len(self.conv)
         gate, u, dt = self.in_proj(x).split([self.inner, self.mixed, len(self.skip)], -1)
-        step = cache is not None and cache.state is not None # one token after another
-        past = cache.conv if step else u.new_zeros(B, K - 1, self.mixed)
-        u = torch.cat([past, u], 1)
-        if cache is not None:
-            cache.conv = u[:, -(K - 1) :]
-        mixed = torch.addcmul(self.conv_bias, u[:, K - 1 :], self.conv[0])
+        u = torch.cat([u.new_zeros(B, K - 1, self.mixed) if cache is None or cache.conv is None else cache.conv, u], 1)
+        mixed = self.conv_bias + u[:, K - 1 :] * self.conv[0]
         for k in range(1, K):
-            shifted = u[:, K - 1 - k : T + K - 1 - k] # k tokens earlier
-            if doc is not None: # nothing flows over the border of a document
-                shifted = shifted * F.pad(doc[:, k:] == doc[:, :-k], (min(k, T), 0))[..., None] if T > k else shifted * 0
-            mixed = torch.addcmul(mixed, shifted, self.conv[k])
+            earlier = u[:, K - 1 - k : T + K - 1 - k] # by k tokens
+            if ctx.same is not None: # nothing flows over the border of a document
+                earlier = earlier * ctx.same[k - 1]
+            mixed = mixed + earlier * self.conv[k]
         v, Bm, Cm = F.silu(mixed).split([self.inner, self.ns, self.ns], -1)
         v = v.reshape(B, T, -1, self.hs) # (B, T, nh, hs)
-        dt = F.softplus(dt.float() + self.dt_bias) # (B, T, nh) how much of this token the state takes
-        a = -dt * self.a_log.exp()
-        dv = v * dt[..., None].type_as(v)
-        if step:
-            assert T == 1, "with a state at hand it goes a token at a time"
-            state = cache.state * a[:, 0, :, None, None].exp() + dv[:, 0, :, :, None] * Bm[:, 0, None, None, :]
-            y = (state * Cm[:, 0, None, None, :]).sum(-1)[:, None].type_as(v)
-        else:
-            with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
-                y, state = ssd(*(z.to(a.dtype) for z in (dv, a, Bm, Cm)), doc, self.Q, cache is not None)
+        with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
+            dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) # (B, T, nh) how much of this token the state takes
+            a = -dt * self.a_log.exp()
+            if ctx.same is not None:
+                a = a.masked_fill(~ctx.same[0], FORGET)
+            dv, Bm, Cm = v * dt[..., None], Bm.to(dt.dtype), Cm.to(dt.dtype)
+            state = None if cache is None else cache.state
+            if state is not None and T == 1: # a token after another, by definition
+                state = state * a[:, 0, :, None, None].exp() + dv[:, 0, :, :, None] * Bm[:, 0, None, None, :]
+                y = (state @ Cm[:, 0, None, :, None])[..., 0][:, None] # (B, 1, nh, hs)
+            elif self.kernel == 'triton' and cache is None:
+                y = ssd_triton(dv, a, Bm, Cm)
+            else:
+                y, state = ssd(dv, a, Bm, Cm, self.Q, state, cache is not None)
         if cache is not None:
-            cache.state = state
+            cache.conv, cache.state = u[:, T:], state
         y = (y + v * self.skip[:, None]).reshape(B, T, -1)
         return self.proj(self.norm((y * F.silu(gate)).type_as(x)))
-
-class SSMCache:
-    """ what mamba-2 remembers: the last inputs of the convolution (B, K-1, channels) and the state (B, nh, hs, ns) """
-
-    def __init__(self):
-        self.conv = self.state = None
-
-    def keep(self, rows):
-        """ go on with these rows of the batch only """
-        self.conv, self.state = self.conv[rows], self.state[rows]
 
 # -----------------------------------------------------------------------------
 
@@ -204,9 +237,8 @@ class MLP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        hidden = cfg.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
-        self.fc = nn.Linear(cfg.n_embd, 2 * hidden, bias=False) # gate and value as one matrix
-        self.proj = nn.Linear(hidden, cfg.n_embd, bias=False)
+        self.fc = nn.Linear(cfg.n_embd, 2 * cfg.n_hidden, bias=False) # gate and value as one matrix
+        self.proj = nn.Linear(cfg.n_hidden, cfg.n_embd, bias=False)
 
     def forward(self, x):
         gate, value = self.fc(x).chunk(2, -1)
@@ -218,7 +250,7 @@ class Block(nn.Module):
     def __init__(self, cfg, kind):
         super().__init__()
         self.norm1 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
-        self.mixer = {'A': Attention, 'M': Mamba2}[kind](cfg)
+        self.mixer = {'A': Attention, 'S': Attention, 'M': Mamba2}[kind](cfg, kind)
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
 
@@ -226,48 +258,83 @@ class Block(nn.Module):
         x = x + self.mixer(self.norm1(x), ctx, cache) # (B, T, C)
         return x + self.mlp(self.norm2(x)) # (B, T, C)
 
-class Context:
-    """ what all layers share in one forward: rope tables, the attention mask, the documents """
+# -----------------------------------------------------------------------------
 
-    def __init__(self, cfg, pos, doc, start):
-        """ start: tokens already in the cache """
-        self.mask, self.causal = None, False
-        # a row of one document and PAD after it has no border that a causal mixer must heed. a gpu would have to wait for the
-        # answer, so there the borders are always heeded
-        alone = doc is None or (doc.device.type == 'cpu' and not (doc > 0).any())
-        self.doc = None if alone else doc
-        if 'A' not in cfg.kinds:
+class Context:
+    """ what all layers share in one forward: rope tables, who sees whom, where documents begin """
+
+    def __init__(self, cfg, x, pos, doc, cache):
+        """ cfg filled, x (B, T, C) the embedded tokens, pos (B, T, 3) and doc (B, T) or None, cache a Cache or None """
+        B, T, _ = x.shape
+        n = cache.n if cache is not None else 0 # tokens before these
+        here = x.is_cpu and not torch.compiler.is_compiling() # elsewhere to ask for a value would be to wait for it
+        if doc is not None and n > 0:
+            doc = torch.cat([cache.doc, doc], 1) # (B, n + T)
+        self.same, self.masks, self.rope = None, {}, None
+        # mamba-2. on cpu a row of one document and PAD after it is worth knowing: it has no border to heed
+        if 'M' in cfg.kinds and doc is not None and not (here and doc.max() <= 0):
+            d = F.pad(doc, (cfg.d_conv - 1, 0), value=-2)[:, n:]
+            now = d[:, cfg.d_conv - 1 :]
+            self.same = [(now == d[:, k : T + k])[..., None] for k in range(cfg.d_conv - 2, -1, -1)] # [k] is the token k + 1 before of the same document?
+        # attention
+        kinds = set(cfg.kinds) - {'M'}
+        if len(kinds) == 0:
             return
+        if len(cfg.rope_bases) == 1: # no places but the one in the document
+            pos = torch.arange(n + T, device=x.device).expand(B, -1)
+            if doc is not None:
+                first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0)) # of a document
+                pos = pos - (pos * first).cummax(1).values
+            pos = pos[:, n:, None]
         self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
-        if start > 0: # one more token sees all that is in the cache
-            return
-        if doc is None: # one prompt a row, all of it
-            self.causal = not cfg.prefix
-            return
-        T = doc.size(1)
-        i = torch.arange(T, device=doc.device)
-        see = i[:, None] >= i # (T, T) causal
-        if cfg.prefix: # all up to the OUT of the target is prompt. the answer alone has z = 1 and is not at (0, 0)
-            prompt = (pos[..., 2] != 1) | ((pos[..., 0] == 0) & (pos[..., 1] == 0)) # (B, T)
-            see = see | (prompt[:, :, None] & prompt[:, None, :])
-        self.mask = (see & (doc[:, :, None] == doc[:, None, :]))[:, None] # (B, 1, T, T), PAD sees PAD
+        prompt = None
+        if cfg.prefix and T > 1: # all up to the OUT of the target is prompt: the answer alone has z = 1 and is not at (0, 0)
+            assert pos.size(2) == 3, "prefix wants to be told places"
+            prompt = F.pad((pos[..., 2] != 1) | ((pos[..., 0] == 0) & (pos[..., 1] == 0)), (n, 0)) # (B, n + T), what came before is done with
+        flex = cache is None and flex_fits(x, cfg)
+        for kind in kinds:
+            self.masks[kind] = make_mask(n, T, doc, prompt, cfg.window if kind == 'S' else 0, here, flex, x)
+
+def make_mask(n, T, doc, prompt, window, here, flex, x):
+    """ what T tokens after n others see -> a mask for `attend`. doc and prompt (B, n + T) or None, window in tokens or 0 """
+    def see(b, h, i, j): # does token i see token j? h, the head, does not matter
+        ok = i >= j if prompt is None else (i >= j) | (prompt[b, i] & prompt[b, j])
+        if window > 0:
+            ok = ok & ((i - j).abs() < window)
+        return ok if doc is None else ok & (doc[b, i] == doc[b, j]) # PAD sees PAD
+    if flex:
+        return create_block_mask(see, None if doc is None else len(doc), None, T, T, device=x.device, _compile=not torch.compiler.is_compiling())
+    if T == 1 and doc is None: # one more token sees all that is in the cache
+        return [(0, 1, max(n + 1 - window, 0) if window > 0 else 0, n + 1, None)]
+    blocks, rows = [], torch.arange(len(x), device=x.device)[:, None, None]
+    for a in range(0, T, BLOCK if here else T):
+        b = min(a + BLOCK, T) if here else T
+        lo, hi = 0, n + (b if prompt is None else T)
+        if here and doc is not None: # from where the first document of the block begins to where its last one ends
+            lo = int((doc[:, : n + a + 1] == doc[:, n + a, None]).int().argmax(1).min())
+            if prompt is not None:
+                hi -= int((doc.flip(1) == doc[:, n + b - 1, None]).int().argmax(1).min())
+        if window > 0:
+            lo, hi = max(lo, n + a + 1 - window), min(hi, n + b - 1 + window)
+        ok = see(rows, None, torch.arange(n + a, n + b, device=x.device)[:, None], torch.arange(lo, hi, device=x.device)) # (B, b - a, hi - lo)
+        bias = torch.zeros(ok.shape, dtype=x.dtype, device=x.device).masked_fill(~ok, float('-inf'))
+        blocks.append((a, b, lo, hi, bias.view(-1, 1, b - a, hi - lo)))
+    return blocks
 
 class Model(nn.Module):
     """
     model(*batch) -> logits (B, T, vocab_size) and the loss, summed over the tokens that carry it, in nats.
-    with a cache: first the prompts (of one length, doc None), then a token at a time.
+    with a cache it goes on where the last call ended: first the prompts, then a token at a time, or several.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        if not cfg.mixer or set(cfg.mixer) - set('AM') or cfg.n_layer < 1 or cfg.n_embd < 1 or cfg.vocab_size < 16:
-            raise ValueError(f"mixer={cfg.mixer!r} n_layer={cfg.n_layer} n_embd={cfg.n_embd} vocab_size={cfg.vocab_size}: "
-                             "want a pattern of A and M, e.g. 'MA', at least a layer, and the 16 grid tokens")
-        self.cfg = cfg
+        self.cfg = cfg = cfg.filled()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.n_task > 0:
             self.wtask, self.wdih = nn.Embedding(cfg.n_task, cfg.n_embd), nn.Embedding(8, cfg.n_embd)
-        if 'A' not in cfg.kinds: # without rope the places are learned. z is a byte
+        self.places = not set(cfg.kinds) & set('AS') and len(cfg.rope_bases) == 3
+        if self.places: # without rope they are learned. z is a byte
             self.wrow, self.wcol, self.wz = nn.Embedding(32, cfg.n_embd), nn.Embedding(32, cfg.n_embd), nn.Embedding(256, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, kind) for kind in cfg.kinds)
         self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
@@ -278,32 +345,36 @@ class Model(nn.Module):
         x = self.wte(idx) # (B, T, C)
         if self.cfg.n_task > 0:
             x = x + self.wtask(task) + self.wdih(dihedral.int())
-        if 'A' not in self.cfg.kinds:
+        if self.places:
             x = x + self.wrow(pos[..., 0].int()) + self.wcol(pos[..., 1].int()) + self.wz(pos[..., 2].int())
-        ctx = Context(self.cfg, pos, doc, cache.n if cache is not None else 0)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, cache.layers[i] if cache is not None else None)
+        ctx = Context(self.cfg, x, pos, doc, cache)
+        for i in range(self.cfg.loops * len(self.blocks)):
+            x = self.blocks[i % len(self.blocks)](x, ctx, cache.layers[i] if cache is not None else None)
         if cache is not None:
-            cache.n += idx.size(1)
+            cache.advance(idx.size(1), doc)
         logits = self.head(self.norm(x)) # (B, T, vocab_size)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum') # skips -100
 
-    def optimizers(self, lr, adam_lr, weight_decay):
-        """ -> [Muon for the matrices of the blocks, AdamW for embeddings, head, norms and the rest] """
-        named = dict(self.named_parameters())
-        matrices = [p for name, p in named.items() if name.startswith('blocks.') and name.endswith('.weight') and p.ndim == 2]
-        known = {id(p) for p in matrices}
-        rest = [p for p in named.values() if id(p) not in known]
-        decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim < 2]
-        return [Muon(matrices, lr, weight_decay=weight_decay),
-                torch.optim.AdamW([{'params': decayed, 'weight_decay': weight_decay}, {'params': plain, 'weight_decay': 0.0}],
-                                  lr=adam_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    def optimizers(self, lr, adam_lr, weight_decay, ns_steps=5):
+        """
+        -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings and head with weight decay, norms, biases
+        and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at the learning rate of Muon.
+        """
+        groups = {'matrix': [], 'decayed': [], 'plain': []}
+        for name, p in self.named_parameters():
+            kind = 'plain' if p.ndim < 2 else 'matrix' if name.startswith('blocks.') and name.endswith('.weight') else 'decayed'
+            groups[kind].append(p)
+        adam = [{'params': groups['decayed'], 'weight_decay': weight_decay}, {'params': groups['plain'], 'weight_decay': 0.0}]
+        if ns_steps == 0:
+            adam.append({'params': groups['matrix'], 'weight_decay': weight_decay, 'lr': lr})
+        muon = [Muon(groups['matrix'], lr, weight_decay=weight_decay, steps=ns_steps)] if ns_steps > 0 else []
+        return muon + [torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
 
 def init_weights(m):
-    """ the whole initialization as one table """
+    """ the whole initialization as one table. norms begin at 1 """
     if isinstance(m, (nn.Linear, nn.Embedding)):
         nn.init.normal_(m.weight, std=0.02)
     elif isinstance(m, Mamba2): # the paper's: decays of 1..16 a unit of time, steps of 0.001 to 0.1
@@ -356,14 +427,55 @@ def orthogonalize(g, steps):
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).type_as(g)
 
+# -----------------------------------------------------------------------------
+# decode caches
+
+class KVCache:
+    """ keys and values of the tokens so far, (B, nkv, T, hs), with room to grow """
+
+    def __init__(self):
+        self.k = self.v = None
+        self.n = 0 # tokens so far
+
+    def append(self, k, v):
+        """ (B, nkv, t, hs) more -> all so far """
+        a, self.n = self.n, self.n + k.size(2)
+        if self.k is None:
+            self.k, self.v = k, v
+        if self.n > self.k.size(2): # grow by half, so that a token costs the same on average
+            self.k, self.v = (F.pad(x, (0, 0, 0, self.n // 2 + 16)) for x in (self.k, self.v))
+        self.k[:, :, a : self.n], self.v[:, :, a : self.n] = k, v
+        return self.k[:, :, : self.n], self.v[:, :, : self.n]
+
+    def keep(self, rows):
+        """ go on with these rows of the batch only """
+        self.k, self.v = self.k[rows], self.v[rows]
+
+class SSMCache:
+    """ what mamba-2 remembers: the last inputs of the convolution (B, K-1, channels) and the state (B, nh, hs, ns) """
+
+    def __init__(self):
+        self.conv = self.state = None
+
+    def keep(self, rows):
+        """ go on with these rows of the batch only """
+        self.conv, self.state = self.conv[rows], self.state[rows]
+
 class Cache:
-    """ decode caches of all layers, for a batch of prompts of one length """
+    """ decode caches of all layers, for a batch of prompts of one length. docs in every call or in none """
 
     def __init__(self, model):
-        self.layers = [KVCache() if isinstance(block.mixer, Attention) else SSMCache() for block in model.blocks]
-        self.n = 0 # tokens so far
+        self.layers = [SSMCache() if kind == 'M' else KVCache() for _ in range(model.cfg.loops) for kind in model.cfg.kinds]
+        self.n, self.doc = 0, None # tokens so far, and their documents (B, n)
+
+    def advance(self, T, doc):
+        """ T more tokens, of these documents """
+        self.n += T
+        if doc is not None:
+            self.doc = doc if self.doc is None else torch.cat([self.doc, doc], 1)
 
     def keep(self, rows):
         """ go on with these rows of the batch only, (b,) int64 or bool """
+        self.doc = self.doc if self.doc is None else self.doc[rows]
         for layer in self.layers:
             layer.keep(rows)

@@ -25,9 +25,10 @@ class TrainConfig:
     resume: str = '' # out_dir of a run to continue exactly, with its own settings
     minutes: float = 5.0 # train this long: throughput is measured first, then max_iters is fixed. 0 = by max_iters
     max_iters: int = 0 # train this many steps. 0 = by minutes, and if both are set this one counts
-    grad_accum: int = 4 # micro batches a step. several, since all documents of one are of a length and so of few tasks
-    lr: float = 5e-3 # peak of Muon, for the matrices
-    adam_lr: float = 5e-3 # peak of AdamW, for embeddings, head and norms
+    grad_accum: int = 1 # micro batches a step
+    lr: float = 0.0 # peak of Muon, for the matrices. 0 = by the width of the model
+    adam_lr: float = 0.0 # peak of AdamW, for embeddings, head and norms. 0 = by the width
+    ns_steps: int = 5 # Newton-Schulz steps of Muon. 0 = AdamW for the matrices too, at the lr above
     weight_decay: float = 0.1 # of matrices and embeddings, times the learning rate
     grad_clip: float = 1.0 # largest norm of the gradient, 0 = off
     warmup_iters: int = 20 # steps of linear warm-up
@@ -62,6 +63,9 @@ def get_device(device, dtype):
         raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high') # TF32
+    elif device.type == 'cpu' and not torch.cpu._is_amx_tile_supported():
+        # this asks for oneDNN's products. without AMX they are fp32 still, and on AMD twice as fast as MKL's
+        torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
     autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
     return device, dtype, autocast
 
@@ -82,9 +86,9 @@ def main(cfg, model_cfg, data_cfg):
     device, dtype, autocast = get_device(cfg.device, cfg.dtype)
     if cfg.compile not in ('auto', 'on', 'off'):
         raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
-    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every) < 0:
-        raise ValueError("want a grad_accum of at least 1, and eval_every, save_every and log_every of at least 0")
-    if model_cfg.prefix and 'A' in model_cfg.mixer and data_cfg.loss_on != 'query':
+    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0:
+        raise ValueError("want a grad_accum of at least 1, and eval_every, save_every, log_every, ns_steps and learning rates of at least 0")
+    if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
         raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
     torch.manual_seed(cfg.seed)
     out_dir = Path(cfg.resume or cfg.out_dir)
@@ -104,11 +108,13 @@ def main(cfg, model_cfg, data_cfg):
         raise ValueError(f"n_task={model_cfg.n_task}: the data has {n_task} tasks to embed, leave it out")
     model_cfg = replace(model_cfg, n_task=n_task)
     model = Model(model_cfg).to(device)
-    optimizers = model.optimizers(cfg.lr, cfg.adam_lr, cfg.weight_decay)
+    lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
+    optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching == 'pad')
-    forward = torch.compile(model) if compiled else model
+    for block in model.blocks if compiled else ():
+        block.compile() # blocks of a kind share what is compiled, and around them little is left
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}")
 
     # where we stand
@@ -160,8 +166,8 @@ def main(cfg, model_cfg, data_cfg):
             # -----------------------------------------------------------------
             factor = get_lr(step, max_iters, cfg)
             for optimizer, lrs in zip(optimizers, peaks):
-                for group, lr in zip(optimizer.param_groups, lrs):
-                    group['lr'] = lr * factor
+                for group, peak in zip(optimizer.param_groups, lrs):
+                    group['lr'] = peak * factor
             t, total = time.perf_counter(), 0.0
             n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches are weighed by their loss tokens
             for micro_step in range(cfg.grad_accum):
@@ -169,7 +175,7 @@ def main(cfg, model_cfg, data_cfg):
                 batch = loader.next_batch()
                 wait += time.perf_counter() - t
                 with autocast():
-                    _, loss = forward(*batch)
+                    _, loss = model(*batch)
                 scaler.scale(loss / n).backward() # grads add up
                 total = total + loss.detach()
                 seen += batch.idx.numel() # padding too: what the device works on
@@ -187,7 +193,7 @@ def main(cfg, model_cfg, data_cfg):
             if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
                 loss = float(total) / n # waits for the device
                 dt = time.perf_counter() - t0
-                log.row(step, max_iters, loss=loss, lr=cfg.lr * factor, tok_s=seen / dt, wait=wait / dt)
+                log.row(step, max_iters, loss=loss, lr=lr * factor, tok_s=seen / dt, wait=wait / dt)
                 t0, wait, seen = time.perf_counter(), 0.0, 0
     seconds = time.perf_counter() - clock
     val_loss = evaluate(model, ds, device, autocast)
