@@ -35,7 +35,7 @@ class ModelConfig:
     d_conv: int = 4 # width of its causal convolution
     expand: int = 2 # its inner width over n_embd
     chunk_size: int = 128 # tokens of a chunk of its scan
-    kernel: str = 'torch' # of that scan: 'torch' | 'triton' = flash-linear-attention's, on cuda
+    kernel: str = 'torch' # of that scan: 'torch' | 'triton' = flash-linear-attention's, to train on cuda
     vocab_size: int = 16 # of the grid tokens
     n_task: int = 0 # rows of the task embedding, set from the data. 0 = in context, no embedding
 
@@ -173,10 +173,23 @@ def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     return torch.cat(y, 1) if len(y) > 1 else y[0], state
 
 def ssd_triton(x, a, Bm, Cm):
-    """ the same by the kernel of flash-linear-attention (arxiv 2312.06635), from a state of zero -> y """
+    """
+    the same by the kernel of flash-linear-attention (its simple_gla, of which mamba-2 is a case), from a state of zero -> y.
+    it cannot share Bm and Cm among heads, and a compiler has to step around it. x, Bm and Cm of one dtype, a fp32
+    """
     from fla.ops.simple_gla import chunk_simple_gla
-    q, k = (z[:, :, None].expand(-1, -1, x.size(2), -1).contiguous() for z in (Cm, Bm)) # (B, T, nh, ns)
-    return chunk_simple_gla(q, k, x.contiguous(), a.contiguous(), scale=1.0)[0]
+    q, k = (z[:, :, None].expand(-1, -1, x.size(2), -1) for z in (Cm, Bm)) # (B, T, nh, ns)
+    return chunk_simple_gla(q, k, x, a, scale=1.0)[0]
+
+def check_kernel(kernel, device):
+    """ raises ValueError if this device cannot train with it """
+    if kernel == 'triton':
+        try:
+            import fla.ops.simple_gla # noqa: F401
+        except ImportError as e:
+            raise ValueError(f"kernel='triton' is flash-linear-attention's, which is not here ({e}): pip install 'nanoarc[gpu]', or --kernel=torch") from None
+        if device.type != 'cuda':
+            raise ValueError(f"kernel='triton' is for cuda, this is {device}: --kernel=torch")
 
 class Mamba2(nn.Module):
     """ project, short causal convolution, selective state space, gated norm, project """
@@ -192,11 +205,6 @@ class Mamba2(nn.Module):
         self.a_log, self.dt_bias, self.skip = (nn.Parameter(torch.empty(nh)) for _ in range(3))
         self.norm = nn.RMSNorm(self.inner, eps=1e-6)
         self.proj = nn.Linear(self.inner, cfg.n_embd, bias=False)
-        if self.kernel == 'triton':
-            try:
-                import fla.ops.simple_gla # noqa: F401
-            except ImportError as e:
-                raise ValueError(f"kernel='triton' is flash-linear-attention's, which is not here ({e}): pip install 'nanoarc[gpu]', or kernel='torch'") from None
 
     def forward(self, x, ctx, cache=None):
         B, T, C = x.shape
@@ -216,12 +224,13 @@ class Mamba2(nn.Module):
             a = -dt * self.a_log.exp()
             if ctx.same is not None:
                 a = a.masked_fill(~ctx.same[0], FORGET)
-            dv, Bm, Cm = v * dt[..., None], Bm.to(dt.dtype), Cm.to(dt.dtype)
-            state = None if cache is None else cache.state
+            dv, state = v * dt[..., None], None if cache is None else cache.state
+            triton = self.kernel == 'triton' and cache is None and x.is_cuda
+            dv, Bm, Cm = (z.to(v.dtype if triton else dt.dtype) for z in (dv, Bm, Cm))
             if state is not None and T == 1: # a token after another, by definition
                 state = state * a[:, 0, :, None, None].exp() + dv[:, 0, :, :, None] * Bm[:, 0, None, None, :]
                 y = (state @ Cm[:, 0, None, :, None])[..., 0][:, None] # (B, 1, nh, hs)
-            elif self.kernel == 'triton' and cache is None:
+            elif triton:
                 y = ssd_triton(dv, a, Bm, Cm)
             else:
                 y, state = ssd(dv, a, Bm, Cm, self.Q, state, cache is not None)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoarc import checkpoint, view
 from nanoarc.data import ArcDataset, ArcLoader, Batch
-from nanoarc.model import Model
+from nanoarc.model import Model, check_kernel
 
 @dataclass
 class TrainConfig:
@@ -39,7 +39,7 @@ class TrainConfig:
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
-    compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda with batching='pad', where all shapes are one
+    compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda where shapes are few, so not with batching='bucket'
 
 def get_lr(step, max_iters, cfg):
     """ factor of the peak learning rate at a step: linear warm-up, flat, linear decay to 0. max_iters=0: not known yet """
@@ -90,6 +90,7 @@ def main(cfg, model_cfg, data_cfg):
         raise ValueError("want a grad_accum of at least 1, and eval_every, save_every, log_every, ns_steps and learning rates of at least 0")
     if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
         raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
+    check_kernel(model_cfg.kernel, device)
     torch.manual_seed(cfg.seed)
     out_dir = Path(cfg.resume or cfg.out_dir)
 
@@ -112,7 +113,7 @@ def main(cfg, model_cfg, data_cfg):
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-    compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching == 'pad')
+    compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
     for block in model.blocks if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}")

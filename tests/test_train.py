@@ -76,7 +76,7 @@ def test_micro_batches_are_weighed_by_their_loss_tokens(toy, tmp_path, monkeypat
 def test_validation_counts_output_tokens_whatever_is_trained_on(toy, tmp_path):
     src = toy(n=4)
     for loss_on in ('query', 'all'):
-        cli(['train', f"--data={src}", f"--out_dir={tmp_path / loss_on}", '--max_iters=1', '--lr=0', '--adam_lr=0', '--shots=-1', '--no_prefix', f"--loss_on={loss_on}", *TINY])
+        cli(['train', f"--data={src}", f"--out_dir={tmp_path / loss_on}", '--max_iters=1', '--lr=1e-12', '--adam_lr=1e-12', '--shots=-1', '--no_prefix', f"--loss_on={loss_on}", *TINY])
     assert checkpoint.load(tmp_path / 'all')[1]['val_loss'] == pytest.approx(checkpoint.load(tmp_path / 'query')[1]['val_loss'], rel=1e-4)
 
 def test_what_would_change_a_resumed_run_is_refused_by_name(tiny_run):
