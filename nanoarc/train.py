@@ -5,6 +5,7 @@ loss, val_loss (nats per output token), lr, tok_s, wait (share of time spent on 
 """
 import contextlib
 import json
+import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoarc import checkpoint, view
 from nanoarc.data import ArcDataset, ArcLoader, Batch
-from nanoarc.model import Model, check_kernel
+from nanoarc.model import Model, check_kernel, is_recent
 
 @dataclass
 class TrainConfig:
@@ -56,16 +57,15 @@ def get_device(device, dtype):
     if not known.get(device.partition(':')[0]):
         raise ValueError(f"device={device!r}: not here, want one of {', '.join(name for name in known if known[name])}")
     device = torch.device(device)
-    recent = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) # Ampere brought bf16
     if dtype == 'auto':
-        dtype = 'bfloat16' if recent else 'float16' if device.type == 'cuda' else 'float32'
+        dtype = 'bfloat16' if is_recent(device) else 'float16' if device.type == 'cuda' else 'float32'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high') # TF32
-    elif device.type == 'cpu' and not torch.cpu._is_amx_tile_supported():
-        # this asks for oneDNN's products. without AMX they are fp32 still, and on AMD twice as fast as MKL's
-        torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
+    elif device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_amx_tile_supported():
+        # asks for oneDNN's products in place of MKL's. it would round to bf16 in AMX units: without them it is fp32 still, on AMD twice as fast
+        torch.set_float32_matmul_precision('medium')
     autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
     return device, dtype, autocast
 
@@ -122,6 +122,8 @@ def main(cfg, model_cfg, data_cfg):
     step, tokens, seconds, val_loss, max_iters = 0, 0, 0.0, None, cfg.max_iters
     if cfg.resume:
         tensors, meta = checkpoint.load(cfg.resume)
+        if (cfg.ns_steps == 0) != (meta['train'].get('ns_steps') == 0): # runs of before had Muon
+            raise ValueError(f"ns_steps={cfg.ns_steps}: {cfg.resume} was trained with {'AdamW' if cfg.ns_steps else 'Muon'} on its matrices, whose state does not fit")
         checkpoint.restore_model(model, tensors)
         checkpoint.restore_optimizers(model, optimizers, tensors)
         loader.load_state_dict(meta['stream'])
@@ -183,10 +185,10 @@ def main(cfg, model_cfg, data_cfg):
                 tokens += batch.idx.numel()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            if cfg.grad_clip > 0:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf'))
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if not scaler.is_enabled() or torch.isfinite(norm): # fp16: all optimizers skip a step that overflowed, or none. waits for the device
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
             # -----------------------------------------------------------------

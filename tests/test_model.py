@@ -9,7 +9,7 @@ from nanoarc.model import BLOCK, FORGET, Attention, Cache, Mamba2, Model, ModelC
 
 MIXERS = ['A', 'M', 'MA', 'MS']
 SWITCHES = {'plain': dict(prefix=False), 'prefix': {}, 'qk_norm': dict(qk_norm=True), 'gqa': dict(n_kv_head=1), 'loops': dict(loops=2),
-            '1d_rope': dict(rope_bases=(10000.0,), prefix=False)}
+            '1d_rope': dict(rope_bases=(10000.0,))}
 
 def make(mixer='A', n_task=4, **kwargs):
     """ a tiny model in fp64, its weights large enough that every part matters """
@@ -154,15 +154,20 @@ def test_attention_sees_what_it_should_on_every_path(T, window, prefix, how):
 
 def flex_on_cpu(q, k, v, doc, prompt, window):
     """ FlexAttention, not compiled: the mask that a gpu gets """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    import nanoarc.model
-    made = []
-    old, nanoarc.model.create_block_mask = nanoarc.model.create_block_mask, lambda *args, _compile, **kwargs: made.append(create_block_mask(*args, **kwargs)) or made[-1]
-    try:
-        mask = make_mask(0, q.size(2), doc, prompt, window, False, True, q[:, 0])
-    finally:
-        nanoarc.model.create_block_mask = old
-    return flex_attention(q, k, v, block_mask=mask)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('nanoarc.model.compiled', lambda f: f)
+        return attend(q, k, v, make_mask(0, q.size(2), doc, prompt, window, False, True, q[:, 0]))
+
+def test_the_blocks_that_flex_attention_skips_are_those_of_each_row():
+    T = 3 * BLOCK
+    prompt = torch.zeros(2, T, dtype=torch.bool)
+    prompt[1] = True
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('nanoarc.model.compiled', lambda f: f)
+        for doc in (None, torch.zeros(2, T, dtype=torch.int32)): # row 0 is causal, in row 1 all see all
+            assert make_mask(0, T, doc, prompt, 0, False, True, torch.zeros(2, T, 8)).to_dense()[:, 0].sum((1, 2)).tolist() == [6, 9]
+        doc = torch.arange(T)[None].repeat(2, 1) // BLOCK
+        assert make_mask(0, T, doc, None, 0, False, True, torch.zeros(2, T, 8)).to_dense()[:, 0].sum((1, 2)).tolist() == [3, 3]
 
 def test_long_rows_take_the_fused_kernel_and_see_the_same():
     T = 9 * BLOCK + 5
@@ -197,7 +202,7 @@ def test_a_packed_row_equals_its_documents_alone(toy, mixer, switch, shots):
             assert (one[0] - logits[row][docs == d]).abs().max() < 1e-10
             nats.backward()
             total += nats.item()
-    assert int(batch.doc.max()) > 1 and abs(float(loss) - total) < 1e-9 * total and torch.isfinite(logits).all()
+    assert int(batch.doc.max()) > 1 and abs(loss.item() - total) < 1e-9 * total and torch.isfinite(logits).all()
     assert all(relative(p.grad, grads[name]) < 1e-8 for name, p in model.named_parameters())
 
 @pytest.mark.parametrize('mixer', MIXERS)
@@ -423,10 +428,32 @@ def test_the_dial_sets_width_heads_and_learning_rates():
     assert (cfg.n_layer, cfg.n_embd, cfg.kinds) == (3, 64, 'MAM') and cfg.filled() == cfg
 
 @pytest.mark.parametrize('wrong', [dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=48), dict(head_size=4), dict(n_kv_head=3), dict(rope_bases=(1.0, 2.0)), dict(loops=0),
-                                   dict(window=0), dict(d_head=60), dict(d_conv=1), dict(chunk_size=0), dict(kernel='cuda'), dict(vocab_size=10)])
+                                   dict(window=0), dict(d_head=60), dict(d_head=0), dict(d_state=0), dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=0), dict(d_conv=1), dict(chunk_size=0), dict(kernel='cuda'), dict(vocab_size=10)])
 def test_a_wrong_setting_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         Model(ModelConfig(**wrong))
+
+def test_a_setting_that_no_layer_heeds_is_not_refused():
+    Model(ModelConfig(mixer='M', n_embd=48, d_head=16)) # whatever the head size of attention
+    Model(ModelConfig(mixer='A', n_embd=48, head_size=16))
+
+def test_products_of_the_cpu_are_exact():
+    from nanoarc.train import get_device
+    get_device('cpu', 'float32')
+    a, b = torch.randn(2, 512, 512, dtype=torch.float64).unbind()
+    assert relative((a.float() @ b.float()).double(), a @ b) < 2e-6 # bf16 has 4e-3
+
+def test_a_prompt_alone_needs_no_mask():
+    prompt = torch.ones(2, 50, dtype=torch.bool)
+    assert make_mask(0, 50, None, prompt, 0, False, False, torch.zeros(2, 50, 8)) == [(0, 50, 0, 50, None)]
+
+def test_docs_come_in_every_call_or_in_none():
+    model = make('M')
+    cache, doc = Cache(model), torch.zeros(1, 3).int()
+    x = torch.zeros(1, 3).long(), None, torch.zeros(1, 3, 3, dtype=torch.uint8)
+    model(*x, doc, doc, doc, cache=cache)
+    with pytest.raises(AssertionError, match="docs"):
+        model(*x, None, doc, doc, cache=cache)
 
 def test_the_triton_kernel_is_refused_where_it_cannot_work(monkeypatch):
     import sys
@@ -463,7 +490,7 @@ def test_mamba_begins_with_the_decays_and_steps_of_the_paper():
 def test_half_precision_is_near(toy, mixer):
     batch = toy_batch(toy(n=4, side=5))
     torch.manual_seed(1337)
-    model = Model(ModelConfig(mixer=mixer, depth=2, n_task=4))
+    model = Model(ModelConfig(mixer=mixer, depth=2, n_task=4, qk_norm=True, n_kv_head=1))
     want = model(*batch)[1]
     with torch.autocast('cpu', dtype=torch.bfloat16):
         loss = model(*batch)[1]
@@ -502,3 +529,49 @@ def test_decoding_compiles_without_a_graph_break_and_seldom_again(mixer):
         assert (x - y).abs().max() < 1e-12
         graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[60], f"compiled again and again: {graphs}" # by then the cache has grown once
+
+# -----------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('mixer', MIXERS)
+@pytest.mark.parametrize('path', ['flex', 'sdpa', 'triton', 'compiled'])
+def test_a_gpu_agrees_with_the_cpu(toy, mixer, path, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no cuda")
+    if path == 'triton':
+        pytest.importorskip('fla.ops.simple_gla')
+    if path == 'sdpa': # what a T4 takes
+        monkeypatch.setattr('nanoarc.model.is_recent', lambda device: False)
+    ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=512, batch_tokens=2048))
+    torch.manual_seed(1337)
+    model = Model(ModelConfig(mixer=mixer, depth=2, head_size=32, window=50, n_task=4, kernel='triton' if path == 'triton' else 'torch'))
+    batch = ArcLoader(ds).next_batch()
+    want = model(*batch)[1]
+    want.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.cuda()
+    for block in model.blocks if path == 'compiled' else ():
+        block.compile()
+    loss = model(*(x.cuda() for x in batch))[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-3)
+    assert all(relative(p.grad.cpu(), grads[name]) < 0.02 for name, p in model.named_parameters()) # TF32 at worst
+    with torch.autocast('cuda', dtype=torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16):
+        assert model(*(x.cuda() for x in batch))[1].item() == pytest.approx(want.item(), rel=0.02)
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_a_gpu_decodes_as_the_cpu_does(mixer):
+    from nanoarc.solve import decode
+    if not torch.cuda.is_available():
+        pytest.skip("no cuda")
+    model = make(mixer).float().eval()
+    model.head.weight[END] *= 3
+    prompts = torch.tensor([[11, 1, 2, ROW, 3, 4, ROW, OUT], [11, 5, 2, ROW, 9, 4, ROW, OUT]])
+    pos = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [1, 1, 0], [1, 2, 0], [2, 0, 0], [0, 0, 1]], dtype=torch.uint8).expand(2, -1, -1)
+    task, dih = torch.tensor([0, 1]), torch.tensor([0, 5])
+    tokens, logp = decode(model, prompts, pos, task, dih)
+    other = decode(model.cuda(), *(x.cuda() for x in (prompts, pos, task, dih)))
+    assert torch.equal(tokens, other[0].cpu()) and (logp - other[1].cpu()).abs().max() < 0.05

@@ -189,3 +189,46 @@ def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
     args = [f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=5', *TINY]
     subprocess.run([sys.executable, '-c', code, 'train', *args], cwd=tmp_path, check=True)
     assert checkpoint.load(tmp_path / 'run')[1]['step'] == 5
+
+@pytest.mark.parametrize('mixer', ['A', 'MA', 'MS'])
+def test_validation_leaves_the_compiled_blocks_to_training(toy, mixer, monkeypatch):
+    """ it comes before the first step: shapes of its own would use up the compiler's patience """
+    import contextlib
+    import torch
+    from nanoarc.data import ArcDataset, ArcLoader
+    from nanoarc.model import Model
+    from nanoarc.train import evaluate
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True) # masks as on a gpu, which do not depend on what is in a row
+    ds = ArcDataset(DataConfig(data=toy(n=30, side=9), batching='pack', block_size=512, batch_tokens=1024, val_tasks=15))
+    model, loader, calls = Model(ModelConfig(mixer=mixer, n_layer=4, n_embd=32, head_size=16, n_task=30)), ArcLoader(ds), []
+    def backend(graph, _):
+        return lambda *args: calls.append(1) or graph(*args)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    evaluate(model, ds, torch.device('cpu'), contextlib.nullcontext)
+    for _ in range(3):
+        calls.clear()
+        model(*loader.next_batch())[1].backward()
+        assert len(calls) == 4
+
+def test_a_run_is_not_resumed_with_another_kind_of_optimizer(tiny_run):
+    with pytest.raises(SystemExit):
+        cli(['train', '--resume', tiny_run[0], '--ns_steps=0', '--max_iters=99'])
+
+@pytest.mark.parametrize('bad', [True, False])
+def test_a_step_that_overflows_is_skipped_by_all_optimizers(toy, tmp_path, monkeypatch, bad):
+    """ fp16's scaler sees what its own optimizer sees; clipping would spread a NaN from one to the other """
+    import torch
+    steps = []
+    class Scaler: # found an overflow in nothing that it looked at
+        def scale(self, x): return x * (float('nan') if bad else 1)
+        def unscale_(self, optimizer): pass
+        def step(self, optimizer): steps.append(optimizer); optimizer.step()
+        def update(self): pass
+        def is_enabled(self): return True
+        def state_dict(self): return {}
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *args, **kwargs: Scaler())
+    cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=2', *TINY])
+    assert len(steps) == (0 if bad else 4)
+    assert all(torch.isfinite(x).all() for x in checkpoint.load(tmp_path / 'run')[0].values())
