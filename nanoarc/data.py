@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numba import njit, vectorize
 
-from nanoarc.sources import MAX_SIDE, grid_bytes, overlaps, queries_of, read_sources, walk
+from nanoarc.sources import MAX_SIDE, grid_bytes, guard, read_sources, trained_lines, walk
 
 # tokens: 0..9 are the colors
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14 # 15 is unused
@@ -633,24 +633,13 @@ class ArcDataset(torch.utils.data.Dataset):
         adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
         if len(data + adapt) == 0:
             raise ValueError("nothing to train on: data and adapt are both empty")
-        n_read, self.num_dropped, self.leaks = sum(len(c) for c, _ in data + adapt), 0, []
+        n_read = sum(len(c) for c, _ in data + adapt)
         text = repr([(c.sha256, repeat, i < len(data)) for i, (c, repeat) in enumerate(data + adapt)])
         self.corpus_sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.bad = [error for c, _ in data + adapt for error in c.bad]
         data, adapt = ([(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in part] for part in (data, adapt))
         self.num_tasks_out = n_read - sum(len(c) for c, _ in data + adapt)
-        # the leak guard: pairs of data that are queries of adapt. the demos of adapt are exempt, they come with the queries
-        asked = queries_of([c for c, _ in adapt])
-        for i, (c, repeat) in enumerate(data):
-            found, keep = overlaps(c, asked), np.ones(len(c), bool)
-            self.leaks += [text for _, text in found]
-            keep[[k for k, _ in found]] = not cfg.drop_overlap
-            self.num_dropped += int((~keep).sum())
-            data[i] = c.select(keep), repeat
-        if self.leaks and not (cfg.drop_overlap or cfg.allow_leak):
-            raise ValueError(f"{len(self.leaks)} pairs of data are queries of adapt, answers included: {'; '.join(self.leaks[:3])}"
-                             f"{'; ...' if len(self.leaks) > 3 else ''}. --drop_overlap leaves these tasks out, --allow_leak trains on them and says so")
-        self.leaks = [] if cfg.drop_overlap else self.leaks
+        data, self.num_dropped, self.leaks = guard(data, adapt, cfg.drop_overlap, cfg.allow_leak)
         data, adapt = ([(c, repeat) for c, repeat in part if len(c) > 0] for part in (data, adapt))
         nothing = (f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {n_read} tasks {self.num_tasks_out} are over "
                    f"max_pair={cfg.max_pair} and {self.num_dropped} overlap")
@@ -689,13 +678,8 @@ class ArcDataset(torch.utils.data.Dataset):
         return all(grid_bytes(self.sampler.grid(2 * p + i)) == grid_bytes(self.sampler.grid(2 * q + i)) for i in range(2))
 
     def trained_on(self):
-        """ a line for each pair of data whose output may be trained on: hashes of pair and input, task, source. adapt is exempt """
-        c, lines = self.sampler.corpora, []
-        for part, trained in zip(c, np.split(self.trained, np.cumsum([len(part.hash) for part in c[:-1]]))):
-            task = np.repeat(np.arange(len(part)), np.diff(part.first))
-            for p in np.flatnonzero(trained):
-                lines.append(f"{part.hash[p]:016x} {part.input_hash[p]:016x} {part.name[task[p]].decode()} ({part.source})\n")
-        return "".join(lines)
+        """ a line for each pair of data whose output may be trained on, by which solve knows. adapt is exempt """
+        return trained_lines(self.sampler.corpora, self.trained)
 
     def __reduce__(self):
         """ to a worker process go the settings, it reads the files itself: a packed corpus is mapped there too, not copied """

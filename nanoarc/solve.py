@@ -18,7 +18,7 @@ from rich.progress import track
 from nanoarc import checkpoint
 from nanoarc.data import DEMOS, END, MAX_GRID, PAD, ROW, DataConfig, Rows, Sampler, decode_grid, fits, grammar, hash64, next_pos, undo_dihedral
 from nanoarc.model import Cache, Model, ModelConfig
-from nanoarc.sources import grid_bytes, queries_of, read_json, read_sources
+from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources
 from nanoarc.train import get_device
 
 @dataclass
@@ -52,21 +52,6 @@ def read_fitting(data, max_pair, opened):
             raise ValueError(f"two tasks of {data} are named {task.name}, a submission can hold one")
         names.add(task.name)
     return corpora, tasks
-
-def find_leaks(run, corpora):
-    """ queries of corpora that the run was trained on with their answers -> list of texts that name both tasks """
-    path = Path(run) / 'trained_on.txt'
-    if not path.is_file():
-        print(f"warning: no {path}, so nobody knows whether it was trained on what it is asked now")
-        return []
-    inputs, tasks = defaultdict(list), defaultdict(set)
-    for line in path.read_text().splitlines():
-        pair, x, label = line.split(" ", 2)
-        inputs[int(x, 16)].append((int(pair, 16), label))
-        tasks[label].add(int(pair, 16))
-    found = {query.label: label for x, queries in queries_of(corpora).items() for query in queries
-             for pair, label in inputs.get(x, ()) if query.is_in(pair, tasks[label])}
-    return [f"{label} = {query}" for query, label in found.items()]
 
 def load_model(run, device):
     """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed). raises ValueError """

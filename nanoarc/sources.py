@@ -26,6 +26,7 @@ import os
 import re
 import stat
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -269,6 +270,49 @@ def overlaps(corpus, asked):
                 how = "verbatim" if grid_bytes(corpus.grid(2 * p)) == query.input else "augmented"
                 out.append((k, f"{corpus.name[k].decode()} ({corpus.source}) = {query.label}, {how}"))
     return out
+
+def guard(data, adapt, drop_overlap, allow_leak):
+    """
+    two lists of (Corpus, repeat): pairs of data that are queries of adapt are refused. the demos of adapt are exempt, they come
+    with the queries -> data without the tasks that hold such pairs (drop_overlap), the number of those, and the texts of what
+    was let pass (allow_leak). raises ValueError
+    """
+    asked = queries_of([c for c, _ in adapt])
+    kept, dropped, leaks = [], 0, []
+    for c, repeat in data:
+        found = overlaps(c, asked)
+        leaks += [text for _, text in found]
+        keep = np.ones(len(c), bool)
+        keep[[k for k, _ in found]] = not drop_overlap
+        dropped += int((~keep).sum())
+        kept.append((c.select(keep), repeat))
+    if leaks and not (drop_overlap or allow_leak):
+        raise ValueError(f"{len(leaks)} pairs of data are queries of adapt, answers included: {'; '.join(leaks[:3])}{'; ...' if len(leaks) > 3 else ''}. "
+                         "--drop_overlap leaves these tasks out, --allow_leak trains on them and says so")
+    return kept, dropped, [] if drop_overlap else leaks
+
+def trained_lines(corpora, trained):
+    """ list of Corpus, (pairs of all,) bool -> the text of trained_on.txt: a line a trained pair, hashes of it and its input, task, source """
+    lines = []
+    for c, mine in zip(corpora, np.split(trained, np.cumsum([len(c.hash) for c in corpora[:-1]]))):
+        task = np.repeat(np.arange(len(c)), np.diff(c.first))
+        lines += [f"{c.hash[p]:016x} {c.input_hash[p]:016x} {c.name[task[p]].decode()} ({c.source})\n" for p in np.flatnonzero(mine)]
+    return "".join(lines)
+
+def find_leaks(run, corpora):
+    """ queries of corpora that the run was trained on with their answers -> list of texts that name both tasks """
+    path = Path(run) / 'trained_on.txt'
+    if not path.is_file():
+        print(f"warning: no {path}, so nobody knows whether it was trained on what it is asked now")
+        return []
+    inputs, tasks = defaultdict(list), defaultdict(set)
+    for line in path.read_text().splitlines():
+        pair, x, label = line.split(" ", 2)
+        inputs[int(x, 16)].append((int(pair, 16), label))
+        tasks[label].add(int(pair, 16))
+    found = {query.label: label for x, queries in queries_of(corpora).items() for query in queries
+             for pair, label in inputs.get(x, ()) if query.is_in(pair, tasks[label])}
+    return [f"{label} = {query}" for query, label in found.items()]
 
 # -----------------------------------------------------------------------------
 
