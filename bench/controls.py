@@ -1,6 +1,6 @@
 """
-can the tests of the loader's promises fail? each control plants one bug in a copy of the sources and runs the test that
-must turn red. usage: python bench/controls.py [words of a name], 7 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
+can the tests of the loader's promises and of the model fail? each control plants one bug in a copy of the sources and runs the test that
+must turn red. usage: python bench/controls.py [words of a name or file], 12 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
 """
 import os
 import shutil
@@ -40,11 +40,37 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("the loss of a packed row moves on to the next document", 'data.py', "                y[start : at - 1] = x[start + 1 : at]", "                y[start : at] = tokens[start + 1 : at + 1]",
      'test_promises.py::test_the_kernels_equal_plain_python_on_1000_random_configurations'),
     ("a color map with replacement", 'data.py', "code = (visit % total * (", "code = (visit % total // U(2) * (", 'test_data.py::test_color_maps_come_without_replacement_and_keep_what_is_fixed'),
+    ("scores that are not scaled", 'model.py', "* qb.size(-1) ** -0.5", "* 1.0", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("a window that is one wider", 'model.py', "(i - j).abs() < window)", "(i - j).abs() <= window)", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("a window whose first key is lost", 'model.py', "max(lo, n + a + 1 - window)", "max(lo, n + a + 2 - window)", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("a window that decoding forgets", 'model.py', "max(n + 1 - window, 0) if window > 0 else 0", "0", 'test_model.py::test_cached_decoding_equals_the_full_forward'),
+    ("a prompt that sees half of itself", 'model.py', "hi = 0, n + (b if prompt is None else T)", "hi = 0, n + b", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("documents that see each other", 'model.py', "ok & (doc[b, i] == doc[b, j])", "ok", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("keys cut off too early", 'model.py', ".int().argmax(1).min())\n            if prompt", ".int().argmax(1).max())\n            if prompt", 'test_model.py::test_attention_sees_what_it_should_on_every_path'),
+    ("flex attention with the blocks of the first row", 'model.py', "len(x) if doc is not None or prompt is not None else None", "None if doc is None else len(x)", 'test_model.py::test_the_blocks_that_flex_attention_skips_are_those_of_each_row'),
+    ("key heads in another order", 'model.py', "kb.repeat_interleave(shared, 1)", "kb.repeat(1, shared, 1, 1)", 'test_model.py::test_shared_keys_and_values_are_those_of_full_heads_that_are_equal'),
+    ("queries of any norm", 'model.py', "        if self.qk_norm:", "        if False:", 'test_model.py::test_queries_and_keys_have_norm_one_if_asked'),
+    ("rope over the place in the row", 'model.py', "place = place - (place * first).cummax(1).values", "pass", 'test_model.py::test_a_packed_row_equals_its_documents_alone'),
+    ("a state that is not quite forgotten", 'model.py', "FORGET = -30.0", "FORGET = -9.0", 'test_model.py::test_ssd_matches_the_recurrence'),
+    ("a state that does not decay", 'model.py', "new + state * s[..., -1, None, None].exp()", "new + state", 'test_model.py::test_ssd_matches_the_recurrence'),
+    ("a scan that sees one token ahead", 'model.py', "triu(1)", "triu(2)", 'test_model.py::test_ssd_matches_the_recurrence'),
+    ("a convolution over the border", 'model.py', "                earlier = earlier * ctx.same[k - 1]", "                pass", 'test_model.py::test_a_packed_row_equals_its_documents_alone'),
+    ("a convolution that looks the other way", 'model.py', "mixed + earlier * w[k]", "mixed + earlier * w[-k]", 'test_model.py::test_mamba_equals_that_of_transformers_with_the_same_weights'),
+    ("a norm before the gate", 'model.py', "self.norm((y * F.silu(gate)).type_as(x))", "self.norm(y.type_as(x)) * F.silu(gate)", 'test_model.py::test_mamba_equals_that_of_transformers_with_the_same_weights'),
+    ("no skip", 'model.py', "(y + v * self.skip[:, None])", "(y + 0 * self.skip[:, None])", 'test_model.py::test_mamba_equals_that_of_transformers_with_the_same_weights'),
+    ("a convolution that starts anew at each token", 'model.py', "cache.conv, cache.state = u[:, T:], state", "cache.conv, cache.state = 0 * u[:, T:], state", 'test_model.py::test_cached_decoding_equals_the_full_forward'),
+    ("a second loop with the cache of the first", 'model.py', "cache.layers[i] if", "cache.layers[i % len(self.blocks)] if", 'test_model.py::test_cached_decoding_equals_the_full_forward_over_the_border_of_documents'),
+    ("documents that stay when rows leave", 'model.py', "self.doc is None else self.doc[rows]", "self.doc is None else self.doc[: len(rows)]", 'test_model.py::test_cached_decoding_equals_the_full_forward_over_the_border_of_documents'),
+    ("one loop for two", 'model.py', "range(self.cfg.loops * len(self.blocks))", "range(len(self.blocks))", 'test_model.py::test_the_stack_run_twice_is_a_stack_of_twice_the_layers'),
+    ("decays that decay", 'model.py', "'plain' if p.ndim < 2", "'plain' if p.ndim < 1", 'test_model.py::test_each_parameter_has_one_optimizer_and_decays_as_it_should'),
+    ("rates that no dial turns", 'model.py', "scale = (128 / self.filled().n_embd) ** 0.5", "scale = 1", 'test_model.py::test_the_dial_sets_width_heads_and_learning_rates'),
+    ("a NaN from one optimizer to the other", 'train.py', "if not scaler.is_enabled() or torch.isfinite(norm):", "if True:", 'test_train.py::test_a_step_that_overflows_is_skipped_by_all_optimizers'),
+    ("validation in rows of its own", 'data.py', "self.cfg.batching, U(0))", "'bucket', None)", 'test_train.py::test_validation_leaves_the_compiled_blocks_to_training'),
 ]
 
 def main(words):
     unseen, env = [], {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
-    controls = [c for c in CONTROLS if all(word in c[0] for word in words)]
+    controls = [c for c in CONTROLS if all(word in c[0] + c[1] for word in words)]
     tests = sorted({f"tests/{test}" for *_, test in controls})
     if subprocess.run([sys.executable, '-m', 'pytest', '-q', *tests], cwd=ROOT, env=env).returncode:
         sys.exit("these tests are to be green first")

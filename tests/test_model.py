@@ -399,12 +399,12 @@ def test_the_stack_run_twice_is_a_stack_of_twice_the_layers():
     assert torch.equal(twice(*x)[0], long(*x)[0])
 
 def test_shared_keys_and_values_are_those_of_full_heads_that_are_equal():
-    shared, full = make('A', n_kv_head=1), make('A')
+    shared, full = make('A', n_embd=64, n_kv_head=2), make('A', n_embd=64)
     weights = shared.state_dict()
     for name, w in weights.items():
         if name.endswith('qkv.weight'):
-            q, k, v = w.split([32, 16, 16])
-            weights[name] = torch.cat([q, k, k, v, v])
+            q, k1, k2, v1, v2 = w.split([64, 16, 16, 16, 16])
+            weights[name] = torch.cat([q, k1, k1, k2, k2, v1, v1, v2, v2])
     full.load_state_dict(weights)
     x = torch.randint(0, 10, (1, 9)), None, torch.randint(0, 5, (1, 9, 3), dtype=torch.uint8), None, torch.zeros(1, 9).int(), torch.zeros(1, 9)
     assert (shared(*x)[0] - full(*x)[0]).abs().max() < 1e-12
