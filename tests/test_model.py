@@ -530,6 +530,13 @@ def test_decoding_compiles_without_a_graph_break_and_seldom_again(mixer):
         graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[60], f"compiled again and again: {graphs}" # by then the cache has grown once
 
+def test_the_model_alone_takes_tokens_and_documents():
+    model = Model(ModelConfig(mixer='MMMA', depth=4, rope_bases=(10000,), prefix=False, vocab_size=500)) # as in the readme
+    idx, doc = torch.randint(0, 500, (2, 70)), torch.arange(70).expand(2, -1).int() // 30
+    logits, loss = model(idx, idx.roll(-1, 1), doc=doc)
+    loss.backward()
+    assert logits.shape == (2, 70, 500) and loss.item() == pytest.approx(140 * np.log(500), rel=0.02)
+
 # -----------------------------------------------------------------------------
 
 @pytest.mark.gpu
