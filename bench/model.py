@@ -183,7 +183,7 @@ class Profile:
         _, _, autocast = train.get_device('cpu', 'float32')
         self.micro = args.micro or cfg.grad_accum
         ds = ArcDataset(DataConfig(**SMALL, **({'batch_tokens': args.tokens} if args.micro else {})))
-        model_cfg = ModelConfig(n_task=len(ds.sampler.rows))
+        model_cfg = ModelConfig(n_task=256) # enough, and the same for all
         lr = model_cfg.learning_rates(0, 0)[0] if hasattr(model_cfg, 'learning_rates') else cfg.lr # an older commit has them elsewhere
         self.loader, self.run = ArcLoader(ds), Run(model_cfg, 'cpu', autocast, args.compiled, lr)
         self.counts = hasattr(self.run.model.cfg, 'loops')
