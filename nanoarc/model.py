@@ -130,8 +130,8 @@ def attend(q, k, v, mask):
     if not isinstance(mask, list):
         return (flex_attention if torch.compiler.is_compiling() else compiled(flex_attention))(q, k, v, block_mask=mask, enable_gqa=shared > 1)
     y = []
-    for a, b, lo, hi, bias in mask:
-        qb, kb, vb = q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi]
+    for (a, b, lo, hi, bias), qb in zip(mask, q.split([b - a for a, b, *_ in mask], 2)):
+        kb, vb = k[:, :, lo:hi], v[:, :, lo:hi]
         if shared > 1:
             kb, vb = kb.repeat_interleave(shared, 1), vb.repeat_interleave(shared, 1)
         if q.is_cpu and hi - lo <= 8 * BLOCK: # plain products are faster than the fused kernel, and small enough to keep
@@ -162,17 +162,16 @@ def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
     None = zero -> y (B, T, nh, hs) and the last state, not up to date with want_state=False.
     """
-    y, T = [], x.size(1)
-    for t in range(0, T, Q):
-        xc, bc, cc = x[:, t : t + Q].transpose(1, 2), Bm[:, t : t + Q], Cm[:, t : t + Q] # (B, nh, q, hs), (B, q, ns)
-        s = a[:, t : t + Q].cumsum(1).transpose(1, 2) # (B, nh, q) log decay from the chunk's start
+    y, chunks = [], list(zip(*(z.split(Q, 1) for z in (x, a, Bm, Cm)))) # slices would cost a whole gradient each
+    for i, (xc, ac, bc, cc) in enumerate(chunks):
+        xc, s = xc.transpose(1, 2), ac.cumsum(1).transpose(1, 2) # (B, nh, q, hs), and (B, nh, q) log decay from the chunk's start
         future = torch.full((s.size(-1),) * 2, float('-inf'), dtype=s.dtype, device=s.device).triu(1)
         L = (s[..., :, None] - s[..., None, :] + future).exp() # (B, nh, q, q) decay from token j to token i
         yc = ((cc @ bc.transpose(1, 2))[:, None] * L) @ xc # (B, nh, q, hs)
         if state is not None:
             yc = yc + (cc[:, None] @ state.transpose(2, 3)) * s.exp()[..., None]
         y.append(yc.transpose(1, 2))
-        if want_state or t + Q < T:
+        if want_state or i + 1 < len(chunks):
             new = (xc * (s[..., -1:] - s).exp()[..., None]).transpose(2, 3) @ bc[:, None] # (B, nh, hs, ns)
             state = new if state is None else new + state * s[..., -1, None, None].exp()
     return torch.cat(y, 1) if len(y) > 1 else y[0], state
