@@ -65,7 +65,7 @@ class ModelConfig:
         return cfg
 
     def learning_rates(self, lr, adam_lr):
-        """ of Muon and of AdamW, where 0 = by the width: LOG.md says what was measured """
+        """ of Muon and of AdamW, 0 = as the width sets them: they fall with its square root """
         scale = (128 / self.filled().n_embd) ** 0.5
         return lr or 5e-3 * scale, adam_lr or 5e-3 * scale
 

@@ -503,14 +503,14 @@ def test_blocks_compile_without_a_graph_break_and_are_the_same(toy, mixer, batch
     torch._dynamo.reset()
     ds = ArcDataset(DataConfig(data=toy(n=4), batching=batching, block_size=300, batch_tokens=600))
     model, loader = make(mixer), ArcLoader(ds)
-    want = [float(model(*loader.next_batch())[1]) for _ in range(3)]
+    want = [model(*loader.next_batch())[1].item() for _ in range(3)]
     for block in model.blocks:
         block.compile(fullgraph=True, backend='eager')
     loader = ArcLoader(ds)
     for x in want:
         loss = model(*loader.next_batch())[1]
         loss.backward()
-        assert float(loss) == pytest.approx(x, rel=1e-12)
+        assert loss.item() == pytest.approx(x, rel=1e-12)
 
 @pytest.mark.parametrize('mixer', MIXERS)
 @torch.no_grad()
