@@ -146,10 +146,10 @@ class Stepper:
 
 def measure(arms, blind, path):
     """ seconds a step of the default, and how many times that an arm takes, in turn with it -> dict, kept in a file """
+    train.get_device('cpu', 'float32') # its settings of the cpu
     speed = json.loads(path.read_text()) if path.is_file() else {}
     for arm in ['default', *arms]:
         if arm not in speed:
-            train.get_device('cpu', 'float32')
             base, mine = Stepper('default', blind), Stepper(arm, blind)
             times = [(base.seconds(5), mine.seconds(5)) for _ in range(8)][1:]
             speed[arm] = median(b / a for a, b in times) if arm != 'default' else median(a for a, _ in times) / 5

@@ -151,11 +151,10 @@ def grid_cell(args):
         rows[-1]['vs_A'] = median(a / b for a, b in zip(times['A'], times[mixer])) if 'A' in times else None
     return rows
 
-def child(args, *extra, path=None):
+def child(args, *extra):
     """ this script in a process of its own -> its last line, parsed """
-    env = {**os.environ, **({'PYTHONPATH': path} if path else {})}
     out = subprocess.run([sys.executable, __file__, '--child', '--device', args.device, '--rounds', str(args.rounds), '--tokens', str(args.tokens),
-                          '--head_size', str(args.head_size), *extra], capture_output=True, text=True, env=env)
+                          '--head_size', str(args.head_size), *extra], capture_output=True, text=True)
     if out.returncode:
         sys.exit(out.stderr)
     return json.loads(out.stdout.splitlines()[-1])

@@ -282,8 +282,8 @@ class Context:
         B, T, _ = x.shape
         n = cache.n if cache is not None else 0 # tokens before these
         here = x.is_cpu and not torch.compiler.is_compiling() # elsewhere to ask for a value would be to wait for it
-        if doc is not None and n > 0:
-            doc = torch.cat([cache.doc, doc], 1) # (B, n + T)
+        if cache is not None:
+            doc = cache.documents(doc) # (B, n + T)
         self.same, self.masks, self.rope = None, {}, None
         # mamba-2. on cpu a row of one document and PAD after it is worth knowing: it has no border to heed
         if 'M' in cfg.kinds and doc is not None and not (here and doc.max() <= 0):
@@ -294,14 +294,14 @@ class Context:
         kinds = set(cfg.kinds) - {'M'}
         if len(kinds) == 0:
             return
+        place = pos
         if len(cfg.rope_bases) == 1: # no places but the one in the document
             place = torch.arange(n + T, device=x.device).expand(B, -1)
             if doc is not None:
                 first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0)) # of a document
                 place = place - (place * first).cummax(1).values
-            self.rope = rope_tables(place[:, n:, None], cfg.head_size, cfg.rope_bases)
-        else:
-            self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+            place = place[:, n:, None]
+        self.rope = rope_tables(place, cfg.head_size, cfg.rope_bases)
         prompt = None
         if cfg.prefix and T > 1: # all up to the OUT of the target is prompt: the answer alone has z = 1 and is not at (0, 0)
             prompt = F.pad((pos[..., 2] != 1) | ((pos[..., 0] == 0) & (pos[..., 1] == 0)), (n, 0)) # (B, n + T), what came before is done with
@@ -370,7 +370,7 @@ class Model(nn.Module):
         for i in range(self.cfg.loops * len(self.blocks)):
             x = self.blocks[i % len(self.blocks)](x, ctx, cache.layers[i] if cache is not None else None)
         if cache is not None:
-            cache.advance(idx.size(1), doc)
+            cache.n += idx.size(1)
         logits = self.head(self.norm(x)) # (B, T, vocab_size)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
@@ -488,12 +488,11 @@ class Cache:
         self.layers = [SSMCache() if kind == 'M' else KVCache() for _ in range(model.cfg.loops) for kind in model.cfg.kinds]
         self.n, self.doc = 0, None # tokens so far, and their documents (B, n)
 
-    def advance(self, T, doc):
-        """ T more tokens, of these documents """
+    def documents(self, doc):
+        """ those of more tokens, (B, T) or None -> those of all so far, (B, n + T) or None """
         assert self.n == 0 or (doc is None) == (self.doc is None), "docs in every call or in none"
-        self.n += T
-        if doc is not None:
-            self.doc = doc if self.doc is None else torch.cat([self.doc, doc], 1)
+        self.doc = doc if self.doc is None else torch.cat([self.doc, doc], 1)
+        return self.doc
 
     def keep(self, rows):
         """ go on with these rows of the batch only, (b,) int64 or bool """

@@ -64,12 +64,13 @@ def get_device(device, dtype):
         raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high') # TF32
-    if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        for option, size in ((-1, 2**30), (-3, 2**25)): # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: freed memory is kept, new pages cost 7% of the time
-            ctypes.CDLL(None).mallopt(option, size)
-    if device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_amx_tile_supported():
-        # asks for oneDNN's products in place of MKL's. it would round to bf16 in AMX units: without them it is fp32 still, on AMD twice as fast
-        torch.set_float32_matmul_precision('medium')
+    elif device.type == 'cpu':
+        if platform.libc_ver()[0] == 'glibc':
+            for option, size in ((-1, 2**30), (-3, 2**25)): # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: freed memory is kept, see LOG.md
+                ctypes.CDLL(None).mallopt(option, size)
+        if platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_amx_tile_supported():
+            # asks for oneDNN's products in place of MKL's. it would round to bf16 in AMX units: without them it is fp32 still, on AMD twice as fast
+            torch.set_float32_matmul_precision('medium')
     autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
     return device, dtype, autocast
 

@@ -454,6 +454,10 @@ def test_docs_come_in_every_call_or_in_none():
     model(*x, doc, doc, doc, cache=cache)
     with pytest.raises(AssertionError, match="docs"):
         model(*x, None, doc, doc, cache=cache)
+    cache = Cache(model)
+    model(*x, None, doc, doc, cache=cache)
+    with pytest.raises(AssertionError, match="docs"):
+        model(*x, doc, doc, doc, cache=cache)
 
 def test_the_triton_kernel_is_refused_where_it_cannot_work(monkeypatch):
     import sys
