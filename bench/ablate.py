@@ -173,7 +173,7 @@ def work(arm, seed, steps, out):
     run = out / arm.replace(' ', '_') / f"{seed}_{steps}"
     cfg, model_cfg, data_cfg, inputs, init = configs(arm, blind, max_iters=steps, seed=seed, log_every=max(steps // 20, 1), out_dir=str(run))
     train.Model = solve.Model = patched(inputs, init)
-    cfg.resume = str(run) if checkpoint.exists(run) else ''
+    cfg.resume = str(run) if checkpoint.steps(run) else ''
     meta = train.main(cfg, model_cfg, data_cfg)
     model, _, rows, _ = solve.load_model(run, torch.device('cpu'))
     result = {'val_nats': nats(model, data_cfg, rows, str(out / 'answers')), 'tokens': meta['tokens'], 'steps': steps, 'solved': None}

@@ -2,14 +2,18 @@
 the only code that writes or reads training state.
 
     out_dir/ckpt/step-000123.safetensors   weights, optimizer; everything else as json in its metadata
-    out_dir/latest.json                    file names and their sha256, newest first, written last
+    out_dir/ckpt/step-000123.sha256        its hash, as `sha256sum -c` reads it. written last: without it there is no checkpoint
+    out_dir/lock                           the process that trains here
 
 a file is written under another name, synced and then renamed, so a crash at any moment leaves the old one or the new
 one. the hash is checked before a byte is parsed, and safetensors holds numbers only: nothing in it can run.
 """
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors.torch import load as parse_tensors, save as dump_tensors
@@ -37,68 +41,88 @@ def write_file(path, data):
     finally:
         os.close(fd)
 
-def save(out_dir, step, model, optimizers, meta):
-    """ model and optimizer state, and meta (a dict of json values), as the newest checkpoint. prunes older ones """
+@contextlib.contextmanager
+def lock(out_dir):
+    """
+    while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a save
+    that was killed left behind is removed. raises ValueError that names the process that holds it.
+    """
     out_dir = Path(out_dir)
-    tensors = {f"model.{name}": x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / 'lock', 'a+') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise ValueError(f"{out_dir}: process {f.read().strip()} is writing this run") from None
+        f.truncate(0)
+        f.write(f"{os.getpid()}\n")
+        f.flush()
+        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp'), *(out_dir / 'ckpt').glob('step-*.safetensors')]:
+            if path.suffix == '.tmp' or not path.with_suffix('.sha256').exists():
+                path.unlink()
+        yield
+
+def file(out_dir, step, kind='safetensors'):
+    """ path of a checkpoint, or of its hash: kind='sha256' """
+    return Path(out_dir) / 'ckpt' / f"step-{step:06d}.{kind}"
+
+def steps(out_dir):
+    """ the steps of which there is a checkpoint, newest first """
+    found = [re.fullmatch(r'step-(\d+)\.sha256', path.name) for path in (Path(out_dir) / 'ckpt').glob('*')]
+    return sorted((int(m[1]) for m in found if m), reverse=True)
+
+def signed(data, path):
+    """ what the .sha256 beside a path says of these bytes """
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
+
+def save(out_dir, step, model, optimizers, meta, ema=None):
+    """ state of model, optimizers and perhaps averaged weights, and meta (a dict of json values), as the newest checkpoint. prunes older ones """
+    tensors = {f"{part}.{name}": x.detach().cpu().contiguous() for part, net in (('model', model), ('ema', ema)) if net is not None
+               for name, x in net.state_dict().items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, x in state.items():
                 tensors[f"optim.{names[id(p)]}.{key}"] = x.detach().cpu().contiguous()
     data = dump_tensors(tensors, metadata={'nanoarc': json.dumps({'format': FORMAT, 'step': step, **meta})})
-    name = f"step-{step:06d}.safetensors"
-    write_file(out_dir / 'ckpt' / name, data)
-    old = [x for x in read_index(out_dir) if x['file'] != name] if exists(out_dir) else []
-    index = [{'file': name, 'step': step, 'sha256': hashlib.sha256(data).hexdigest()}] + old
-    write_file(out_dir / 'latest.json', json.dumps(index[:KEEP], indent=1).encode())
-    for x in index[KEEP:]:
-        (out_dir / 'ckpt' / x['file']).unlink(missing_ok=True)
-
-def exists(out_dir):
-    """ is there a run in this directory? """
-    return (Path(out_dir) / 'latest.json').exists()
-
-def read_index(out_dir):
-    """ latest.json -> list of {file, step, sha256}, newest first. raises ValueError """
-    path = Path(out_dir) / 'latest.json'
-    if not exists(out_dir):
-        raise ValueError(f"{out_dir}: no checkpoint here (no latest.json), want the --out_dir of a training run")
-    try:
-        index = json.loads(path.read_bytes())
-    except ValueError:
-        index = None
-    if not isinstance(index, list) or not index or any(
-            not isinstance(x, dict) or x.keys() != {'file', 'step', 'sha256'} or os.path.basename(str(x['file'])) != x['file'] for x in index):
-        raise ValueError(f"{path}: damaged, want a list of checkpoints")
-    return index
+    path = file(out_dir, step)
+    write_file(path, data)
+    write_file(file(out_dir, step, 'sha256'), signed(data, path))
+    keep = [step, *(x for x in steps(out_dir) if x < step)][:KEEP] # a later one was damaged, or we would not have come by here
+    for x in steps(out_dir):
+        if x not in keep:
+            file(out_dir, x, 'sha256').unlink() # first: what is left is no checkpoint
+            file(out_dir, x).unlink(missing_ok=True)
 
 def load(out_dir):
     """ the newest checkpoint that is whole -> (tensors, meta). raises ValueError if there is none """
+    if not steps(out_dir):
+        raise ValueError(f"{out_dir}: no checkpoint here, want the --out_dir of a training run")
     errors = []
-    for x in read_index(out_dir):
-        path = Path(out_dir) / 'ckpt' / x['file']
+    for step in steps(out_dir):
+        path = file(out_dir, step)
         if not path.is_file():
             errors.append(f"{path}: missing")
             continue
         data = path.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != x['sha256']:
-            errors.append(f"{path}: damaged, sha256 is {found[:12]}, want {x['sha256'][:12]}")
+        found, want = signed(data, path), file(out_dir, step, 'sha256').read_bytes()
+        if found != want:
+            errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want[:12].decode('ascii', 'backslashreplace')}")
             continue
+        for error in errors:
+            print(f"warning: {error}, going back to {path}")
         n = int.from_bytes(data[:8], 'little') # safetensors: the header's length, then the header
         meta = json.loads(json.loads(data[8 : 8 + n])['__metadata__']['nanoarc'])
         if meta['format'] != FORMAT:
-            raise ValueError(f"{path}: format {meta['format']}, this version reads {FORMAT}")
-        for error in errors:
-            print(f"warning: {error}, going back to {path}")
+            raise ValueError(f"{path}: format differs (saved {meta['format']}, this version reads {FORMAT})")
         return parse_tensors(data), meta
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
-def restore_model(model, tensors):
-    """ weights into the model, strictly. raises ValueError that names what does not fit """
+def restore_model(model, tensors, part='model'):
+    """ weights into the model, strictly; part='ema': the averaged ones. raises ValueError that names what does not fit """
     want = model.state_dict()
-    have = {name.removeprefix('model.'): x for name, x in tensors.items() if name.startswith('model.')}
+    have = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
     wrong = [name for name in want.keys() | have.keys() if name not in want or name not in have or want[name].shape != have[name].shape]
     if wrong:
         name = sorted(wrong)[0]

@@ -26,6 +26,7 @@ def train(args):
     from nanoarc import checkpoint
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
+    from nanoarc.solve import draw_val
     from nanoarc.train import TrainConfig, main
 
     @dataclass
@@ -41,15 +42,19 @@ def train(args):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
         meta = checkpoint.load(resume)[1]
         default = Train(TrainConfig(**meta['train']), ModelConfig(**meta['model']), DataConfig(**meta['data']))
+    elif init_from := flag(args, 'init_from'): # its model, the data is ours
+        default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
     if path := flag(args, 'config'):
         default = apply_toml(default, path)
     cfg = parse(Train, args, 'train', train.__doc__, default)
-    main(cfg.train, cfg.model, cfg.data)
+    main(cfg.train, cfg.model, cfg.data, draw_val)
 
 def solve(args):
     """ a trained model and a source -> submission.json """
     from nanoarc.solve import SolveConfig, main
-    print(main(parse(SolveConfig, args, 'solve', solve.__doc__)))
+    path = main(parse(SolveConfig, args, 'solve', solve.__doc__))
+    if os.environ.get('RANK', '0') == '0': # under torchrun there are several of us
+        print(path)
 
 def score(args):
     """ a submission against the answers of a source """
@@ -143,7 +148,7 @@ def apply_toml(default, path):
         raise ValueError(f"{path}: {e}") from None
     for group in fields(default):
         part = getattr(default, group.name)
-        mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values and f.name not in ('resume', 'config')}
+        mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values and f.name not in ('resume', 'init_from', 'config')}
         for key, x in mine.items():
             want = type(getattr(part, key))
             if type(x) is not want and (want, type(x)) not in ((float, int), (tuple, list)):

@@ -774,6 +774,24 @@ class ArcLoader:
             place = self.after(*place)
         return total
 
+    def tokens(self):
+        """ of the next global batch, padding included: what all ranks work on """
+        r0, r1, T = self.rows(self.window).batches[self.batch]
+        return int((r1 - r0) * T)
+
+    def names(self, window, batch, n=1):
+        """ ids of the tasks in this rank's rows of the n global batches from a place on """
+        names, s = set(), self.ds.sampler
+        for _ in range(n):
+            rows = self.rows(window)
+            r0, r1, _ = (int(x) for x in rows.batches[batch])
+            a, b = split(r1 - r0, self.rank, self.world)
+            docs = rows.row_docs[rows.row_start[r0 + a] : rows.row_start[r0 + b]]
+            names.update(s.tables.pair_task[rows.docs.pairs[docs, 0]].tolist())
+            window, batch = self.after(window, batch)
+        every = np.concatenate([c.name for c in s.corpora])
+        return sorted(every[k].decode() for k in names)
+
     def write(self, place, turn):
         """ -> Batch on the cpu: this rank's rows of the global batch at a place, in buffers number turn of the ring """
         rows = self.rows(place[0])

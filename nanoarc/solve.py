@@ -5,21 +5,23 @@ each query is decoded under several views (augments of it), greedily and under a
 answers are turned back and vote. nothing here opens an answer but `score`.
 """
 import json
+import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from rich.progress import track
 
-from nanoarc import checkpoint
+from nanoarc import checkpoint, view
 from nanoarc.data import DEMOS, END, MAX_GRID, PAD, ROW, DataConfig, Rows, Sampler, decode_grid, fits, grammar, hash64, next_pos, undo_dihedral
 from nanoarc.model import Cache, Model, ModelConfig
 from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources
-from nanoarc.train import get_device
+from nanoarc.train import get_device, get_ranks
 
 @dataclass
 class SolveConfig:
@@ -57,29 +59,29 @@ def load_model(run, device):
     """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed). raises ValueError """
     tensors, meta = checkpoint.load(run)
     model = Model(ModelConfig(**meta['model'])).to(device).eval()
-    checkpoint.restore_model(model, tensors)
+    checkpoint.restore_model(model, tensors, 'ema' if meta['train']['ema'] > 0 else 'model')
     return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks'])
 
 # -----------------------------------------------------------------------------
 # decoding
 
 @torch.no_grad()
-def decode(model, idx, pos, task=None, dihedral=None):
+def decode(model, idx, pos, task=None, dihedral=None, most=MAX_GRID + 1):
     """
     greedy answers to (B, T) prompts of one length, all ending in OUT. pos (B, T, 3), task and dihedral (B,) or None
-    -> (B, MAX_GRID + 1) int64 tokens up to END, then PAD, and the (B,) log-probability of each, under the grammar.
+    -> (B, most) int64 tokens up to END, then PAD, and the (B,) log-probability of each, under the grammar.
     rows that are done leave the batch, so the longest answer does not hold up the rest.
     """
     B, T = idx.shape
     device = idx.device
     cache = Cache(model)
-    out = torch.full((B, MAX_GRID + 1), PAD, device=device)
+    out = torch.full((B, most), PAD, device=device)
     logp = torch.zeros(B, dtype=torch.promote_types(model.head.weight.dtype, torch.float32), device=device) # mps has no fp64
     rows, width = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
     extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
     logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0]
     at = pos[:, -1].long() # (b, 3) where the last token stands
-    for t in range(MAX_GRID + 1):
+    for t in range(most):
         logits = logits[:, -1].masked_fill(~grammar(at, width), float('-inf'))
         score, token = logits.log_softmax(-1).max(-1)
         out[rows, t], logp[rows] = token, logp[rows] + score
@@ -117,9 +119,28 @@ def undo(grid, d, cmap):
     """ the inverse of an augment: colors first, then the dihedral """
     return undo_dihedral(np.argsort(cmap).astype(np.uint8)[grid], d)
 
+def draw_val(model, ds, out, n=4):
+    """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png. an answer that does not end where it should is cut short """
+    s, device, shown = ds.sampler, model.head.weight.device, []
+    pairs = ds.val_pairs[np.unique(s.tables.pair_task[ds.val_pairs], return_index=True)[1]] # one a task
+    pairs = pairs[np.argsort(s.tables.need.max(0)[pairs], kind='stable')[:n]]
+    for pair in pairs:
+        docs = s.plan(np.array([pair]), 0, 0, True, 0)
+        batch = s.write(Rows(docs, np.array([0, 1]), np.array([0]), None, None), 0, 1, int(docs.length[0]), loss_on='query')
+        T = int((batch.targets[0] != -100).nonzero()[0]) + 1 # tokens of the prompt
+        extra = [x[:, T - 1].to(device) for x in batch[4:] if x is not None]
+        tokens = decode(model, batch.idx[:, :T].to(device), batch.pos[:, :T].to(device), *extra, most=int(docs.length[0]) - T)[0][0].tolist()
+        rows = len(tokens) - tokens[::-1].index(ROW) if ROW in tokens else 0 # tokens of whole rows
+        task = s.tables.pair_task[pair]
+        corpus = s.corpora[s.part[task]]
+        task, query = corpus.task(int((s.part[:task] == s.part[task]).sum())), int(pair - s.tables.first[task] - s.tables.n_demos[task])
+        shown.append((replace(task, queries=[task.queries[query]]), [{'attempt_1': decode_grid(tokens[:rows])} if rows else {}]))
+    view.draw_tasks(shown, out)
+
 def main(cfg):
     """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
     device, _, autocast = get_device(cfg.device, cfg.dtype)
+    rank, world = get_ranks(device)
     if cfg.views < 1 or cfg.decode_rows < 1:
         raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows}: want at least 1")
     corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
@@ -145,10 +166,11 @@ def main(cfg):
                 alone.append(f"{task.name} query {i}")
             for v, (idx, pos) in prompts.items():
                 by_length[len(idx)].append((k, i, v, int(docs.dihedral[v]), docs.cmap[v], idx, pos))
-    if alone:
+    if alone and rank == 0:
         print(f"warning: no demo fits block_size={data_cfg.block_size} before {len(alone)} queries: {', '.join(alone[:5])}")
     batches = [group[j : j + cfg.decode_rows] for _, group in sorted(by_length.items()) for j in range(0, len(group), cfg.decode_rows)]
-    for batch in track(batches, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views"):
+    mine, answers = batches[rank::world], [] # a batch is the same on any number of ranks, so its answers are
+    for batch in track(mine, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views", disable=rank > 0):
         k, i, v, d, cmap, idx, pos = zip(*batch)
         extra = [torch.from_numpy(x).to(device) for x in (table.row[list(k)], np.array(d, np.uint8))] if model.cfg.n_task > 0 else []
         with autocast():
@@ -157,14 +179,22 @@ def main(cfg):
         for b in range(len(batch)):
             end = np.flatnonzero(tokens[b] == END)[0] # the grammar saw to it that there is one
             grid = undo(decode_grid(tokens[b, :end].tolist()), d[b], cmap[b])
-            found[k[b], i[b]][grid_bytes(grid)].append((v[b], round(float(logp[b]), 4), grid))
-    ranked = {key: rank(candidates) for key, candidates in found.items()}
+            answers.append((k[b], i[b], v[b], round(float(logp[b]), 4), grid))
+    if world > 1:
+        every = [None] * world
+        dist.gather_object(answers, every if rank == 0 else None)
+        answers = [x for part in every for x in part] if rank == 0 else []
+    for k, i, v, logp, grid in sorted(answers, key=lambda x: x[:3]):
+        found[k, i][grid_bytes(grid)].append((v, logp, grid))
+    ranked = {key: rank_candidates(candidates) for key, candidates in found.items()}
     out_dir = Path(cfg.out_dir or cfg.run)
+    if rank > 0: # the first one writes
+        return out_dir / 'submission.json'
     write_results(out_dir, tasks, ranked)
     checkpoint.write_file(out_dir / 'solve.json', json.dumps({'run': cfg.run, 'data': cfg.data, 'views': cfg.views, 'seed': cfg.seed, 'leaks': leaks}, indent=1).encode())
     return out_dir / 'submission.json'
 
-def rank(candidates):
+def rank_candidates(candidates):
     """
     {grid bytes: [(view, log-probability, grid), ...]} -> list of (grid, votes, log-probability, views), best first:
     most votes, then the higher mean log-probability (rounded, so that machines agree), then the bytes of the grid.
@@ -180,7 +210,7 @@ def rank(candidates):
 
 def write_results(out_dir, tasks, ranked):
     """
-    ranked: {(task number, query number): rank(...)} -> submission.json in Kaggle's shape, {id: [{"attempt_1": rows,
+    ranked: {(task number, query number): rank_candidates(...)} -> submission.json in Kaggle's shape, {id: [{"attempt_1": rows,
     "attempt_2": rows}, ...]} with every query of every task in order, and candidates.jsonl, a candidate a line.
     """
     submission, lines = {}, []
@@ -243,3 +273,7 @@ def score_main(cfg):
           f"{result['right']} of {result['outputs']} outputs{leaked}")
     print(json.dumps(result))
     return result
+
+if __name__ == '__main__':
+    from nanoarc.cli import main as cli
+    cli(['solve', *sys.argv[1:]])

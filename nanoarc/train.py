@@ -1,30 +1,42 @@
 """
-the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out/mine` on anything from a laptop to a gpu.
-writes out_dir/{metrics.jsonl, loss.png, latest.json, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step` and whichever of
-loss, val_loss (nats per output token), lr, tok_s, wait (share of time spent on waiting for data) was measured there.
+the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out/mine` on anything from a laptop to a gpu,
+`torchrun --nproc_per_node=8 -m nanoarc.train ...` on several. SIGTERM and ctrl-c finish the step and save.
+writes out_dir/{metrics.jsonl, log.txt, loss.png, val.png, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step` and whichever
+of loss, val_loss (nats per output token), lr, tok_s, wait (share of time spent on waiting for data) was measured there.
 """
 import contextlib
+import copy
 import ctypes
+import importlib.util
 import json
+import math
+import os
 import platform
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.parallel import DistributedDataParallel
 
-from nanoarc import checkpoint, view
+from nanoarc import __version__, checkpoint, view
 from nanoarc.data import ArcDataset, ArcLoader, Batch
-from nanoarc.model import Model, check_kernel, is_recent
+from nanoarc.model import Model, ModelConfig, check_kernel, is_recent
 
 @dataclass
 class TrainConfig:
     out_dir: str = 'out/run' # where checkpoints, metrics.jsonl and loss.png go
     config: str = '' # a TOML file of settings, flags win over it
     resume: str = '' # out_dir of a run to continue exactly, with its own settings
+    init_from: str = '' # out_dir of a run whose model and weights to begin with. tasks that it does not know get new embedding rows
     minutes: float = 5.0 # train this long: throughput is measured first, then max_iters is fixed. 0 = by max_iters
     max_iters: int = 0 # train this many steps. 0 = by minutes, and if both are set this one counts
     grad_accum: int = 1 # micro batches a step
@@ -38,6 +50,9 @@ class TrainConfig:
     eval_every: int = 250 # steps between validations, there is always one at the end. 0 = off
     save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = off
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
+    draw_every: int = 1000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
+    log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
+    ema: float = 0.0 # decay of averaged weights, which validation and solve use then, e.g. 0.999. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
@@ -57,6 +72,9 @@ def get_device(device, dtype):
     known = {'cpu': True, 'mps': torch.backends.mps.is_available(), 'cuda': torch.cuda.is_available()}
     if not known.get(device.partition(':')[0]):
         raise ValueError(f"device={device!r}: not here, want one of {', '.join(name for name in known if known[name])}")
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ: # torchrun: a gpu a process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     device = torch.device(device)
     if dtype == 'auto':
         dtype = 'bfloat16' if is_recent(device) else 'float16' if device.type == 'cuda' else 'float32'
@@ -74,153 +92,290 @@ def get_device(device, dtype):
     autocast = contextlib.nullcontext if dtype == 'float32' else lambda: torch.autocast(device.type, dtype=getattr(torch, dtype))
     return device, dtype, autocast
 
+def get_ranks(device):
+    """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def over_ranks(world, op, *values):
+    """ numbers -> the SUM or MAX of each over all ranks, the same on all of them, as floats: integers are exact to 2^53 """
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, getattr(dist.ReduceOp, op))
+    return values.tolist()
+
+class Signals:
+    """ SIGTERM and SIGINT wait for the end of the step, `got` says which came. a second one does not wait """
+
+    def __enter__(self):
+        self.got, self.old = 0, {}
+        with contextlib.suppress(ValueError): # not the main thread: there they are somebody else's
+            self.old = {x: signal.signal(x, self.handle) for x in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, _):
+        if self.got:
+            os._exit(128 + number)
+        self.got = number
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
 @torch.no_grad()
-def evaluate(model, ds, device, autocast):
+def evaluate(model, ds, device, autocast, rank=0, world=1):
     """ mean loss over the held out queries, nats per output token, or None if nothing is held out """
     total, tokens = 0.0, 0
-    for batch in ds.val_batches():
+    for batch in ds.val_batches(rank, world):
         batch = Batch(*(x if x is None else x.to(device) for x in batch))
         with autocast():
             total += float(model(*batch)[1]) # waits for the device
         tokens += int((batch.targets != -100).sum())
+    total, tokens = over_ranks(world, 'SUM', total, tokens)
     return total / tokens if tokens else None
 
-def main(cfg, model_cfg, data_cfg):
-    """ train to the end -> the meta data of the last checkpoint. raises ValueError for what a user can mend """
+def begin_with(model, rows, run):
+    """ the weights of another run into a model, averaged ones if it has them. of a task, by key in rows, that it does not know, the new embedding stays. raises ValueError """
+    tensors, meta = checkpoint.load(run)
+    part = 'ema' if any(name.startswith('ema.') for name in tensors) else 'model'
+    known = [(n, meta['rows'][key]) for key, n in rows.items() if key in meta['rows']]
+    if (name := f"{part}.wtask.weight") in tensors and model.cfg.n_task > 0:
+        weight = model.wtask.weight.detach().cpu().clone()
+        if tensors[name].shape[1:] == weight.shape[1:] and known: # another width is refused below
+            here, there = (torch.tensor(x) for x in zip(*known))
+            weight[here] = tensors[name][there].to(weight.dtype)
+        tensors[name] = weight
+    checkpoint.restore_model(model, tensors, part)
+    return f"weights of {run} after {meta['step']} steps" + (f", {len(known)} of {len(rows)} tasks known to it" if model.cfg.n_task > 0 else "")
+
+def refuse_changes(meta, cfg, model_cfg):
+    """ raises ValueError that names the settings without which a saved run would not go on as it began. its stream has checked its own """
+    saved = replace(ModelConfig(**meta['model']), kernel=model_cfg.kernel) # by which kernel is no matter
+    pairs = [(name, meta['train'][name], getattr(cfg, name)) for name in ('grad_accum', 'dtype', 'ns_steps')]
+    if saved.filled() != model_cfg.filled():
+        pairs += [(f.name, getattr(saved, f.name), getattr(model_cfg, f.name)) for f in fields(ModelConfig)]
+    if wrong := [f"{name} differs (saved {a}, now {b})" for name, a, b in pairs if a != b]:
+        raise ValueError("resume refused: " + "; ".join(wrong))
+
+def main(cfg, model_cfg, data_cfg, draw=None):
+    """
+    train to the end -> the meta data of the last checkpoint. draw(model, ds, path) makes a picture of some validation
+    queries. raises ValueError for what a user can mend, and SystemExit after a signal: 0 for SIGTERM, 130 for SIGINT.
+    """
+    with Signals() as signals:
+        return train(cfg, model_cfg, data_cfg, signals, draw)
+
+def train(cfg, model_cfg, data_cfg, signals, draw):
     started = time.perf_counter()
     device, dtype, autocast = get_device(cfg.device, cfg.dtype)
+    rank, world = get_ranks(device)
     if cfg.compile not in ('auto', 'on', 'off'):
         raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
-    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0:
-        raise ValueError("want a grad_accum of at least 1, and eval_every, save_every, log_every, ns_steps and learning rates of at least 0")
+    if cfg.log not in ('', 'wandb', 'trackio') or (cfg.log and not importlib.util.find_spec(cfg.log)):
+        raise ValueError(f"log={cfg.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
+    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.draw_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0 or not 0 <= cfg.ema < 1:
+        raise ValueError("want a grad_accum of at least 1, an ema of 0 or more and less than 1, no negative eval_every, save_every, log_every, draw_every, ns_steps or learning rate")
     if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
         raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
     check_kernel(model_cfg.kernel, device)
     torch.manual_seed(cfg.seed)
+    cfg = replace(cfg, dtype=dtype) # a resumed run takes the same, whatever 'auto' would be there
     out_dir = Path(cfg.resume or cfg.out_dir)
 
     # data
     ds = ArcDataset(data_cfg, seed=cfg.seed)
-    loader = ArcLoader(ds, device=device)
+    loader = ArcLoader(ds, rank, world, device)
     rows = ds.sampler.rows
-    print(f"{len(ds.sampler.key)} tasks, {len(ds)} documents an epoch, {len(ds.val_pairs)} validation queries; left out: {ds.num_tasks_out} tasks over max_pair, "
-          f"{ds.num_dropped} overlapping, {len(ds.bad)} malformed; pairs: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
-    for text in ds.leaks:
-        print(f"leak allowed: {text}")
+    n_task = len(rows) if data_cfg.shots == 0 else 0
+    if cfg.resume:
+        tensors, meta = checkpoint.load(cfg.resume)
+        loader.load_state_dict(meta['stream']) # refuses another corpus, seed or batch
+    elif model_cfg.n_task not in (0, n_task):
+        raise ValueError(f"n_task={model_cfg.n_task}: the data has {n_task} tasks to embed, leave it out")
 
     # model
-    n_task = len(rows) if data_cfg.shots == 0 else 0
-    if model_cfg.n_task not in (0, n_task):
-        raise ValueError(f"n_task={model_cfg.n_task}: the data has {n_task} tasks to embed, leave it out")
     model_cfg = replace(model_cfg, n_task=n_task)
+    if cfg.resume:
+        refuse_changes(meta, cfg, model_cfg)
     model = Model(model_cfg).to(device)
+    begun = begin_with(model, rows, cfg.init_from) if cfg.init_from and not cfg.resume else ""
     lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    ema = copy.deepcopy(model) if cfg.ema > 0 else None
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
-    for block in model.blocks if compiled else ():
+    for block in [*model.blocks, *(ema.blocks if ema else [])] if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}")
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
-    # where we stand
-    step, tokens, seconds, val_loss, max_iters = 0, 0, 0.0, None, cfg.max_iters
-    if cfg.resume:
-        tensors, meta = checkpoint.load(cfg.resume)
-        if (cfg.ns_steps == 0) != (meta['train'].get('ns_steps') == 0): # runs of before had Muon
-            raise ValueError(f"ns_steps={cfg.ns_steps}: {cfg.resume} was trained with {'AdamW' if cfg.ns_steps else 'Muon'} on its matrices, whose state does not fit")
-        checkpoint.restore_model(model, tensors)
-        checkpoint.restore_optimizers(model, optimizers, tensors)
-        loader.load_state_dict(meta['stream'])
-        scaler.load_state_dict(meta['scaler'])
-        step, tokens, seconds, val_loss = (meta[key] for key in ('step', 'tokens', 'seconds', 'val_loss'))
-        max_iters = cfg.max_iters or meta['max_iters']
-        print(f"resumed {cfg.resume} at step {step}" + (f" of {max_iters}: it is done" if 0 < max_iters <= step else ""))
-        if 0 < max_iters <= step: # what is on disk stays as it is
-            return meta
-    elif checkpoint.exists(out_dir):
-        raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
-    elif cfg.minutes <= 0 and cfg.max_iters <= 0:
-        raise ValueError("set --minutes or --max_iters")
-    checkpoint.write_file(out_dir / 'trained_on.txt', ds.trained_on().encode()) # by which solve knows what it may not be asked
-    log, start = Log(out_dir, step), step
+    with checkpoint.lock(out_dir) if rank == 0 else contextlib.nullcontext():
+        # where we stand
+        step, tokens, seconds, val_loss, max_iters = 0, 0, 0.0, None, cfg.max_iters
+        name = f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}" # of the run, for trackers
+        if cfg.resume:
+            checkpoint.restore_model(model, tensors)
+            checkpoint.restore_optimizers(model, optimizers, tensors)
+            scaler.load_state_dict(meta['scaler'])
+            if ema:
+                checkpoint.restore_model(ema, tensors, 'ema' if meta['train']['ema'] > 0 else 'model')
+            step, tokens, seconds, val_loss, name = (meta[key] for key in ('step', 'tokens', 'seconds', 'val_loss', 'name'))
+            max_iters = cfg.max_iters or meta['max_iters']
+            begun = f"resumed {cfg.resume} at step {step}" + (f" of {max_iters}: it is done" if 0 < max_iters <= step else "")
+            if 0 < max_iters <= step: # what is on disk stays as it is
+                print(begun)
+                return meta
+        elif checkpoint.steps(out_dir):
+            raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
+        elif cfg.minutes <= 0 and cfg.max_iters <= 0:
+            raise ValueError("set --minutes or --max_iters")
+        log, start = Log(out_dir if rank == 0 else None, step, name, (cfg, model_cfg, data_cfg), device, world), step
+        log.print(f"{len(ds.sampler.key)} tasks, {len(ds)} documents an epoch, {len(ds.val_pairs)} validation queries; left out: {ds.num_tasks_out} tasks over max_pair, "
+                  f"{ds.num_dropped} overlapping, {len(ds.bad)} malformed; pairs: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
+        for text in ds.leaks:
+            log.print(f"leak allowed: {text}")
+        log.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}" + (f", {world} ranks" if world > 1 else ""))
+        if begun:
+            log.print(begun)
+        if rank == 0:
+            lines = set(ds.trained_on().splitlines(True)) # by which solve knows what it may not be asked
+            if (before := Path(cfg.init_from or out_dir) / 'trained_on.txt').is_file():
+                lines |= set(before.read_text().splitlines(True))
+            checkpoint.write_file(out_dir / 'trained_on.txt', "".join(sorted(lines)).encode())
+        lag = 1 if device.type == 'cuda' else 0 # steps that a gpu may be ahead of us
+        pending, bad = [], None # (place in the stream, loss) of steps whose loss was not looked at yet; and of one that is not finite
+        spent = {'waiting for data': 0.0, 'saving': 0.0, 'validating and drawing': 0.0} # seconds
 
-    def save():
-        meta = {'stream': loader.state_dict(), 'scaler': scaler.state_dict(), 'tokens': tokens, 'seconds': seconds, 'val_loss': val_loss, 'max_iters': max_iters,
-                'rows': rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
-        checkpoint.save(out_dir, step, model, optimizers, meta)
-        return {'step': step, **meta}
+        @contextlib.contextmanager
+        def timed(what):
+            t = time.perf_counter()
+            yield
+            spent[what] += time.perf_counter() - t
 
-    # ------------------------------------------------------------------------- the loop
-    measured = None # (seconds, step) since when throughput is measured, the first steps are slow
-    share = max(0.8 * (1 - cfg.decay_frac), 0.05) # of the minutes to measure in: the decay must know when to begin
-    t0, wait, seen = time.perf_counter(), 0.0, 0
-    clock = t0 - seconds # training began then, had it never been interrupted
-    with log:
-        while max_iters == 0 or step < max_iters:
-            # once in a while
-            if max_iters == 0: # --minutes: fix the number of steps as soon as their speed is known
-                now = time.perf_counter() - clock
-                if measured is None and step >= 5:
-                    measured = now, step
-                elif measured is not None and now - measured[0] > min(60 * cfg.minutes * share, 120):
-                    max_iters = max(step + int((60 * cfg.minutes - now) / (now - measured[0]) * (step - measured[1])), step + 1)
-            if cfg.save_every and step % cfg.save_every == 0 and step > start:
-                seconds = time.perf_counter() - clock
-                save()
-            if cfg.eval_every and step % cfg.eval_every == 0: # after the save, so that a resumed run comes by here again
-                val_loss = evaluate(model, ds, device, autocast)
-                log.row(step, max_iters, val_loss=val_loss)
-            # -----------------------------------------------------------------
-            factor = get_lr(step, max_iters, cfg)
-            for optimizer, lrs in zip(optimizers, peaks):
-                for group, peak in zip(optimizer.param_groups, lrs):
-                    group['lr'] = peak * factor
-            t, total = time.perf_counter(), 0.0
-            n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches are weighed by their loss tokens
-            for micro_step in range(cfg.grad_accum):
-                t = time.perf_counter() if micro_step else t
-                batch = loader.next_batch()
-                wait += time.perf_counter() - t
-                with autocast():
-                    _, loss = model(*batch)
-                scaler.scale(loss / n).backward() # grads add up
-                total = total + loss.detach()
-                seen += batch.idx.numel() # padding too: what the device works on
-                tokens += batch.idx.numel()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf'))
-            for optimizer in optimizers:
-                if not scaler.is_enabled() or torch.isfinite(norm): # fp16: all optimizers skip a step that overflowed, or none. waits for the device
-                    scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
-            # -----------------------------------------------------------------
-            step += 1
-            if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
-                loss = float(total) / n # waits for the device
-                dt = time.perf_counter() - t0
-                log.row(step, max_iters, loss=loss, lr=lr * factor, tok_s=seen / dt, wait=wait / dt)
-                t0, wait, seen = time.perf_counter(), 0.0, 0
-    seconds = time.perf_counter() - clock
-    val_loss = evaluate(model, ds, device, autocast)
-    log.row(step, max_iters, val_loss=val_loss)
-    meta = save()
-    view.draw_loss([out_dir], out_dir / 'loss.png')
-    val = f", {val_loss:.4f} nats per output token on validation" if val_loss is not None else ""
-    print(f"{step} steps, {tokens:,} tokens, {seconds:.0f} s{val}: {out_dir}/loss.png (ready after {time.perf_counter() - started:.0f} s)")
-    return meta
+        def save():
+            meta = {'stream': loader.state_dict(), 'scaler': scaler.state_dict(), 'tokens': tokens, 'seconds': seconds if done else time.perf_counter() - clock, 'val_loss': val_loss,
+                    'max_iters': max_iters, 'name': name, 'rows': rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
+            if rank == 0:
+                with timed('saving'):
+                    checkpoint.save(out_dir, step, model, optimizers, meta, ema)
+            return {'step': step, **meta}
+
+        def is_bad(lag):
+            """ look at the losses of all steps but the last `lag` ones """
+            nonlocal bad
+            while len(pending) > lag:
+                place, loss = pending.pop(0)
+                bad = bad or (None if math.isfinite(loss) else place) # waits for the device
+            return bad is not None
+
+        # ------------------------------------------------------------------------- the loop
+        measured = None # (seconds, step) since when throughput is measured, the first steps are slow
+        share = max(0.8 * (1 - cfg.decay_frac), 0.05) # of the minutes to measure in: the decay must know when to begin
+        t0, wait, seen = time.perf_counter(), 0.0, tokens # of the row of metrics before
+        before, clock = seconds, t0 - seconds # training began then, had it never been interrupted
+        with log:
+            while True:
+                # once in a while
+                if max_iters == 0 and rank == 0: # --minutes: fix the number of steps as soon as their speed is known
+                    now = time.perf_counter() - clock
+                    if measured is None and step >= 5:
+                        measured = now, step
+                    elif measured is not None and now - measured[0] > min(60 * cfg.minutes * share, 120):
+                        max_iters = max(step + int((60 * cfg.minutes - now) / (now - measured[0]) * (step - measured[1])), step + 1)
+                done = 0 < max_iters <= step
+                saves, evals, draws = (every > 0 and step % every == 0 for every in (cfg.save_every, cfg.eval_every, cfg.draw_every))
+                spoilt = is_bad(0 if saves or done else lag)
+                stop, spoilt, max_iters = (int(x) for x in over_ranks(world, 'MAX', signals.got, spoilt, max_iters)) # all ranks do the same
+                if spoilt or (stop and over_ranks(world, 'MAX', is_bad(0))[0]):
+                    tasks = f"in a batch of the tasks {', '.join(loader.names(*bad, cfg.grad_accum))}" if bad else "on another rank"
+                    raise ValueError(f"step {step}: the loss is not finite, {tasks}. the last good checkpoint stays, --resume {out_dir} goes back to it")
+                if stop or done:
+                    break
+                if saves and step > start:
+                    save()
+                if evals: # after the save, so that a resumed run comes by here again
+                    with timed('validating and drawing'):
+                        val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
+                    log.row(step, max_iters, val_loss=val_loss)
+                if draws and step > start:
+                    with timed('validating and drawing'):
+                        log.draw(draw, ema or model, ds)
+                # -----------------------------------------------------------------
+                factor = get_lr(step, max_iters, cfg)
+                for optimizer, lrs in zip(optimizers, peaks):
+                    for group, peak in zip(optimizer.param_groups, lrs):
+                        group['lr'] = peak * factor
+                total, place = 0.0, (loader.window, loader.batch)
+                n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches and ranks are weighed by their loss tokens
+                for micro_step in range(cfg.grad_accum):
+                    net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up their gradients once a step
+                    tokens += loader.tokens()
+                    t = time.perf_counter()
+                    batch = loader.next_batch()
+                    wait += time.perf_counter() - t
+                    with autocast():
+                        _, loss = net(*batch)
+                    scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged
+                    total = total + loss.detach()
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float('inf'))
+                for optimizer in optimizers:
+                    if not scaler.is_enabled() or torch.isfinite(norm): # fp16: all optimizers skip a step that overflowed, or none. waits for the device
+                        scaler.step(optimizer)
+                    optimizer.zero_grad(set_to_none=True)
+                scaler.update()
+                if ema: # few steps are averaged over few, as TensorFlow's ExponentialMovingAverage has it
+                    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(cfg.ema, (1 + step) / (10 + step)))
+                # -----------------------------------------------------------------
+                pending.append((place, total))
+                step += 1
+                if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
+                    total, = over_ranks(world, 'SUM', float(total)) # waits for the device
+                    dt = time.perf_counter() - t0
+                    log.row(step, max_iters, loss=total / n, lr=lr * factor, tok_s=(tokens - seen) / dt, wait=wait / dt)
+                    spent['waiting for data'] += wait
+                    t0, wait, seen = time.perf_counter(), 0.0, tokens
+            if not done: # a signal
+                if step > start or not cfg.resume:
+                    save()
+                log.print(f"stopped by signal {stop} after step {step}, --resume {out_dir} goes on")
+                sys.exit(0 if stop == signal.SIGTERM else 128 + stop)
+            seconds = time.perf_counter() - clock
+            val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
+            log.row(step, max_iters, val_loss=val_loss)
+            meta = save()
+            log.draw(draw, ema or model, ds)
+        val = f", {val_loss:.4f} nats per output token on validation" if val_loss is not None else ""
+        shares = ", ".join(f"{what} {x / (seconds - before):.2%}" for what, x in spent.items())
+        log.print(f"{step} steps, {tokens:,} tokens, {seconds:.0f} s{val}: {out_dir}/loss.png (ready after {time.perf_counter() - started:.0f} s; {shares} of the time)")
+        return meta
 
 class Log:
-    """ metrics.jsonl, and a progress line on a terminal or plain lines elsewhere. a resumed run rewrites what came after step """
+    """
+    what is measured and printed, by rank 0: metrics.jsonl; log.txt, which begins with all that made the run; a tracker; a
+    progress line on a terminal, plain lines elsewhere. a resumed run rewrites what came after step. out_dir=None: nothing.
+    """
 
-    def __init__(self, out_dir, step):
-        self.path, self.last = Path(out_dir) / 'metrics.jsonl', {}
+    def __init__(self, out_dir, step, name, cfgs, device, world):
+        self.out_dir, self.last, self.bar, self.tracker = out_dir, {}, None, None
+        if out_dir is None:
+            return
         rows = [x for x in view.read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
-        checkpoint.write_file(self.path, "".join(json.dumps(x) + "\n" for x in rows).encode())
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
-        self.bar = Progress(*columns, console=Console(soft_wrap=True)) if sys.stdout.isatty() else None
+        checkpoint.write_file(out_dir / 'metrics.jsonl', "".join(json.dumps(x) + "\n" for x in rows).encode())
+        settings = {key: x for cfg in cfgs for key, x in asdict(cfg).items()}
+        with open(out_dir / 'log.txt', 'a') as f:
+            print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
+            for path in sorted(Path(__file__).parent.glob('*.py')):
+                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
+        if cfgs[0].log:
+            self.tracker = importlib.import_module(cfgs[0].log)
+            self.tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **({'id': name, 'dir': str(out_dir)} if cfgs[0].log == 'wandb' else {}))
+        if sys.stdout.isatty():
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
+            self.bar = Progress(*columns, console=Console(soft_wrap=True))
 
     def __enter__(self):
         if self.bar:
@@ -230,21 +385,53 @@ class Log:
     def __exit__(self, *_):
         if self.bar:
             self.bar.stop()
+        if self.tracker:
+            self.tracker.finish()
+
+    def print(self, text, show=True):
+        """ a line to the eye and to log.txt """
+        if self.out_dir is None:
+            return
+        if show:
+            print(text, flush=True)
+        with open(self.out_dir / 'log.txt', 'a') as f:
+            print(text, file=f)
 
     def row(self, step, max_iters, **values):
         values = {key: x for key, x in values.items() if x is not None}
-        if not values: # no validation set
+        if self.out_dir is None or not values: # no validation set
             return
         self.last.update(values)
-        with open(self.path, 'a') as f:
+        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
             f.write(json.dumps({'step': step, **values}) + "\n")
+        if self.tracker:
+            self.tracker.log(values, step=step)
         x = self.last
         text = f"{step}/{max_iters or '?'} " + " ".join(s.format(x[key]) for key, s in (('loss', "loss {:.3f}"), ('val_loss', "val {:.3f}"), ('lr', "lr {:.0e}"),
                                                         ('tok_s', "{:,.0f} tok/s"), ('wait', "wait {:.1%}")) if key in x)
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
-        elif 'loss' in values:
-            print(f"step {text}", flush=True)
+        self.print(f"step {text}", show=not self.bar and 'loss' in values)
+
+    def draw(self, draw, model, ds):
+        """ loss.png, and val.png by draw(model, ds, path) """
+        if self.out_dir is not None and self.last:
+            view.draw_loss([self.out_dir], self.out_dir / 'loss.png')
+            if draw is not None and len(ds.val_pairs):
+                draw(model, ds, self.out_dir / 'val.png')
+
+def surroundings(device, world):
+    """ what a run depends on but for its settings -> dict: versions, hardware, the commit """
+    def output(*command):
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+    cpuinfo = Path('/proc/cpuinfo')
+    cpu = [line.partition(':')[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith('model name')] if cpuinfo.exists() else []
+    tracked = output('git', 'ls-files', 'train.py') if shutil.which('git') else "" # not the repository of who has us installed
+    return {'started': time.strftime('%Y-%m-%d %H:%M:%S %Z'), 'command': sys.argv, 'git': output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*') if tracked else "",
+            'nanoarc': __version__, 'python': platform.python_version(), **{name: version(name) for name in ('torch', 'numpy', 'numba', 'safetensors')}, 'platform': platform.platform(),
+            'cpu': cpu[0] if cpu else platform.processor(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device), 'ranks': world}
 
 if __name__ == '__main__':
     from nanoarc.cli import main as cli

@@ -10,7 +10,7 @@ venv ""
 SECONDS=0
 OUT=${OUT:-out/quickstart}
 SMALL="--max_pair=100"
-if [ -e "$OUT/latest.json" ]; then
+if ls "$OUT"/ckpt/*.sha256 > /dev/null 2>&1; then
     echo "== $OUT is there already, continuing it (remove it to start over)"
     nanoarc train --resume "$OUT" "$@"
 else

@@ -64,7 +64,7 @@ def test_votes_rank_and_ties_are_decided_by_log_probability_then_bytes():
     g = [np.full((1, k), k, np.uint8) for k in range(1, 5)]
     found = {grid_bytes(x): [(v, p, x) for v, p in views] for x, views in zip(g, [[(0, -3.0)], [(1, -1.0)], [(2, -9.0), (3, -9.0)], [(4, -1.0)]])}
     for order in (list(found), list(reversed(found))):
-        ranked = solve.rank({key: found[key] for key in order})
+        ranked = solve.rank_candidates({key: found[key] for key in order})
         assert [grid.shape[1] for grid, *_ in ranked] == [3, 2, 4, 1]
         assert ranked[0][1:] == (2, -9.0, [2, 3])
 
