@@ -299,6 +299,14 @@ def trained_lines(corpora, trained):
         lines += [f"{c.hash[p]:016x} {c.input_hash[p]:016x} {c.name[task[p]].decode()} ({c.source})\n" for p in np.flatnonzero(mine)]
     return "".join(lines)
 
+def with_earlier(lines, runs):
+    """ the text of trained_on.txt and that of runs which went before ('' = none) -> every line of them, once """
+    found = set(lines.splitlines(True))
+    for path in (Path(run) / 'trained_on.txt' for run in runs if run):
+        if path.is_file():
+            found |= set(path.read_text().splitlines(True))
+    return "".join(sorted(found))
+
 def find_leaks(run, corpora):
     """ queries of corpora that the run was trained on with their answers -> list of texts that name both tasks """
     path = Path(run) / 'trained_on.txt'

@@ -8,28 +8,23 @@ import contextlib
 import copy
 import ctypes
 import importlib.util
-import json
 import math
 import os
 import platform
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanoarc import __version__, checkpoint, view
+from nanoarc import checkpoint, view
 from nanoarc.data import ArcDataset, ArcLoader, Batch
 from nanoarc.model import Model, ModelConfig, check_kernel, is_recent
+from nanoarc.sources import with_earlier
 
 @dataclass
 class TrainConfig:
@@ -150,6 +145,17 @@ def begin_with(model, rows, run):
     checkpoint.restore_model(model, tensors, part)
     return f"weights of {run} after {meta['step']} steps" + (f", {len(known)} of {len(rows)} tasks known to it" if model.cfg.n_task > 0 else "")
 
+def check_settings(cfg, model_cfg, data_cfg):
+    """ raises ValueError that names the setting and what it may be """
+    if cfg.compile not in ('auto', 'on', 'off'):
+        raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
+    if cfg.log not in ('', 'wandb', 'trackio') or (cfg.log and not importlib.util.find_spec(cfg.log)):
+        raise ValueError(f"log={cfg.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
+    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.draw_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0 or not 0 <= cfg.ema < 1:
+        raise ValueError("want a grad_accum of at least 1, an ema of 0 or more and less than 1, no negative eval_every, save_every, log_every, draw_every, ns_steps or learning rate")
+    if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
+        raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
+
 def refuse_changes(meta, cfg, model_cfg):
     """ raises ValueError that names the settings without which a saved run would not go on as it began. its stream has checked its own """
     saved = replace(ModelConfig(**meta['model']), kernel=model_cfg.kernel) # by which kernel is no matter
@@ -171,14 +177,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     started = time.perf_counter()
     device, dtype, autocast = get_device(cfg.device, cfg.dtype)
     rank, world = get_ranks(device)
-    if cfg.compile not in ('auto', 'on', 'off'):
-        raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
-    if cfg.log not in ('', 'wandb', 'trackio') or (cfg.log and not importlib.util.find_spec(cfg.log)):
-        raise ValueError(f"log={cfg.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
-    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.draw_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0 or not 0 <= cfg.ema < 1:
-        raise ValueError("want a grad_accum of at least 1, an ema of 0 or more and less than 1, no negative eval_every, save_every, log_every, draw_every, ns_steps or learning rate")
-    if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
-        raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
+    check_settings(cfg, model_cfg, data_cfg)
     check_kernel(model_cfg.kernel, device)
     torch.manual_seed(cfg.seed)
     cfg = replace(cfg, dtype=dtype) # a resumed run takes the same, whatever 'auto' would be there
@@ -205,7 +204,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-    ema = copy.deepcopy(model) if cfg.ema > 0 else None
+    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema > 0 else None
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
     for block in [*model.blocks, *(ema.blocks if ema else [])] if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
@@ -231,7 +230,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another --out_dir")
         elif cfg.minutes <= 0 and cfg.max_iters <= 0:
             raise ValueError("set --minutes or --max_iters")
-        log, start = Log(out_dir if rank == 0 else None, step, name, (cfg, model_cfg, data_cfg), device, world), step
+        log, start = view.Log(out_dir if rank == 0 else None, step, name, (cfg, model_cfg, data_cfg), device, world), step
         log.print(f"{len(ds.sampler.key)} tasks, {len(ds)} documents an epoch, {len(ds.val_pairs)} validation queries; left out: {ds.num_tasks_out} tasks over max_pair, "
                   f"{ds.num_dropped} overlapping, {len(ds.bad)} malformed; pairs: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
         for text in ds.leaks:
@@ -240,10 +239,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         if begun:
             log.print(begun)
         if rank == 0:
-            lines = set(ds.trained_on().splitlines(True)) # by which solve knows what it may not be asked
-            if (before := Path(cfg.init_from or out_dir) / 'trained_on.txt').is_file():
-                lines |= set(before.read_text().splitlines(True))
-            checkpoint.write_file(out_dir / 'trained_on.txt', "".join(sorted(lines)).encode())
+            lines = with_earlier(ds.trained_on(), (out_dir, cfg.init_from)) # by which solve knows what it may not be asked
+            checkpoint.write_file(out_dir / 'trained_on.txt', lines.encode())
         lag = 1 if device.type == 'cuda' else 0 # steps that a gpu may be ahead of us
         pending, bad = [], None # (place in the stream, loss) of steps whose loss was not looked at yet; and of one that is not finite
         spent = {'waiting for data': 0.0, 'saving': 0.0, 'validating and drawing': 0.0} # seconds
@@ -347,91 +344,12 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
             log.row(step, max_iters, val_loss=val_loss)
             meta = save()
-            log.draw(draw, ema or model, ds)
+            if cfg.draw_every > 0:
+                log.draw(draw, ema or model, ds)
         val = f", {val_loss:.4f} nats per output token on validation" if val_loss is not None else ""
         shares = ", ".join(f"{what} {x / (seconds - before):.2%}" for what, x in spent.items())
-        log.print(f"{step} steps, {tokens:,} tokens, {seconds:.0f} s{val}: {out_dir}/loss.png (ready after {time.perf_counter() - started:.0f} s; {shares} of the time)")
+        log.print(f"{step} steps, {tokens:,} tokens, {seconds:.0f} s{val}: {out_dir} (ready after {time.perf_counter() - started:.0f} s; {shares} of the time)")
         return meta
-
-class Log:
-    """
-    what is measured and printed, by rank 0: metrics.jsonl; log.txt, which begins with all that made the run; a tracker; a
-    progress line on a terminal, plain lines elsewhere. a resumed run rewrites what came after step. out_dir=None: nothing.
-    """
-
-    def __init__(self, out_dir, step, name, cfgs, device, world):
-        self.out_dir, self.last, self.bar, self.tracker = out_dir, {}, None, None
-        if out_dir is None:
-            return
-        rows = [x for x in view.read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
-        checkpoint.write_file(out_dir / 'metrics.jsonl', "".join(json.dumps(x) + "\n" for x in rows).encode())
-        settings = {key: x for cfg in cfgs for key, x in asdict(cfg).items()}
-        with open(out_dir / 'log.txt', 'a') as f:
-            print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
-            for path in sorted(Path(__file__).parent.glob('*.py')):
-                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
-        if cfgs[0].log:
-            self.tracker = importlib.import_module(cfgs[0].log)
-            self.tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **({'id': name, 'dir': str(out_dir)} if cfgs[0].log == 'wandb' else {}))
-        if sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
-            self.bar = Progress(*columns, console=Console(soft_wrap=True))
-
-    def __enter__(self):
-        if self.bar:
-            self.bar.start()
-            self.bar.add_task("0/?", total=None)
-
-    def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
-        if self.tracker:
-            self.tracker.finish()
-
-    def print(self, text, show=True):
-        """ a line to the eye and to log.txt """
-        if self.out_dir is None:
-            return
-        if show:
-            print(text, flush=True)
-        with open(self.out_dir / 'log.txt', 'a') as f:
-            print(text, file=f)
-
-    def row(self, step, max_iters, **values):
-        values = {key: x for key, x in values.items() if x is not None}
-        if self.out_dir is None or not values: # no validation set
-            return
-        self.last.update(values)
-        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
-            f.write(json.dumps({'step': step, **values}) + "\n")
-        if self.tracker:
-            self.tracker.log(values, step=step)
-        x = self.last
-        text = f"{step}/{max_iters or '?'} " + " ".join(s.format(x[key]) for key, s in (('loss', "loss {:.3f}"), ('val_loss', "val {:.3f}"), ('lr', "lr {:.0e}"),
-                                                        ('tok_s', "{:,.0f} tok/s"), ('wait', "wait {:.1%}")) if key in x)
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
-        self.print(f"step {text}", show=not self.bar and 'loss' in values)
-
-    def draw(self, draw, model, ds):
-        """ loss.png, and val.png by draw(model, ds, path) """
-        if self.out_dir is not None and self.last:
-            view.draw_loss([self.out_dir], self.out_dir / 'loss.png')
-            if draw is not None and len(ds.val_pairs):
-                draw(model, ds, self.out_dir / 'val.png')
-
-def surroundings(device, world):
-    """ what a run depends on but for its settings -> dict: versions, hardware, the commit """
-    def output(*command):
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-    cpuinfo = Path('/proc/cpuinfo')
-    cpu = [line.partition(':')[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith('model name')] if cpuinfo.exists() else []
-    tracked = output('git', 'ls-files', 'train.py') if shutil.which('git') else "" # not the repository of who has us installed
-    return {'started': time.strftime('%Y-%m-%d %H:%M:%S %Z'), 'command': sys.argv, 'git': output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*') if tracked else "",
-            'nanoarc': __version__, 'python': platform.python_version(), **{name: version(name) for name in ('torch', 'numpy', 'numba', 'safetensors')}, 'platform': platform.platform(),
-            'cpu': cpu[0] if cpu else platform.processor(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device), 'ranks': world}
 
 if __name__ == '__main__':
     from nanoarc.cli import main as cli

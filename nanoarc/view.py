@@ -1,8 +1,16 @@
 """
 tasks, sources, runs and results for the eye. grids are drawn in the terminal, or with matplotlib into a png.
 """
+import importlib
 import json
-from dataclasses import dataclass
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +18,11 @@ import numpy as np
 import tyro
 from rich.columns import Columns
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from nanoarc import __version__
 from nanoarc.sources import read_json, read_tasks, to_grid
 
 # the ten colors as arcprize.org paints them
@@ -34,6 +44,7 @@ def main(cfg):
     if all(Path(x).is_dir() for x in cfg.things):
         out = cfg.out or f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
+        print_frame("runs", run_frame(cfg.things))
         print(out)
         return
     tasks = {}
@@ -102,6 +113,101 @@ def grid_text(grid):
     return text
 
 # -----------------------------------------------------------------------------
+# runs, while they train
+
+class Log:
+    """
+    what is measured and printed, by rank 0: metrics.jsonl; log.txt, which begins with all that made the run; a tracker; a
+    progress line on a terminal, plain lines elsewhere. a resumed run rewrites what came after step. out_dir=None: nothing.
+    """
+
+    def __init__(self, out_dir, step, name, cfgs, device, world):
+        self.out_dir, self.last, self.bar, self.tracker = out_dir, {}, None, None
+        if out_dir is None:
+            return
+        from nanoarc import checkpoint # imported late: it brings torch
+        rows = [x for x in read_metrics(out_dir) if x['step'] < step or (x['step'] == step and 'loss' in x)] if step > 0 else []
+        checkpoint.write_file(out_dir / 'metrics.jsonl', "".join(json.dumps(x) + "\n" for x in rows).encode())
+        settings = {key: x for cfg in cfgs for key, x in asdict(cfg).items()}
+        with open(out_dir / 'log.txt', 'a') as f:
+            print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
+            for path in sorted(Path(__file__).parent.glob('*.py')):
+                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
+        if cfgs[0].log:
+            self.tracker = importlib.import_module(cfgs[0].log)
+            self.tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **({'id': name, 'dir': str(out_dir)} if cfgs[0].log == 'wandb' else {}))
+        if sys.stdout.isatty():
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
+            self.bar = Progress(*columns, console=Console(soft_wrap=True))
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+            self.bar.add_task("0/?", total=None)
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+        if self.tracker:
+            self.tracker.finish()
+
+    def print(self, text, show=True):
+        """ a line to the eye and to log.txt """
+        if self.out_dir is None:
+            return
+        if show:
+            print(text, flush=True)
+        with open(self.out_dir / 'log.txt', 'a') as f:
+            print(text, file=f)
+
+    def row(self, step, max_iters, **values):
+        values = {key: x for key, x in values.items() if x is not None}
+        if self.out_dir is None or not values: # no validation set
+            return
+        self.last.update(values)
+        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+            f.write(json.dumps({'step': step, **values}) + "\n")
+        if self.tracker:
+            self.tracker.log(values, step=step)
+        x = self.last
+        text = f"{step}/{max_iters or '?'} " + " ".join(s.format(x[key]) for key, s in (('loss', "loss {:.3f}"), ('val_loss', "val {:.3f}"), ('lr', "lr {:.0e}"),
+                                                        ('tok_s', "{:,.0f} tok/s"), ('wait', "wait {:.1%}")) if key in x)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
+        self.print(f"step {text}", show=not self.bar and 'loss' in values)
+
+    def draw(self, draw, model, ds):
+        """ loss.png, and val.png by draw(model, ds, path) """
+        if self.out_dir is not None and self.last:
+            draw_loss([self.out_dir], self.out_dir / 'loss.png')
+            if draw is not None and len(ds.val_pairs):
+                draw(model, ds, self.out_dir / 'val.png')
+
+def surroundings(device, world):
+    """ what a run depends on but for its settings -> dict: versions, hardware, the commit """
+    import torch
+    def output(*command):
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+    cpuinfo = Path('/proc/cpuinfo')
+    cpu = [line.partition(':')[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith('model name')] if cpuinfo.exists() else []
+    tracked = output('git', 'ls-files', 'train.py') if shutil.which('git') else "" # not the repository of who has us installed
+    return {'started': time.strftime('%Y-%m-%d %H:%M:%S %Z'), 'command': sys.argv, 'git': output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*') if tracked else "",
+            'nanoarc': __version__, 'python': platform.python_version(), **{name: version(name) for name in ('torch', 'numpy', 'numba', 'safetensors')}, 'platform': platform.platform(),
+            'cpu': cpu[0] if cpu else platform.processor(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device), 'ranks': world}
+
+def run_frame(runs):
+    """ run directories -> polars frame, a row a run: its steps, last and best losses in nats per output token, speed. raises ValueError """
+    import polars as pl
+    rows = pl.concat([pl.DataFrame([{'run': str(run), **x} for x in need_metrics(run)], infer_schema_length=None) for run in runs], how='diagonal')
+    for name in ('loss', 'val_loss', 'tok_s', 'wait'):
+        if name not in rows.columns:
+            rows = rows.with_columns(pl.lit(None, pl.Float64).alias(name))
+    return rows.group_by('run', maintain_order=True).agg(pl.col('step').max(), pl.col('loss').drop_nulls().last(), pl.col('val_loss').drop_nulls().last(),
+        pl.col('val_loss').min().alias('best val_loss'), pl.col('step').sort_by('val_loss', nulls_last=True).first().alias('at step'), pl.col('tok_s').median(), pl.col('wait').mean())
+
+# -----------------------------------------------------------------------------
 # statistics of sources
 
 def print_stats(cfg, png=''):
@@ -133,14 +239,8 @@ def print_stats(cfg, png=''):
     tables.append((f"in block_size={cfg.block_size}", pl.DataFrame({
         'documents an epoch': [len(ds)], 'lost demos': [int((shots < can).sum())], 'targets too long': [ds.num_long], 'targets without context': [ds.num_alone],
         'tasks over max_pair': [ds.num_tasks_out], 'tasks malformed': [len(ds.bad)]})))
-    console = Console()
     for title, frame in tables:
-        table = Table(title=title, title_justify='left', title_style='bold')
-        for name in frame.columns:
-            table.add_column(name, justify='left' if frame[name].dtype == pl.String else 'right')
-        for row in frame.iter_rows():
-            table.add_row(*(f"{x:.3f}" if isinstance(x, float) and x <= 1 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in row))
-        console.print(table)
+        print_frame(title, frame)
     if png:
         draw_stats(pairs.filter('answered'), docs, shots, cells, cfg, png)
         print(png)
@@ -201,20 +301,33 @@ def draw_stats(pairs, docs, shots, cells, cfg, out):
     fig.savefig(out, dpi=110)
     plt.close(fig)
 
+def print_frame(title, frame):
+    """ a polars frame in the terminal """
+    table = Table(title=title, title_justify='left', title_style='bold')
+    for name in frame.columns:
+        table.add_column(name, justify='left' if frame[name].dtype.to_python() is str else 'right')
+    for row in frame.iter_rows():
+        table.add_row(*("" if x is None else f"{x:.3f}" if isinstance(x, float) and x < 10 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in row))
+    Console().print(table)
+
 def read_metrics(run):
     """ metrics.jsonl of a run directory -> list of dicts, each with 'step'. a last line that a crash cut short is left out """
     path = Path(run) / 'metrics.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
+def need_metrics(run):
+    """ read_metrics, or ValueError where there are none """
+    if not (rows := read_metrics(run)):
+        raise ValueError(f"{run}: no metrics.jsonl with a row, not a run directory")
+    return rows
+
 def draw_loss(runs, out):
     """ training and validation loss of one or several run directories -> a png """
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
-        rows = read_metrics(run)
-        if len(rows) == 0:
-            raise ValueError(f"{run}: no metrics.jsonl with a row, not a run directory")
+        rows = need_metrics(run)
         name = "" if len(runs) == 1 else f"{Path(run).name} "
         for key, label, style in (('loss', "training", dict(alpha=0.5, linewidth=1)), ('val_loss', "validation", dict(marker='o', markersize=3))):
             points = [(x['step'], x[key]) for x in rows if key in x]

@@ -1,5 +1,6 @@
 """ python -m pytest tests/test_train.py """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
 from nanoarc.train import TrainConfig, get_lr
-from nanoarc.view import read_metrics
+from nanoarc.view import read_metrics, run_frame
 
 def losses(out_dir):
     """ every logged loss, to the last bit """
@@ -229,3 +230,143 @@ def test_a_step_that_overflows_is_skipped_by_all_optimizers(toy, tmp_path, monke
     cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=2', *TINY])
     assert len(steps) == (0 if bad else 4)
     assert all(torch.isfinite(x).all() for x in checkpoint.load(tmp_path / 'run')[0].values())
+
+# -----------------------------------------------------------------------------
+# averaged weights, weights of another run, watching
+
+def test_averaged_weights_are_the_average_and_what_solve_and_validation_use(toy, tmp_path):
+    from nanoarc.solve import load_model
+    args = ['train', f"--data={toy(n=4)}", '--max_iters=12', '--save_every=1', '--log_every=1', '--eval_every=0', *TINY]
+    cli([*args, f"--out_dir={tmp_path / 'plain'}"])
+    cli([*args, f"--out_dir={tmp_path / 'ema'}", '--ema=0.5'])
+    (tensors, meta), plain = checkpoint.load(tmp_path / 'ema'), checkpoint.load(tmp_path / 'plain')
+    assert all(torch.equal(tensors[name], x) for name, x in plain[0].items()) and losses(tmp_path / 'ema')[:-1] == losses(tmp_path / 'plain')[:-1] # it only watches
+    assert meta['val_loss'] != plain[1]['val_loss']
+    (tmp_path / 'ema' / 'ckpt' / 'step-000012.sha256').unlink()
+    before = checkpoint.load(tmp_path / 'ema')[0]
+    for name, x in before.items():
+        if name.startswith('ema.'): # decay min(0.5, 12/21)
+            assert torch.allclose(tensors[name], 0.5 * x + 0.5 * tensors[f"model.{name[4:]}"], atol=1e-6)
+    cli(['train', '--resume', str(tmp_path / 'ema')])
+    again = checkpoint.load(tmp_path / 'ema')
+    assert all(torch.equal(again[0][name], x) for name, x in tensors.items()) and again[1]['val_loss'] == meta['val_loss']
+    assert all(torch.equal(x, tensors[f"ema.{name}"]) for name, x in load_model(tmp_path / 'ema', 'cpu')[0].state_dict().items())
+    cli(['train', '--resume', str(tmp_path / 'plain'), '--ema=0.9', '--max_iters=13']) # switched on later: it begins with the weights
+
+def test_init_from_takes_the_weights_alone_and_knows_tasks_by_their_content(tiny_run, toy, tmp_path, capsys):
+    run, src = tiny_run # 4 tasks
+    more = toy(name='more', n=3, seed=9) # and 3 new ones
+    args = ['train', '--data=', f"--out_dir={tmp_path / 'run'}", f"--init_from={run}", '--minutes=0', '--max_iters=1', '--lr=1e-12', '--adam_lr=1e-12', '--weight_decay=0', '--device=cpu', '--compile=off']
+    cli([*args, f"--adapt={more}+{src}"])
+    assert "weights of" in (text := capsys.readouterr().out) and "4 of 7 tasks known to it" in text
+    (old, old_meta), (new, meta) = checkpoint.load(run), checkpoint.load(tmp_path / 'run')
+    assert meta['step'] == 1 and meta['model']['n_task'] == 7
+    for name, x in old.items():
+        if name.startswith('model.') and name != 'model.wtask.weight':
+            assert torch.allclose(new[name], x, atol=1e-6), name
+    rows = {key: n for key, n in meta['rows'].items() if key in old_meta['rows']}
+    assert len(rows) == 4
+    for key, n in rows.items():
+        assert torch.allclose(new['model.wtask.weight'][n], old['model.wtask.weight'][old_meta['rows'][key]], atol=1e-6)
+    fresh = [n for n in range(7) if n not in rows.values()]
+    assert new['model.wtask.weight'][fresh].std() > 0.5 * old['model.wtask.weight'].std() / 100 and not (new['model.wtask.weight'][fresh] == 0).any()
+    with pytest.raises(SystemExit):
+        cli([*args[:2], f"--out_dir={tmp_path / 'other'}", *args[3:], f"--adapt={src}", '--n_embd=64'])
+    assert "do not fit this model" in capsys.readouterr().err
+
+def test_what_an_earlier_run_was_trained_on_is_not_forgotten(toy, tmp_path, capsys):
+    src, other = toy(n=2, side=12), toy(name='other', n=2, side=12, seed=5)
+    cli(['train', f"--data={src}", f"--out_dir={tmp_path / 'first'}", '--max_iters=1', '--val_tasks=0', *TINY])
+    cli(['train', f"--data={other}", f"--adapt={src}", f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}", '--max_iters=1', '--val_tasks=0', *TINY])
+    cli(['train', '--resume', str(tmp_path / 'second'), '--max_iters=2'])
+    with pytest.raises(SystemExit):
+        cli(['solve', '--run', str(tmp_path / 'second'), '--data', src])
+    assert "was trained on 2 of these queries" in capsys.readouterr().err
+
+def test_a_log_begins_with_all_that_made_the_run(toy, tmp_path):
+    cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=2', *TINY])
+    text = (tmp_path / 'run' / 'log.txt').read_text()
+    about, end = json.JSONDecoder().raw_decode(text)
+    settings = {name for cls in (TrainConfig, ModelConfig, DataConfig) for name in cls.__dataclass_fields__}
+    assert about['settings'].keys() == settings and about['torch'] == torch.__version__ and about['cores'] >= 1 and {'git', 'cpu', 'device', 'command', 'python'} <= about.keys()
+    assert Path(train.__file__).read_text() in text[end:] and text.splitlines()[-1].startswith("2 steps, ")
+    assert "saving " in text.splitlines()[-1] and "waiting for data " in text.splitlines()[-1]
+
+TRACKER = '''
+import json, os
+def write(*x):
+    with open(os.environ['TRACKED'], 'a') as f:
+        f.write(json.dumps(x) + "\\n")
+def init(**kwargs): write('init', kwargs)
+def log(values, step): write('log', values, step)
+def finish(): write('finish')
+'''
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_a_tracker_gets_what_metrics_jsonl_gets(toy, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv('TRACKED', str(tmp_path / 'tracked'))
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=4', '--eval_every=2', '--log_every=1', f"--log={name}", *TINY])
+    monkeypatch.delitem(sys.modules, name)
+    calls = [json.loads(line) for line in (tmp_path / 'tracked').read_text().splitlines()]
+    assert calls[0][0] == 'init' and calls[0][1]['project'] == 'nanoarc' and calls[0][1]['config']['max_iters'] == 4 and calls[-1] == ['finish']
+    assert [{'step': step, **values} for kind, values, step in calls[1:-1]] == read_metrics(tmp_path / 'run')
+
+def test_wandb_itself_takes_it_offline(toy, tmp_path):
+    """ in a process of its own: it leaves services behind """
+    pytest.importorskip('wandb')
+    import os
+    args = [f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=3', '--log_every=1', '--log=wandb', *TINY]
+    result = subprocess.run([sys.executable, '-m', 'nanoarc.train', *args], env={**os.environ, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))) == 1
+
+def test_the_progress_line_is_readable_at_80_columns(toy, tmp_path):
+    pyte = pytest.importorskip('pyte')
+    import os
+    import pty
+    import struct
+    import fcntl
+    import termios
+    main, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    args = [f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=40', '--log_every=5', '--eval_every=10', '--draw_every=0', *TINY]
+    process = subprocess.Popen([sys.executable, '-m', 'nanoarc.train', *args], stdout=child, stderr=child, env={**os.environ, 'TERM': 'xterm-256color', 'COLUMNS': '80'})
+    os.close(child)
+    screen, shown = pyte.Screen(80, 24), set()
+    stream = pyte.ByteStream(screen)
+    while True:
+        try:
+            data = os.read(main, 65536)
+        except OSError: # the other end is closed
+            break
+        stream.feed(data)
+        shown.update(line.rstrip() for line in screen.display)
+    assert process.wait() == 0
+    lines = [line for line in shown if re.match(r"\d+/40 loss \d\.\d{3} val \d\.\d{3} lr \de-\d\d [\d,]+ tok/s wait \d+\.\d% .*\d:\d\d:\d\d$", line)]
+    assert lines and not any(re.match(r"\s*tok/s", line) for line in shown), shown # whole, on one line
+
+def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run[0], tmp_path / 'other')
+    cli(['view', tiny_run[0], str(tmp_path / 'other'), f"--out={tmp_path / 'x.png'}"])
+    assert (tmp_path / 'x.png').stat().st_size > 10000 and "at step" in capsys.readouterr().out
+    frame = run_frame([tiny_run[0], str(tmp_path / 'other')])
+    rows = read_metrics(tiny_run[0])
+    assert frame['step'].to_list() == [30, 30] and frame['loss'][0] == [x['loss'] for x in rows if 'loss' in x][-1]
+
+def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monkeypatch):
+    from nanoarc import solve, view
+    drawn = []
+    monkeypatch.setattr(view, 'draw_tasks', lambda tasks, out: drawn.append(tasks))
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=5', '--draw_every=2', '--val_tasks=2', *TINY])
+    assert len(drawn) == 3 and [len(tasks) for tasks in drawn] == [2, 2, 2] # after steps 2 and 4, and at the end
+    for task, attempts in drawn[-1]:
+        assert len(task.queries) == 1 and len(attempts) == 1
+    model, data_cfg, *_ = solve.load_model(tmp_path / 'run', 'cpu')
+    from nanoarc.data import ArcDataset
+    ds = ArcDataset(data_cfg)
+    monkeypatch.setattr(solve, 'decode', lambda model, idx, pos, task, d, most: ([torch.tensor([3, 4, 10, 5, 6, 10, 7])], None)) # cut in its third row
+    solve.draw_val(model, ds, "")
+    assert [attempts[0]['attempt_1'].tolist() for _, attempts in drawn[-1]] == [[[3, 4], [5, 6]]] * 2
