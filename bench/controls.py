@@ -1,6 +1,6 @@
 """
-can the tests of the loader's promises and of the model fail? each control plants one bug in a copy of the sources and runs the test that
-must turn red. usage: python bench/controls.py [words of a name or file], 12 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
+can the tests of what is promised fail (tests/README.md)? each control plants one bug in a copy of the sources and runs the test that must
+turn red. usage: python bench/controls.py [words of a name or file], 12 minutes on 2 cpu cores. exit code 1 if a bug went unseen.
 """
 import os
 import shutil
@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+KILLS = 'test_reliability.py::test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing'
 CONTROLS = [ # name, file, line, what it becomes, the test
     ("an epoch without the walk", 'data.py', "        if i < n: #", "        if True: #", 'test_promises.py::test_an_epoch_is_a_permutation_at_any_size'),
     ("an epoch begins one late", 'data.py', "np.divmod(t, n)", "np.divmod(t + U(1), n)", 'test_promises.py::test_every_target_comes_once_an_epoch_times_its_repeat'),
@@ -66,6 +67,30 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("rates that no dial turns", 'model.py', "scale = (128 / self.filled().n_embd) ** 0.5", "scale = 1", 'test_model.py::test_the_dial_sets_width_heads_and_learning_rates'),
     ("a NaN from one optimizer to the other", 'train.py', "if not scaler.is_enabled() or torch.isfinite(norm):", "if True:", 'test_train.py::test_a_step_that_overflows_is_skipped_by_all_optimizers'),
     ("validation in rows of its own", 'data.py', "self.cfg.batching, U(0))", "'bucket', None)", 'test_train.py::test_validation_leaves_the_compiled_blocks_to_training'),
+    ("optimizer state that is not saved", 'checkpoint.py', "                tensors[f\"optim.{names[id(p)]}.{key}\"] = x.detach().cpu().contiguous()", "                pass", KILLS),
+    ("one checkpoint and no other", 'checkpoint.py', "KEEP = 2", "KEEP = 1", KILLS),
+    ("temps that stay", 'checkpoint.py', "            if path.suffix == '.tmp' or not", "            if path.suffix != '.tmp' and not", KILLS),
+    ("rows that stay in the log", 'view.py', " if x['step'] < step or (x['step'] == step and 'loss' in x)]", "]", 'test_reliability.py::test_50_kills_at_any_moment_and_the_run_is_the_one_that_never_stopped'),
+    ("no fsync", 'checkpoint.py', "            os.fsync(f.fileno())\n", "", 'test_reliability.py::test_power_loss_at_any_moment_leaves_the_old_checkpoint_or_the_new_one'),
+    ("no fsync of the directory", 'checkpoint.py', "        os.fsync(fd)\n", "        pass\n", 'test_reliability.py::test_power_loss_at_any_moment_leaves_the_old_checkpoint_or_the_new_one'),
+    ("a temp that stays after an error", 'checkpoint.py', "        temp.unlink(missing_ok=True)\n", "", 'test_reliability.py::test_a_full_disk_costs_nothing_but_the_save'),
+    ("a hash that nobody looks at", 'checkpoint.py', "        if found != want:", "        if False:", 'test_reliability.py::test_no_damaged_checkpoint_is_ever_loaded'),
+    ("damaged ones that count", 'checkpoint.py', "    keep = [step, *(x for x in steps(out_dir) if x < step)][:KEEP]", "    keep = steps(out_dir)[:KEEP]",
+     'test_reliability.py::test_training_goes_on_from_the_one_before_a_damaged_checkpoint_and_keeps_two_good_ones'),
+    ("arrays that are unpickled", 'sources.py', "np.load(file, mmap_mode='c', allow_pickle=False)", "np.load(file, allow_pickle=True)", 'test_reliability.py::test_nothing_in_a_file_is_ever_run'),
+    ("a handler that only notes the second", 'train.py', "        if self.got:", "        if False:", 'test_reliability.py::test_a_second_signal_does_not_wait'),
+    ("a step that is not saved", 'train.py', "                if step > start or not cfg.resume:", "                if False:", 'test_reliability.py::test_a_signal_in_the_middle_of_something_waits_for_its_end'),
+    ("no lock", 'checkpoint.py', "            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass", 'test_reliability.py::test_two_runs_cannot_write_one_directory'),
+    ("a model of another shape that passes", 'train.py', "    if saved.filled() != model_cfg.filled():", "    if False:", 'test_reliability.py::test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name'),
+    ("a dtype that changes", 'train.py', "('grad_accum', 'dtype', 'ns_steps')", "('grad_accum', 'ns_steps')", 'test_reliability.py::test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name'),
+    ("a bad step that is saved first", 'train.py', "spoilt = is_bad(0 if saves or done else lag)", "spoilt = is_bad(1)", 'test_reliability.py::test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint'),
+    ("gradients averaged by rank", 'train.py', "scaler.scale(loss * world / n)", "scaler.scale(loss / n)", 'test_reliability.py::test_one_two_four_three_ranks_are_one_run'),
+    ("a validation of one rank", 'train.py', "    total, tokens = over_ranks(world, 'SUM', total, tokens)\n", "", 'test_reliability.py::test_one_two_four_three_ranks_are_one_run'),
+    ("a rank that stops alone", 'train.py', "over_ranks(world, 'MAX', signals.got, spoilt, max_iters))", "(signals.got, spoilt, max_iters))", 'test_reliability.py::test_one_two_four_three_ranks_are_one_run'),
+    ("answers of the first rank alone", 'solve.py', "    if world > 1:\n", "    if False:\n", 'test_reliability.py::test_solve_gives_the_same_submission_on_any_number_of_ranks'),
+    ("weights that are not averaged", 'train.py', "1 - min(cfg.ema,", "1 - 0 * min(cfg.ema,", 'test_train.py::test_averaged_weights_are_the_average_and_what_solve_and_validation_use'),
+    ("task rows by number", 'train.py', "    known = [(n, meta['rows'][key]) for", "    known = [(n, n) for", 'test_train.py::test_init_from_takes_the_weights_alone_and_knows_tasks_by_their_content'),
+    ("an earlier run forgotten", 'train.py', "(out_dir, cfg.init_from))", "())", 'test_train.py::test_what_an_earlier_run_was_trained_on_is_not_forgotten'),
 ]
 
 def main(words):
