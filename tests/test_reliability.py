@@ -458,7 +458,7 @@ def test_a_signal_at_any_moment_saves_and_the_run_goes_on_exactly(whole, tmp_pat
 @pytest.mark.parametrize('moment', ['save', 'evaluate', 'first step'])
 def test_a_signal_in_the_middle_of_something_waits_for_its_end(whole, tmp_path, monkeypatch, moment):
     _, src, want, _ = whole
-    module, name = {'save': (checkpoint, 'save'), 'evaluate': (train, 'evaluate'), 'first step': (train, 'Log')}[moment]
+    module, name = {'save': (checkpoint, 'save'), 'evaluate': (train, 'evaluate'), 'first step': (train.view, 'Log')}[moment]
     original, count = getattr(module, name), itertools.count(1)
     def interrupted(*args, **kwargs):
         if next(count) == (1 if moment == 'first step' else 2):
