@@ -175,7 +175,7 @@ def work(arm, seed, steps, out):
     train.Model = solve.Model = patched(inputs, init)
     cfg.resume = str(run) if checkpoint.steps(run) else ''
     meta = train.main(cfg, model_cfg, data_cfg)
-    model, _, rows, _ = solve.load_model(run, torch.device('cpu'))
+    model, _, rows, *_ = solve.load_model(run, torch.device('cpu'))
     result = {'val_nats': nats(model, data_cfg, rows, str(out / 'answers')), 'tokens': meta['tokens'], 'steps': steps, 'solved': None}
     losses = [x['loss'] for x in map(json.loads, (run / 'metrics.jsonl').read_text().splitlines()) if 'loss' in x]
     result['train_nats'] = mean(losses[-2:])

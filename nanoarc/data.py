@@ -621,16 +621,16 @@ class ArcDataset(torch.utils.data.Dataset):
     are targets too, its answers stay closed (all that is kept of one is a hash, for the leak guard). skipped pairs are counted in num_held (a validation query, verbatim
     or as an augment of it in another task), num_long (do not fit block_size) and num_alone (no context, where shots != 0),
     skipped tasks in num_tasks_out (over max_pair) and num_dropped (drop_overlap). leaks: what allow_leak let pass.
+    sources: in place of cfg.data and cfg.adapt, two lists of (Corpus, repeat).
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
-    def __init__(self, cfg, seed=1337, epochs=1):
+    def __init__(self, cfg, seed=1337, epochs=1, sources=None):
         if cfg.val_tasks < 0 or cfg.max_pair < 0 or type(seed) is not int or not 0 <= seed < 2**64 or not 0 <= cfg.p_identity <= 1:
             raise ValueError(f"val_tasks={cfg.val_tasks} max_pair={cfg.max_pair} seed={seed} p_identity={cfg.p_identity}: want no negative number, "
                              "a seed of 64 bits, a share of 0..1")
         self.cfg, self.seed, self.epochs = cfg, seed, epochs
-        data = read_sources(cfg.data, True, cfg.on_bad, cfg.deal)
-        adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
+        data, adapt = sources or (read_sources(cfg.data, True, cfg.on_bad, cfg.deal), read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal))
         if len(data + adapt) == 0:
             raise ValueError("nothing to train on: data and adapt are both empty")
         n_read = sum(len(c) for c, _ in data + adapt)

@@ -1,13 +1,18 @@
 """
 a trained model and a source -> submission.json, candidates.jsonl, solve.json; and the score of any submission.
 
-each query is decoded under several views (augments of it), greedily and under a grammar that knows what a grid is; the
-answers are turned back and vote. nothing here opens an answer but `score`.
+each query is decoded under several views (augments of it) and a grammar that knows what a grid is. the answers are
+turned back: candidates. what makes a good one: how many views answer it, and how probable it is under all of them.
+nothing here opens an answer but `score`.
 """
+import contextlib
+import copy
 import json
+import math
 import sys
+import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,21 +23,36 @@ import tyro
 from rich.progress import track
 
 from nanoarc import checkpoint, view
-from nanoarc.data import DEMOS, END, MAX_GRID, PAD, ROW, DataConfig, Rows, Sampler, decode_grid, fits, grammar, hash64, next_pos, undo_dihedral
+from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, ArcDataset, ArcLoader, DataConfig, Rows, Sampler, decode_grid, dihedral, fits, grammar, hash64,
+                          next_pos, undo_dihedral)
 from nanoarc.model import Cache, Model, ModelConfig
-from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources
-from nanoarc.train import get_device, get_ranks
+from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources, to_grid
+from nanoarc.train import TrainConfig, get_device, get_lr, get_ranks
+
+SELECT = ('votes', 'product', 'both')
 
 @dataclass
 class SolveConfig:
-    run: str # out_dir of a training run
+    run: str = '' # out_dir of a training run
     data: str = 'arc1/evaluation' # sources whose queries are to be answered, their answers stay closed
     out_dir: str = '' # where submission.json and candidates.jsonl go, '' = into the run
-    views: int = 32 # augments of each query that are decoded and vote. view 0 is the query as it is
+    merge: tuple[str, ...] = () # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
+    views: int = 32 # augments of each query that are decoded. view 0 is the query as it is
+    minutes: float = 0.0 # begin no more views after so long, shared out evenly over the tasks. 0 = all views
+    p_min: float = 1.0 # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
+    samples: int = 0 # answers drawn from each view, besides
+    temperature: float = 1.0 # of samples
+    top_p: float = 1.0 # samples are drawn from the likeliest tokens that have this share together
+    select: str = 'votes' # the two best are those with the most 'votes', those most probable under all views: 'product', or 'both'
+    score_most: int = 8 # candidates of a query whose probability under all views is asked for, those with the most votes
+    ttt_steps: int = 0 # test-time training: so many steps on the demos of the tasks that are solved together, in a copy of the model
+    ttt_lr: float = 0.0 # its peak of Muon and AdamW, falling to 0. 0 = a fifth of the run's
+    ttt_tokens: int = 1024 # tokens of a step of it
+    together: int = 8 # tasks that are solved together, with ttt_steps trained on too
     max_pair: int = 0 # solve only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
-    decode_rows: int = 128 # views decoded together
+    decode_rows: int = 128 # answers decoded together
     allow_leak: bool = False # solve queries that the run was trained on, with their answers, and say so in the score
-    seed: int = 1337 # of the views
+    seed: int = 1337 # of the views, samples and test-time training
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # as in train
 
@@ -41,6 +61,20 @@ class ScoreConfig:
     submission: Annotated[str, tyro.conf.Positional] # a submission.json
     data: Annotated[str, tyro.conf.Positional] # the source that it answers
     max_pair: int = 0 # score only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
+    out: str = '' # a .csv or .parquet with a row a query
+
+@dataclass
+class Candidate:
+    """ a proposed output of a query """
+    grid: np.ndarray # (H, W) uint8
+    votes: int = 0 # views that answer it greedily, and samples
+    found: list = field(default_factory=list) # (view, log-probability there) of each view that answers it
+    score: float | None = None # mean log-probability under all views, None = not asked for
+
+    @property
+    def log_prob(self):
+        """ mean over the views that answer it. rounded, so that machines agree """
+        return round(sum(x for _, x in self.found) / max(len(self.found), 1), 4)
 
 def read_fitting(data, max_pair, opened):
     """ sources -> (list of Corpus, list of Task), without tasks that have a demo of more than max_pair tokens. raises ValueError """
@@ -56,46 +90,103 @@ def read_fitting(data, max_pair, opened):
     return corpora, tasks
 
 def load_model(run, device):
-    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed). raises ValueError """
+    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
     tensors, meta = checkpoint.load(run)
     model = Model(ModelConfig(**meta['model'])).to(device).eval()
     checkpoint.restore_model(model, tensors, 'ema' if meta['train']['ema'] > 0 else 'model')
-    return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks'])
+    return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
 
 # -----------------------------------------------------------------------------
 # decoding
 
 @torch.no_grad()
-def decode(model, idx, pos, task=None, dihedral=None, most=MAX_GRID + 1):
+def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temperature=1.0, top_p=1.0, seed=0, most=MAX_GRID + 1):
     """
-    greedy answers to (B, T) prompts of one length, all ending in OUT. pos (B, T, 3), task and dihedral (B,) or None
-    -> (B, most) int64 tokens up to END, then PAD, and the (B,) log-probability of each, under the grammar.
-    rows that are done leave the batch, so the longest answer does not hold up the rest.
+    answers to (B, T) prompts of one length, all ending in OUT, under the grammar. pos (B, T, 3), task and dihedral (B,) or None
+    -> list of (prompt, tokens up to END, log-probability, is it the greedy one).
+
+    of each prompt the greedy answer, and with p_min < 1 every answer of at least that probability (what ARChitects' depth-first
+    search finds, github.com/da-fr/arc-prize-2024; here all open ones take a step together, at most 1 / p_min of a prompt). samples=n: n
+    drawn answers of each instead. a prompt goes through the model once, whatever branches off it.
     """
-    B, T = idx.shape
-    device = idx.device
-    cache = Cache(model)
-    out = torch.full((B, most), PAD, device=device)
-    logp = torch.zeros(B, dtype=torch.promote_types(model.head.weight.dtype, torch.float32), device=device) # mps has no fp64
-    rows, width = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+    (B, T), device = idx.shape, idx.device
+    cache, found = Cache(model), []
     extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
-    logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0]
-    at = pos[:, -1].long() # (b, 3) where the last token stands
-    for t in range(most):
-        logits = logits[:, -1].masked_fill(~grammar(at, width), float('-inf'))
-        score, token = logits.log_softmax(-1).max(-1)
-        out[rows, t], logp[rows] = token, logp[rows] + score
+    logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0][:, -1]
+    rows = torch.arange(B, device=device).repeat_interleave(max(samples, 1)) # (b,) the prompt of each open answer
+    if samples > 1:
+        cache.keep(rows)
+        logits, extra = logits[rows], tuple(x[rows] for x in extra)
+    at, width = pos[:, -1].long()[rows], torch.zeros_like(rows) # where the last token stands, and the sides of the grid so far
+    out, logp = torch.zeros(len(rows), 0, dtype=torch.int64, device=device), torch.zeros(len(rows), dtype=logits.dtype, device=device)
+    greedy, generator = torch.full_like(rows, samples == 0, dtype=torch.bool), torch.Generator(device).manual_seed(seed)
+    for _ in range(most):
+        scores = logits.masked_fill(~grammar(at, width), float('-inf')).log_softmax(-1) # (b, 16)
+        parent, best = torch.arange(len(rows), device=device), scores.argmax(-1) if samples == 0 else draw(scores, temperature, top_p, generator)
+        token = best
+        if p_min < 1 and samples == 0: # branch
+            wanted = logp[:, None] + scores >= math.log(p_min)
+            wanted[parent, best] |= greedy
+            parent, token = wanted.nonzero(as_tuple=True)
+            greedy = greedy[parent] & (token == best[parent])
+        rows, at, width, logp = rows[parent], at[parent], width[parent], logp[parent] + scores[parent, token]
+        out = torch.cat([out[parent], token[:, None]], 1)
         width = torch.where((token == ROW) & (width == 0), at[:, 1], width)
-        at = next_pos(at, token)
-        going = token != END
-        if not going.all(): # waits for the device
-            rows, width, at, token = (x[going] for x in (rows, width, at, token))
-            extra = tuple(x[going] for x in extra)
-            cache.keep(going)
+        at, going = next_pos(at, token), token != END
+        if not going.all() or len(parent) != len(scores): # waits for the device
+            ended = ~going
+            found += zip(rows[ended].tolist(), out[ended].tolist(), logp[ended].tolist(), greedy[ended].tolist())
+            rows, at, width, logp, out, greedy, token, parent = (x[going] for x in (rows, at, width, logp, out, greedy, token, parent))
             if len(rows) == 0:
                 break
-        logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0]
-    return out, logp
+            cache.keep(parent)
+            extra = tuple(x[parent] for x in extra)
+        elif p_min < 1 and samples == 0 and not torch.equal(parent, torch.arange(len(parent), device=device)): # one ended in a branch, another branched
+            cache.keep(parent)
+            extra = tuple(x[parent] for x in extra)
+        logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0][:, -1]
+    else:
+        found += zip(rows.tolist(), out.tolist(), logp.tolist(), greedy.tolist()) # cut short
+    return found
+
+def draw(scores, temperature, top_p, generator):
+    """ (b, V) log-probabilities -> (b,) tokens, from the likeliest ones that have share top_p together (Holtzman et al. 2020) """
+    p, order = (scores / temperature).softmax(-1).sort(descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+@torch.no_grad()
+def score_answers(model, idx, pos, answers, task=None, dihedral=None):
+    """
+    (B, T) prompts as for decode, and of each a list of grids -> list of B lists of the log-probability of each grid, under
+    the grammar. a prompt goes through the model once.
+    """
+    B, T = idx.shape
+    cache, device = Cache(model), idx.device
+    extra = () if task is None else (task[:, None], dihedral[:, None])
+    first = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0][:, -1:]
+    rows = torch.tensor([b for b, grids in enumerate(answers) for _ in grids], device=device)
+    written = [write_answer(grid) for grids in answers for grid in grids]
+    n = max(len(tokens) for tokens, *_ in written)
+    tokens, at, width = (torch.from_numpy(np.stack([np.pad(x[i], [(0, n - len(x[i]))] + [(0, 0)] * (x[i].ndim - 1), constant_values=PAD if i == 0 else 0) for x in written])).to(device) for i in range(3))
+    cache.keep(rows)
+    logits = first[rows]
+    if n > 1:
+        more = model(tokens[:, :-1], None, at[:, 1:], None, *(x[rows].expand(len(rows), n - 1) for x in extra), cache=cache)[0]
+        logits = torch.cat([logits, more], 1) # (b, n, 16), of the token at each place
+    legal = grammar(at.flatten(0, 1), width.flatten()).view_as(logits) | (tokens == PAD)[..., None]
+    scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    sums = iter(scores.masked_fill(tokens == PAD, 0).sum(1).tolist())
+    return [[next(sums) for _ in grids] for grids in answers]
+
+def write_answer(grid):
+    """ (H, W) grid -> (n,) int64 tokens up to END, (n, 3) where the token before each stands, (n,) width of the first row, 0 while it is open """
+    H, W = grid.shape
+    tokens = np.full((H, W + 1), ROW, np.int64)
+    tokens[:, :W] = grid
+    tokens = np.append(tokens, END)
+    r, c = np.divmod(np.arange(len(tokens)), W + 1) # the token before cell (r, c) stands at column c, be it OUT, ROW or a cell
+    return tokens, np.stack([r, c, np.ones_like(r)], 1), np.where(r == 0, 0, W)
 
 def make_views(sampler, pair, n, seed):
     """
@@ -119,6 +210,104 @@ def undo(grid, d, cmap):
     """ the inverse of an augment: colors first, then the dihedral """
     return undo_dihedral(np.argsort(cmap).astype(np.uint8)[grid], d)
 
+@dataclass
+class View:
+    """ a prompt, and how to turn its answer back """
+    query: tuple # (task, query) by number
+    number: int
+    dihedral: int
+    cmap: np.ndarray # (10,)
+    row: int # of the task embedding
+    idx: np.ndarray # (T,)
+    pos: np.ndarray # (T, 3)
+
+class Solver:
+    """ some tasks that are solved together: their views, batches of these through the model, and the candidates that come out """
+
+    def __init__(self, cfg, model, autocast, sampler, queries):
+        """ queries: {(task, query) by number: pair of the sampler} """
+        self.cfg, self.model, self.autocast, self.alone = cfg, model, autocast, []
+        self.device, self.found, self.views = model.head.weight.device, {query: {} for query in queries}, []
+        for query, pair in queries.items():
+            docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
+            row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
+            self.views += [View(query, v, int(docs.dihedral[v]), docs.cmap[v], row, *prompts[v]) for v in prompts]
+            if sampler.cfg.shots != 0 and (docs.pairs >= 0).sum(1).min() == 1:
+                self.alone.append(query)
+
+    def batches(self, views, size):
+        """ views of one prompt length, at most `size` together, as (views, the arguments of the model) """
+        by_length = defaultdict(list)
+        for x in views:
+            by_length[len(x.idx)].append(x)
+        for _, group in sorted(by_length.items()):
+            for j in range(0, len(group), size):
+                part = group[j : j + size]
+                args = [torch.from_numpy(np.stack(x)).to(self.device) for x in zip(*((x.idx, x.pos) for x in part))]
+                if self.model.cfg.n_task > 0:
+                    args += [torch.tensor([x.row for x in part], device=self.device), torch.tensor([x.dihedral for x in part], dtype=torch.uint8, device=self.device)]
+                yield part, args
+
+    def propose(self, views):
+        """ decode views, their answers become candidates """
+        cfg = self.cfg
+        for samples in (0, cfg.samples) if cfg.samples > 0 else (0,):
+            size = max(cfg.decode_rows // max(samples, 1), 1)
+            for n, (part, args) in enumerate(self.batches(views, size)):
+                with self.autocast():
+                    answers = decode(self.model, *args, p_min=cfg.p_min, samples=samples, temperature=cfg.temperature, top_p=cfg.top_p,
+                                     seed=int(hash64(cfg.seed, n, len(self.views), part[0].number, part[0].query[0])) >> 1)
+                for b, tokens, logp, greedy in answers:
+                    view = part[b]
+                    grid = undo(decode_grid(tokens[:-1]), view.dihedral, view.cmap)
+                    c = self.found[view.query].setdefault(grid_bytes(grid), Candidate(grid))
+                    c.votes += greedy or samples > 0
+                    if all(v != view.number for v, _ in c.found): # drawn again
+                        c.found.append((view.number, round(logp, 4)))
+
+    def judge(self):
+        """ how probable are the candidates of a query under each of its views? a sole one needs no judge """
+        best = {query: sorted(found.values(), key=lambda c: (-c.votes, -c.log_prob, grid_bytes(c.grid)))[: self.cfg.score_most] for query, found in self.found.items()}
+        asked = [x for x in self.views if len(best[x.query]) > 1]
+        scores = defaultdict(list)
+        for part, args in self.batches(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1)):
+            grids = [[dihedral(x.cmap[c.grid], x.dihedral) for c in best[x.query]] for x in part]
+            with self.autocast():
+                for x, logps in zip(part, score_answers(self.model, args[0], args[1], grids, *args[2:])):
+                    scores[x.query].append(logps)
+        for query, logps in scores.items():
+            for c, x in zip(best[query], np.mean(logps, 0)):
+                c.score = round(float(x), 4)
+
+def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
+    """
+    test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of these tasks,
+    each demo the target under all augments and, in context, the others before it. no answer is looked at, there is none. at
+    shots=0 a task that the model does not know begins with the mean of all embeddings -> (model, {task key: row}).
+    """
+    alone = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket', batch_tokens=cfg.ttt_tokens)
+    sources = [(c, 1) for c in corpora]
+    new_rows, ds = Sampler(sources, alone).rows, None
+    with contextlib.suppress(ValueError): # nothing to train on: no demo fits, or in context there is but one
+        ds = ArcDataset(alone, cfg.seed, sources=([], sources))
+    tuned = copy.deepcopy(model).requires_grad_()
+    if model.cfg.n_task > 0:
+        known = model.wtask.weight.detach()
+        weight = torch.stack([known[rows[key]] if key in rows else known.mean(0) for key in new_rows])
+        tuned.wtask, tuned.cfg = torch.nn.Embedding.from_pretrained(weight, freeze=False), replace(model.cfg, n_task=len(weight))
+    optimizers, schedule = tuned.optimizers(lr, lr, 0.0), TrainConfig(warmup_iters=1, decay_frac=1.0)
+    loader = ArcLoader(ds, device=device) if ds else None
+    for step in range(cfg.ttt_steps if ds else 0):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group['lr'] = lr * get_lr(step, cfg.ttt_steps, schedule)
+        n = loader.loss_tokens()
+        (tuned(*loader.next_batch())[1] / n).backward()
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return tuned.eval(), new_rows
+
 def draw_val(model, ds, out, n=4):
     """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png. an answer that does not end where it should is cut short """
     s, device, shown = ds.sampler, model.head.weight.device, []
@@ -129,7 +318,7 @@ def draw_val(model, ds, out, n=4):
         batch = s.write(Rows(docs, np.array([0, 1]), np.array([0]), None, None), 0, 1, int(docs.length[0]), loss_on='query')
         T = int((batch.targets[0] != -100).nonzero()[0]) + 1 # tokens of the prompt
         extra = [x[:, T - 1].to(device) for x in batch[4:] if x is not None]
-        tokens = decode(model, batch.idx[:, :T].to(device), batch.pos[:, :T].to(device), *extra, most=int(docs.length[0]) - T)[0][0].tolist()
+        tokens = decode(model, batch.idx[:, :T].to(device), batch.pos[:, :T].to(device), *extra, most=int(docs.length[0]) - T)[0][1]
         rows = len(tokens) - tokens[::-1].index(ROW) if ROW in tokens else 0 # tokens of whole rows
         task = s.tables.pair_task[pair]
         corpus = s.corpora[s.part[task]]
@@ -141,69 +330,99 @@ def main(cfg):
     """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
     device, _, autocast = get_device(cfg.device, cfg.dtype)
     rank, world = get_ranks(device)
-    if cfg.views < 1 or cfg.decode_rows < 1:
-        raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows}: want at least 1")
+    if min(cfg.views, cfg.decode_rows, cfg.together, cfg.score_most, cfg.ttt_tokens) < 1 or min(cfg.minutes, cfg.samples, cfg.ttt_steps, cfg.ttt_lr) < 0:
+        raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows} together={cfg.together} score_most={cfg.score_most} ttt_tokens={cfg.ttt_tokens}: want at least 1, "
+                         "and no negative minutes, samples, ttt_steps or ttt_lr")
+    if cfg.select not in SELECT or not 0 < cfg.p_min <= 1 or not 0 < cfg.top_p <= 1 or cfg.temperature <= 0:
+        raise ValueError(f"select={cfg.select!r} p_min={cfg.p_min} top_p={cfg.top_p} temperature={cfg.temperature}: want one of {', '.join(SELECT)}, shares above 0 and up to 1, "
+                         "a temperature above 0")
+    if not cfg.run and not (cfg.merge and cfg.out_dir):
+        raise ValueError("want the --run to solve with, or --merge FILE ... --out_dir DIR")
     corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
-    model, data_cfg, rows, allowed = load_model(cfg.run, device)
+    parts, leaks = [read_candidates(path, tasks) for path in cfg.merge], []
+    if cfg.run:
+        found, leaks = solve_with(cfg, corpora, tasks, device, autocast, rank, world)
+        parts.append(found)
+    out_dir = Path(cfg.out_dir or cfg.run)
+    if rank > 0: # the first one writes
+        return out_dir / 'submission.json'
+    for path in cfg.merge: # the others may have seen more than they were asked
+        about = Path(path).with_name('solve.json')
+        leaks = sorted({*leaks, *(read_json(about)['leaks'] if about.is_file() else [])})
+    write_results(out_dir, tasks, {query: rank_candidates([part.get(query, []) for part in parts], cfg.select) for query in {query for part in parts for query in part}})
+    about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views, 'select': cfg.select, 'ttt_steps': cfg.ttt_steps, 'seed': cfg.seed, 'leaks': leaks}
+    checkpoint.write_file(out_dir / 'solve.json', json.dumps(about, indent=1).encode())
+    return out_dir / 'submission.json'
+
+def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
+    """ a run's model on the queries of tasks -> ({(task, query) by number: list of Candidates}, queries it was trained on). of all ranks on rank 0 """
+    model, data_cfg, rows, allowed, lr = load_model(cfg.run, device)
     leaks = find_leaks(cfg.run, corpora)
     if leaks and not (cfg.allow_leak or allowed):
         raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: {'; '.join(leaks[:3])}{'; ...' if len(leaks) > 3 else ''}. "
                          "train with --adapt in place of --data, or --allow_leak solves them and says so in the score")
     sampler = Sampler([(c, 1) for c in corpora], data_cfg, rows)
     table = sampler.tables
-    unknown = [task.name for task, row in zip(tasks, table.row) if row < 0] if model.cfg.n_task > 0 else []
+    unknown = [task.name for task, row in zip(tasks, table.row) if row < 0] if model.cfg.n_task > 0 and cfg.ttt_steps == 0 else []
     if unknown:
         raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {', '.join(unknown[:5])}"
-                         f"{', ...' if len(unknown) > 5 else ''}. train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
-    # every view of every query, by prompt length
-    by_length, found, alone = defaultdict(list), {}, []
-    for k, task in enumerate(tasks):
-        for i in range(len(task.queries)):
-            pair = int(table.first[k] + table.n_demos[k] + i)
-            found[k, i] = defaultdict(list)
-            docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
-            if data_cfg.shots != 0 and (docs.pairs >= 0).sum(1).min() == 1:
-                alone.append(f"{task.name} query {i}")
-            for v, (idx, pos) in prompts.items():
-                by_length[len(idx)].append((k, i, v, int(docs.dihedral[v]), docs.cmap[v], idx, pos))
-    if alone and rank == 0:
-        print(f"warning: no demo fits block_size={data_cfg.block_size} before {len(alone)} queries: {', '.join(alone[:5])}")
-    batches = [group[j : j + cfg.decode_rows] for _, group in sorted(by_length.items()) for j in range(0, len(group), cfg.decode_rows)]
-    mine, answers = batches[rank::world], [] # a batch is the same on any number of ranks, so its answers are
-    for batch in track(mine, description=f"{len(found)} queries, {sum(map(len, by_length.values()))} views", disable=rank > 0):
-        k, i, v, d, cmap, idx, pos = zip(*batch)
-        extra = [torch.from_numpy(x).to(device) for x in (table.row[list(k)], np.array(d, np.uint8))] if model.cfg.n_task > 0 else []
-        with autocast():
-            tokens, logp = decode(model, *(torch.from_numpy(np.stack(x)).to(device) for x in (idx, pos)), *extra)
-        tokens, logp = tokens.cpu().numpy(), logp.cpu().numpy()
-        for b in range(len(batch)):
-            end = np.flatnonzero(tokens[b] == END)[0] # the grammar saw to it that there is one
-            grid = undo(decode_grid(tokens[b, :end].tolist()), d[b], cmap[b])
-            answers.append((k[b], i[b], v[b], round(float(logp[b]), 4), grid))
+                         f"{', ...' if len(unknown) > 5 else ''}. --ttt_steps gives them one, or train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
+    # tasks of like size together. a group is solved the same way on any number of ranks
+    order = sorted(range(len(tasks)), key=lambda k: (int(table.need[:, table.first[k] : table.first[k + 1]].max()), k))
+    groups = [order[j : j + cfg.together] for j in range(0, len(order), cfg.together)][rank::world]
+    found, alone, start = {}, [], time.perf_counter()
+    for j, group in enumerate(track(groups, description=f"{sum(len(task.queries) for task in tasks)} queries, {cfg.views} views each", disable=rank > 0)):
+        deadline = start + 60 * cfg.minutes * (j + 1) / len(groups) if cfg.minutes > 0 else float('inf')
+        queries = {(k, i): int(table.first[k] + table.n_demos[k] + i) for k in sorted(group) for i in range(len(tasks[k].queries))}
+        mine, net = sampler, model
+        if cfg.ttt_steps > 0:
+            net, mine = with_training(cfg, model, cfg.ttt_lr or lr / 5, corpora, sorted(group), data_cfg, rows, device)
+        solver = Solver(cfg, net, autocast, mine, queries)
+        alone += [f"{tasks[k].name} query {i}" for k, i in solver.alone]
+        for a in range(0, cfg.views, 8) if cfg.minutes > 0 else (0,):
+            if a == 0 or time.perf_counter() < deadline:
+                solver.propose([x for x in solver.views if cfg.minutes == 0 or a <= x.number < a + 8])
+        if cfg.select != 'votes':
+            solver.judge()
+        found |= {query: list(candidates.values()) for query, candidates in solver.found.items()}
     if world > 1:
         every = [None] * world
-        dist.gather_object(answers, every if rank == 0 else None)
-        answers = [x for part in every for x in part] if rank == 0 else []
-    for k, i, v, logp, grid in sorted(answers, key=lambda x: x[:3]):
-        found[k, i][grid_bytes(grid)].append((v, logp, grid))
-    ranked = {key: rank_candidates(candidates) for key, candidates in found.items()}
-    out_dir = Path(cfg.out_dir or cfg.run)
-    if rank > 0: # the first one writes
-        return out_dir / 'submission.json'
-    write_results(out_dir, tasks, ranked)
-    checkpoint.write_file(out_dir / 'solve.json', json.dumps({'run': cfg.run, 'data': cfg.data, 'views': cfg.views, 'seed': cfg.seed, 'leaks': leaks}, indent=1).encode())
-    return out_dir / 'submission.json'
+        dist.gather_object(found, every if rank == 0 else None)
+        found = {query: candidates for part in every for query, candidates in part.items()} if rank == 0 else {}
+    if alone and rank == 0:
+        print(f"warning: no demo fits block_size={data_cfg.block_size} before {len(alone)} queries: {', '.join(alone[:5])}")
+    return found, leaks
 
-def rank_candidates(candidates):
+def with_training(cfg, model, lr, corpora, group, data_cfg, rows, device):
+    """ test-time training for the tasks of a group, by number -> (model, Sampler with their rows in it) """
+    keep = np.zeros(sum(len(c) for c in corpora), bool)
+    keep[group] = True
+    parts = np.split(keep, np.cumsum([len(c) for c in corpora])[:-1])
+    chosen = [c.select(part) for c, part in zip(corpora, parts) if part.any()]
+    net, rows = fine_tune(model, lr, chosen, data_cfg, rows, cfg, device)
+    return net, Sampler([(c, 1) for c in corpora], data_cfg, rows)
+
+def rank_candidates(parts, select='votes'):
     """
-    {grid bytes: [(view, log-probability, grid), ...]} -> list of (grid, votes, log-probability, views), best first:
-    most votes, then the higher mean log-probability (rounded, so that machines agree), then the bytes of the grid.
+    candidates of a query, by run: list of lists of Candidate -> list of (Candidate, belief), the best first. belief adds up over
+    the runs what share of a run's votes a candidate has ('votes'), its probability under all views over that of all candidates
+    ('product', a product of experts), or their mean ('both'); then it is the log-probability, then the bytes of the grid that decide.
     """
-    rows = []
-    for key, found in candidates.items():
-        logp = round(sum(x for _, x, _ in found) / len(found), 4)
-        rows.append((-len(found), -logp, key, (found[0][2], len(found), logp, sorted(v for v, _, _ in found))))
-    return [row[-1] for row in sorted(rows, key=lambda row: row[:3])]
+    merged = {}
+    for part in parts:
+        votes = sum(c.votes for c in part) or 1
+        scores = [c.score for c in part if c.score is not None]
+        top = max(scores, default=0.0)
+        total = sum(math.exp(x - top) for x in scores)
+        for c in part:
+            share = c.votes / votes
+            product = share if not scores else math.exp(c.score - top) / total if c.score is not None else 0.0
+            belief = {'votes': share, 'product': product, 'both': (share + product) / 2}[select]
+            old, before = merged.get(grid_bytes(c.grid), (Candidate(c.grid), 0.0))
+            n = len(old.found) + len(c.found)
+            both = [x for x in (old.score, c.score) if x is not None]
+            merged[grid_bytes(c.grid)] = Candidate(c.grid, old.votes + c.votes, old.found + c.found, sum(both) / len(both) if both else None) if n else c, before + belief
+    return sorted(merged.values(), key=lambda x: (-round(x[1], 6), -x[0].log_prob, grid_bytes(x[0].grid)))
 
 # -----------------------------------------------------------------------------
 # results
@@ -218,12 +437,36 @@ def write_results(out_dir, tasks, ranked):
         submission[task.name] = [None] * len(task.queries) # filled by index: a missing one must not shift the rest
         for i in range(len(task.queries)):
             best = ranked.get((k, i), [])
-            grids = [grid.tolist() for grid, *_ in best[:2]] or [[[0]]]
+            grids = [c.grid.tolist() for c, _ in best[:2]] or [[[0]]]
             submission[task.name][i] = {'attempt_1': grids[0], 'attempt_2': grids[-1]} # a copy only if there is no other
-            lines += [json.dumps({'task': task.name, 'query': i, 'votes': votes, 'log_prob': logp, 'views': views, 'grid': grid.tolist()})
-                      for grid, votes, logp, views in best]
+            lines += [json.dumps({'task': task.name, 'query': i, 'belief': round(belief, 6), 'votes': c.votes, 'log_prob': c.log_prob, 'score': c.score,
+                                  'views': sorted(v for v, _ in c.found), 'grid': c.grid.tolist()}) for c, belief in best]
     checkpoint.write_file(Path(out_dir) / 'candidates.jsonl', "".join(line + "\n" for line in lines).encode())
     checkpoint.write_file(Path(out_dir) / 'submission.json', json.dumps(submission).encode())
+
+def read_candidates(path, tasks):
+    """ a candidates.jsonl -> {(task, query) by number: list of Candidates}. raises ValueError that names file, line and field, or a task that is not asked for """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file, want a candidates.jsonl of nanoarc solve")
+    number, found = {task.name: k for k, task in enumerate(tasks)}, defaultdict(list)
+    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+        where = f"{path}: line {n}"
+        try:
+            x = json.loads(line)
+            name, i, votes, log_prob, score, views = (x[key] for key in ('task', 'query', 'votes', 'log_prob', 'score', 'views'))
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{where}: {'no field ' + str(e) if isinstance(e, KeyError) else 'not a candidate'}") from None
+        k = number.get(name)
+        if k is None:
+            continue # of a larger source
+        if not isinstance(i, int) or not 0 <= i < len(tasks[k].queries):
+            raise ValueError(f"{where}: task {name} has no query {i}")
+        if not all(type(v) in (int, float) for v in (votes, log_prob)) or type(score) not in (float, int, type(None)) or type(views) is not list:
+            raise ValueError(f"{where}: task {name}, query {i}: want numbers for votes, log_prob and score, a list of views")
+        found[k, i].append(Candidate(to_grid(x.get('grid'), f"{where}: task {name}, query {i}, grid"), votes, [(v, log_prob) for v in views], score))
+    if not found:
+        raise ValueError(f"{path}: no candidate for any of these {len(tasks)} tasks")
+    return found
 
 def score(submission, tasks):
     """
@@ -231,19 +474,25 @@ def score(submission, tasks):
     answer, a task is worth the share of its queries that count, and the score is the mean over all tasks, in percent; a task
     or attempt that is missing or malformed is worth 0. `solved` is stricter: tasks with every query right.
     """
-    result = {'score': 0.0, 'solved': 0, 'tasks': len(tasks), 'right': 0, 'outputs': 0, 'per_task': {}, 'missing': [], 'unknown': []}
+    result = {'score': 0.0, 'solved': 0, 'tasks': len(tasks), 'right': 0, 'outputs': 0, 'per_task': {}, 'per_query': [], 'missing': [], 'unknown': [], 'misshapen': []}
     for task in tasks:
         tried = submission.get(task.name)
         if not isinstance(tried, list):
             result['missing'].append(task.name)
             tried = []
+        elif len(tried) != len(task.queries):
+            result['misshapen'].append(f"{task.name} has {len(tried)} entries, want {len(task.queries)}")
         right = 0
         for i, (_, answer) in enumerate(task.queries):
             if answer is None:
                 raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
             attempts = tried[i] if i < len(tried) and isinstance(tried[i], dict) else {}
             want = json.dumps(answer.tolist()) # as text: in python [[True]] == [[1]]
-            right += any(json.dumps(attempts.get(key)) == want for key in ('attempt_1', 'attempt_2'))
+            hits = [json.dumps(attempts.get(key)) == want for key in ('attempt_1', 'attempt_2')]
+            if set(attempts) < {'attempt_1', 'attempt_2'} and i < len(tried):
+                result['misshapen'].append(f"{task.name}, query {i}: no {' and no '.join(key for key in ('attempt_1', 'attempt_2') if key not in attempts)}")
+            result['per_query'].append({'task': task.name, 'query': i, 'attempt_1': hits[0], 'attempt_2': hits[1], 'right': any(hits)})
+            right += any(hits)
         n = len(task.queries)
         result['per_task'][task.name] = [right, n]
         result['right'] += right
@@ -254,14 +503,37 @@ def score(submission, tasks):
     result['unknown'] = [name for name in submission if name not in result['per_task']]
     return result
 
+def misordered(submission, tasks):
+    """ names of tasks whose attempts would be right for another query of theirs than the one they stand at """
+    names = []
+    for task in tasks:
+        tried = submission.get(task.name)
+        answers = [json.dumps(answer.tolist()) for _, answer in task.queries]
+        mine = [{json.dumps(grid) for grid in x.values()} if isinstance(x, dict) else set() for x in tried] if isinstance(tried, list) else []
+        if any(answers[j] in x and answers[j] != answers[i] and answers[i] not in x for i, x in enumerate(mine[: len(answers)]) for j in range(len(answers)) if j != i):
+            names.append(task.name)
+    return names
+
 def score_main(cfg):
     """ print the score of a submission, a json object as the last line -> the dict of `score`. raises ValueError """
+    if cfg.out and Path(cfg.out).suffix not in ('.csv', '.parquet'):
+        raise ValueError(f"--out {cfg.out}: want a .csv or .parquet")
     submission = read_json(cfg.submission)
     if type(submission) is not dict:
         raise ValueError(f"{cfg.submission}: want an object of attempts by task id")
-    result = score(submission, read_fitting(cfg.data, cfg.max_pair, opened=True)[1])
+    tasks = read_fitting(cfg.data, cfg.max_pair, opened=True)[1]
+    result = score(submission, tasks)
     about = Path(cfg.submission).with_name('solve.json') # by the solver, a submission from elsewhere has none
     result['leaks'] = len(read_json(about).get('leaks', [])) if about.is_file() else 0
+    if cfg.out:
+        import polars as pl
+        frame = pl.DataFrame(result['per_query'])
+        frame.write_csv(cfg.out) if cfg.out.endswith('.csv') else frame.write_parquet(cfg.out)
+    result.pop('per_query')
+    if wrong := misordered(submission, tasks):
+        print(f"{len(wrong)} tasks have the right answers of their queries in another order: {', '.join(wrong[:10])}")
+    if misshapen := result.pop('misshapen'):
+        print(f"{len(misshapen)} entries without their two attempts, what is missing is worth 0: {'; '.join(misshapen[:10])}{'; ...' if len(misshapen) > 10 else ''}")
     for key, what in (('missing', "not in the submission, worth 0"), ('unknown', "not in the source, ignored")):
         if names := result.pop(key):
             print(f"{len(names)} tasks {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
