@@ -463,7 +463,7 @@ class KVCache:
             self.k, self.v = k, v
             return k, v
         if self.n > self.k.size(2): # grow by half, so that a token costs the same on average
-            self.k, self.v = (F.pad(x, (0, 0, 0, self.n // 2 + 16)) for x in (self.k, self.v))
+            self.k, self.v = (F.pad(x, (0, 0, 0, self.n + self.n // 2 - x.size(2))) for x in (self.k, self.v))
         self.k[:, :, a : self.n], self.v[:, :, a : self.n] = k, v
         return self.k[:, :, : self.n], self.v[:, :, : self.n]
 

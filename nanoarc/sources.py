@@ -57,6 +57,11 @@ class Task:
     def __post_init__(self):
         self.key = self.key or demos_key(self.demos)
 
+    def _repr_html_(self):
+        """ in a notebook """
+        from nanoarc.view import task_html
+        return task_html(self)
+
 def demos_key(demos):
     """ pairs, in any order -> 32 hex digits """
     return hashlib.sha256(b"".join(sorted(grid_bytes(x) + grid_bytes(y) for x, y in demos))).hexdigest()[:32]

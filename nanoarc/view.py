@@ -30,17 +30,23 @@ COLORS = ['#000000', '#0074d9', '#ff4136', '#2ecc40', '#ffdc00', '#aaaaaa', '#f0
 
 @dataclass
 class ViewConfig:
-    things: Annotated[list[str], tyro.conf.Positional] # task ids, or directories of runs
+    things: Annotated[list[str], tyro.conf.Positional] # task ids, or directories of runs; with --out page.html one directory that nanoarc solve wrote
     data: str = 'arc1/training+arc1/evaluation+arc2/training+arc2/evaluation' # sources to look task ids up in
     submission: str = '' # a submission.json: show its attempts too, and whether they are right
-    out: str = '' # write a .png here instead of the terminal
+    out: str = '' # write a .png here instead of the terminal, or a .html of all tasks of a solved directory
 
 def main(cfg):
     """ show task ids or runs. raises ValueError for an id that no source has """
     if len(cfg.things) == 0:
         raise ValueError("name a task id or a run directory to view")
-    if cfg.out and not cfg.out.endswith('.png'):
-        raise ValueError(f"--out {cfg.out}: want a .png")
+    if cfg.out and not cfg.out.endswith(('.png', '.html')):
+        raise ValueError(f"--out {cfg.out}: want a .png or .html")
+    if cfg.out.endswith('.html'):
+        if len(cfg.things) != 1 or not (Path(cfg.things[0]) / 'candidates.jsonl').is_file():
+            raise ValueError(f"--out {cfg.out}: want one directory with a candidates.jsonl, as nanoarc solve writes it")
+        write_page(cfg.things[0], cfg.out)
+        print(cfg.out)
+        return
     if all(Path(x).is_dir() for x in cfg.things):
         out = cfg.out or f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
@@ -111,6 +117,53 @@ def grid_text(grid):
         for x in row:
             text.append(f"{x} ", style=f"{'black' if x in (3, 4, 5, 8) else 'white'} on {COLORS[x]}")
     return text
+
+# -----------------------------------------------------------------------------
+# pages: what a run solved, and grids in a notebook
+
+def write_page(solved, out, most=6):
+    """ a directory of nanoarc solve -> one self-contained html page: tasks, attempts, the `most` best candidates of a query. raises ValueError """
+    solved = Path(solved)
+    about = read_json(solved / 'solve.json')
+    submission, candidates = read_json(solved / 'submission.json'), {}
+    for n, line in enumerate((solved / 'candidates.jsonl').read_text().splitlines(), 1):
+        try:
+            x = json.loads(line)
+            candidates.setdefault((x['task'], x['query']), []).append([pack_grid(x['grid']), x['votes'], x['log_prob'] if x['score'] is None else x['score']])
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{solved / 'candidates.jsonl'}: line {n}: not a candidate ({e})") from None
+    tasks = []
+    for task in read_tasks(about['data']):
+        if task.name not in submission: # over --max_pair
+            continue
+        queries = [{'input': pack_grid(x), 'answer': None if y is None else pack_grid(y), 'candidates': candidates.get((task.name, i), [])[:most],
+                    'attempts': [pack_grid(submission[task.name][i][key]) for key in ('attempt_1', 'attempt_2')]} for i, (x, y) in enumerate(task.queries)]
+        right = [None if q['answer'] is None else q['answer'] in q['attempts'] for q in queries]
+        state = 'empty' if not any(q['candidates'] for q in queries) else 'unknown' if None in right else 'solved' if all(right) else 'wrong'
+        tasks.append({'name': task.name, 'state': state, 'demos': [[pack_grid(x), pack_grid(y)] for x, y in task.demos], 'queries': queries})
+    known = [task for task in tasks if task['state'] != 'unknown']
+    title = f"{about['data']}: {sum(task['state'] == 'solved' for task in known)} of {len(known)} solved" if known else about['data']
+    data = json.dumps({'title': title, 'colors': COLORS, 'tasks': tasks}, separators=(',', ':')).replace('<', '\\u003c') # no name may end the script
+    page = (Path(__file__).parent / 'page.html').read_text().replace('DATA', data, 1)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(page)
+
+def pack_grid(grid):
+    """ (H, W) rows -> '01|23' """
+    return "|".join("".join(map(str, row)) for row in (grid.tolist() if isinstance(grid, np.ndarray) else grid))
+
+def grid_html(grid, side=10):
+    """ a grid as inline svg, for a notebook """
+    H, W = grid.shape
+    cells = "".join(f'<rect x="{c * side}" y="{r * side}" width="{side - 1}" height="{side - 1}" fill="{COLORS[grid[r, c]]}"/>' for r in range(H) for c in range(W))
+    return f'<svg width="{W * side}" height="{H * side}" style="background:#555555">{cells}</svg>'
+
+def task_html(task, tried=()):
+    """ a task, and attempts as read_attempts has them, as html: what a Task shows in a notebook """
+    from html import escape
+    blocks = "".join(f'<div style="margin:0 12px 8px 0"><small>{escape(caption)}</small>' + "".join(f'<div style="margin-top:4px">{grid_html(grid)}</div>' for grid in grids) + '</div>'
+                     for caption, grids in captioned(task, tried))
+    return f'<div><b>{escape(task.name)}</b> ({escape(task.source)})<div style="display:flex;flex-wrap:wrap">{blocks}</div></div>'
 
 # -----------------------------------------------------------------------------
 # runs, while they train

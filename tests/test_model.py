@@ -251,7 +251,7 @@ def test_cached_decoding_equals_the_full_forward(mixer, shots, prefix, toy):
 
 @pytest.mark.parametrize('mixer', MIXERS)
 @pytest.mark.parametrize('switch', ['plain', '1d_rope', 'gqa', 'loops'])
-@pytest.mark.parametrize('pieces', [[5, 1, 1, 1], [2, 30, 1, 1], [1] * 8, [12, 9, 11, 1, 1]])
+@pytest.mark.parametrize('pieces', [[5, 1, 1, 1], [2, 30, 1, 1], [1] * 8, [12, 9, 11, 1, 1], [2, 1, 90, 1]])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward_over_the_border_of_documents(mixer, switch, pieces, toy):
     ds = ArcDataset(DataConfig(data=toy(n=4, side=3), shots=0, batching='pack', block_size=300, batch_tokens=600))

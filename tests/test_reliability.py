@@ -708,7 +708,7 @@ def test_solve_gives_the_same_submission_on_any_number_of_ranks(tiny_run, tmp_pa
     from nanoarc import solve
     run_dir, src = tiny_run
     def solved(rank, out):
-        solve.main(solve.SolveConfig(run=run_dir, data=src, out_dir=str(out), views=8, decode_rows=5, device='cpu'))
+        solve.main(solve.SolveConfig(run=run_dir, data=src, out_dir=str(out), views=8, decode_rows=5, together=1, device='cpu', select='both', ttt_steps=1))
     for world in (1, 2, 3, 7):
         assert ranks(world, tmp_path, solved, tmp_path / f"{world}") == [0] * world
         for name in ('submission.json', 'candidates.jsonl'):

@@ -1,0 +1,151 @@
+""" python -m pytest tests/test_page.py: the page of a solved directory, in a real browser. needs Debian's chromium and chromium-driver """
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nanoarc import solve, view
+from nanoarc.cli import main as cli
+from nanoarc.sources import read_tasks
+
+def solved_directory(out, data, tasks, answered):
+    """ as nanoarc solve writes it: of each task what answered(number, query, answer) says, a list of grids """
+    ranked = {(k, i): [(solve.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5) for n, g in enumerate(answered(k, i, y))]
+              for k, task in enumerate(tasks) for i, (_, y) in enumerate(task.queries)}
+    solve.write_results(out, tasks, ranked)
+    (out / 'solve.json').write_text(json.dumps({'run': 'x', 'data': data, 'leaks': []}))
+    return out
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    """ 4 tasks: one solved, one wrong in a cell, one without candidates, one wrong in its shape -> (page, tasks) """
+    path = tmp_path_factory.mktemp('page')
+    from conftest import toy_tasks
+    (path / 'toy.json').write_text(json.dumps({f"{name}<b>" if k == 3 else name: task for k, (name, task) in enumerate(toy_tasks(n=4, queries=2, side=5).items())}))
+    tasks = read_tasks(str(path / 'toy.json'))
+    def answered(k, i, y):
+        other = y.copy()
+        other[0, 0] = (y[0, 0] + 1) % 10
+        return {0: [other, y, np.array([[3]], np.uint8)], 1: [other], 2: [], 3: [np.pad(y, ((0, 1), (0, 0)))]}[k]
+    solved_directory(path, str(path / 'toy.json'), tasks, answered)
+    cli(['view', str(path), f"--out={path / 'page.html'}"])
+    return path / 'page.html', tasks
+
+@pytest.fixture(scope='module')
+def driver():
+    if not (shutil.which('chromium') and shutil.which('chromedriver')):
+        pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which('chromium')
+    for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,900'):
+        options.add_argument(flag)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
+    yield driver
+    driver.quit()
+
+def test_the_page_holds_all_and_asks_for_nothing(page):
+    text = page[0].read_text()
+    assert "2 of 4" not in text and "1 of 4 solved" in text and not re.search(r'(src|href)\s*=\s*"(?!data:)', text) and 'http' not in text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert [task['state'] for task in data['tasks']] == ['solved', 'wrong', 'empty', 'wrong']
+    assert data['tasks'][3]['name'] == 'toy0003<b>' and 'toy0003<b>' not in text # a name cannot end the script
+    for shown, task in zip(data['tasks'], page[1]):
+        assert [[view.pack_grid(x), view.pack_grid(y)] for x, y in task.demos] == shown['demos']
+
+@pytest.mark.browser
+def test_filters_keys_and_search_do_what_they_say(page, driver):
+    from selenium.webdriver.common.by import By
+    driver.get(page[0].as_uri())
+    shown = lambda: [x.get_attribute('id') for x in driver.find_elements(By.TAG_NAME, 'article')]
+    key = lambda x: driver.switch_to.active_element.send_keys(x)
+    names = [task.name for task in page[1]]
+    assert shown() == names
+    buttons = {x.text.rpartition(' ')[0]: x for x in driver.find_elements(By.TAG_NAME, 'button')}
+    assert list(buttons) == ['all', 'solved', 'wrong', 'no candidate'] and buttons['wrong'].text == 'wrong 2'
+    buttons['wrong'].click()
+    assert shown() == [names[1], names[3]] and driver.find_element(By.ID, 'count').text == '2 of 4 tasks'
+    key('f')
+    assert shown() == [names[2]]
+    key('f')
+    assert shown() == names
+    for x, want in (('j', 0), ('j', 1), ('j', 2), ('k', 1), ('j', 2), ('j', 3), ('j', 3)):
+        key(x)
+        assert driver.switch_to.active_element.get_attribute('id') == names[want]
+    key('/')
+    assert driver.switch_to.active_element.get_attribute('id') == 'search'
+    key('0002')
+    assert shown() == [names[2]]
+
+@pytest.mark.browser
+def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver):
+    driver.get(page[0].as_uri())
+    pixels = driver.execute_script("""
+        const canvas = [...document.querySelectorAll('article:first-of-type canvas')];
+        return canvas.map(c => ({ label: c.getAttribute('aria-label'), w: c.width, h: c.height, data: [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }));""")
+    task = page[1][0]
+    grids = [grid for pair in task.demos for grid in pair] + [task.queries[0][0], task.queries[0][1]]
+    rgb = [tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in view.COLORS]
+    for shown, grid in zip(pixels, grids):
+        assert shown['label'].endswith(view.pack_grid(grid))
+        H, W = grid.shape
+        side, data = (shown['w'] - 1) // W, np.array(shown['data']).reshape(shown['h'], shown['w'], 4)
+        assert (shown['w'], shown['h']) == (W * side + 1, H * side + 1)
+        for r in range(H):
+            for c in range(W):
+                assert tuple(data[r * side + side // 2, c * side + side // 2, :3]) == rgb[grid[r, c]] == tuple(data[r * side + 1, c * side + 1, :3])
+    wrong = pixels[len(grids)] # attempt 1 differs in its first cell
+    data, side = np.array(wrong['data']).reshape(wrong['h'], wrong['w'], 4), (wrong['w'] - 1) // grids[-1].shape[1]
+    first = data[1:side, 1:side, :3].reshape(-1, 3).tolist()
+    assert [255] * 3 in first and [0] * 3 in first and len(np.unique(data[1:side, 1:side, :3].reshape(-1, 3), axis=0)) == 3
+    text = driver.execute_script("return document.querySelector('article').innerText")
+    assert "attempt 1: wrong" in text and "attempt 2: right\n8 votes, log p -2.25" in text and "candidate 3: wrong\n7 votes, log p -3.25" in text
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [1200, 380])
+def test_no_console_error_no_outside_request_and_nothing_wider_than_the_window(page, driver, width):
+    driver.get_log('browser'), driver.get_log('performance')
+    driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 600})
+    driver.get(page[0].as_uri())
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert driver.get_log('browser') == []
+    asked = [json.loads(x['message'])['message'] for x in driver.get_log('performance')]
+    urls = {x['params']['request']['url'] for x in asked if x['method'] == 'Network.requestWillBeSent'}
+    assert all(url == page[0].as_uri() or url.startswith('data:') for url in urls) and urls
+    driver.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+@pytest.mark.browser
+def test_light_and_dark_follow_the_system(page, driver):
+    seen = []
+    for scheme in ('light', 'dark'):
+        driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
+        driver.get(page[0].as_uri())
+        seen.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert seen == ['rgb(255, 255, 255)', 'rgb(22, 22, 22)']
+
+def test_400_tasks_are_less_than_5_megabytes(tmp_path):
+    tasks = [replace(task, queries=task.queries) for task in read_tasks('arc1/evaluation')]
+    solved_directory(tmp_path, 'arc1/evaluation', tasks, lambda k, i, y: [y ^ n for n in range(1)] + [np.full_like(y, n) for n in range(5)])
+    view.write_page(tmp_path, tmp_path / 'page.html')
+    assert len(json.loads((tmp_path / 'submission.json').read_text())) == 400 and (tmp_path / 'page.html').stat().st_size < 5e6
+
+@pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line'])
+def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsys, missing):
+    shutil.copytree(page[0].parent, tmp_path / 'x')
+    if missing == 'line':
+        (tmp_path / 'x' / 'candidates.jsonl').write_text('{"task": 1}\n')
+    else:
+        (tmp_path / 'x' / missing).unlink()
+    with pytest.raises(SystemExit):
+        cli(['view', str(tmp_path / 'x'), f"--out={tmp_path / 'page.html'}"])
+    err = capsys.readouterr().err
+    assert (missing if missing != 'line' else 'candidates.jsonl: line 1') in err and err.count("\n") == 1
+
+def test_a_task_shows_itself_in_a_notebook(page):
+    task = page[1][3]
+    html = task._repr_html_()
+    assert html.count('<svg') == 2 * 3 + 2 * 2 and html.count('<rect') == sum(grid.size for pair in task.demos + task.queries for grid in pair) and '<b>' in html and '&lt;b&gt;' in html
