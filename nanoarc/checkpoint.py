@@ -20,6 +20,7 @@ from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 1
 KEEP = 2 # checkpoints on disk
+WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'submission.json', 'candidates.jsonl', 'solve.json' # by write_file, into the directory of a run
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """
@@ -58,8 +59,8 @@ def lock(out_dir):
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
-        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp'), *(out_dir / 'ckpt').glob('step-*.safetensors')]:
-            if path.suffix == '.tmp' or not path.with_suffix('.sha256').exists():
+        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]:
+            if path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name):
                 path.unlink()
         yield
 
@@ -86,14 +87,16 @@ def save(out_dir, step, model, optimizers, meta, ema=None):
             for key, x in state.items():
                 tensors[f"optim.{names[id(p)]}.{key}"] = x.detach().cpu().contiguous()
     data = dump_tensors(tensors, metadata={'nanoarc': json.dumps({'format': FORMAT, 'step': step, **meta})})
-    path = file(out_dir, step)
+    out_dir, path = Path(out_dir), file(out_dir, step)
     write_file(path, data)
     write_file(file(out_dir, step, 'sha256'), signed(data, path))
-    keep = [step, *(x for x in steps(out_dir) if x < step)][:KEEP] # a later one was damaged, or we would not have come by here
+    keep = [step, *(x for x in steps(out_dir) if x < step)][:KEEP] # a later one is damaged: we hold the lock, and began with the newest that is whole
     for x in steps(out_dir):
         if x not in keep:
             file(out_dir, x, 'sha256').unlink() # first: what is left is no checkpoint
-            file(out_dir, x).unlink(missing_ok=True)
+    for path in (out_dir / 'ckpt').glob('step-*.safetensors'): # also what a save that was killed has left
+        if path not in [file(out_dir, x) for x in keep]:
+            path.unlink()
 
 def load(out_dir):
     """ the newest checkpoint that is whole -> (tensors, meta). raises ValueError if there is none """
@@ -105,8 +108,12 @@ def load(out_dir):
         if not path.is_file():
             errors.append(f"{path}: missing")
             continue
-        data = path.read_bytes()
-        found, want = signed(data, path), file(out_dir, step, 'sha256').read_bytes()
+        try:
+            data, want = path.read_bytes(), file(out_dir, step, 'sha256').read_bytes()
+        except OSError as e: # a disk that cannot read it
+            errors.append(f"{path}: {e.strerror}")
+            continue
+        found = signed(data, path)
         if found != want:
             errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want[:12].decode('ascii', 'backslashreplace')}")
             continue

@@ -37,10 +37,10 @@ def train(args):
 
     default = Train(TrainConfig(), ModelConfig(), DataConfig())
     if resume := flag(args, 'resume'): # the settings of that run are the defaults then
-        for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it")):
-            if flag(args, name):
-                raise ValueError(f"--{name} does not go with --resume: {way}")
         meta = checkpoint.load(resume)[1]
+        for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
+            if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
+                raise ValueError(f"--{name} does not go with --resume: {way}")
         default = Train(TrainConfig(**meta['train']), ModelConfig(**meta['model']), DataConfig(**meta['data']))
     elif init_from := flag(args, 'init_from'): # its model, the data is ours
         default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
@@ -132,13 +132,13 @@ COMMANDS = {'train': train, 'solve': solve, 'score': score, 'view': view, 'data'
 # -----------------------------------------------------------------------------
 
 def flag(args, name):
-    """ the value of --name in a list of strings, '' if it is not there """
+    """ the value of --name in a list of strings, the last one, '' if it is not there. hyphens pass for underscores, as for tyro """
+    value = ''
     for i, x in enumerate(args):
-        if x == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if x.startswith(f"--{name}="):
-            return x.partition('=')[2]
-    return ''
+        key, equals, text = x.partition('=')
+        if key.startswith('--') and key[2:].replace('-', '_') == name:
+            value = text if equals else args[i + 1] if i + 1 < len(args) else value
+    return value
 
 def apply_toml(default, path):
     """ a group of configs with the values that a TOML file has for them. raises ValueError on a key that none of them knows """

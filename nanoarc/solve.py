@@ -37,13 +37,13 @@ class SolveConfig:
     data: str = 'arc1/evaluation' # sources whose queries are to be answered, their answers stay closed
     out_dir: str = '' # where submission.json and candidates.jsonl go, '' = into the run
     merge: tuple[str, ...] = () # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
-    views: int = 32 # augments of each query that are decoded. view 0 is the query as it is
+    views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
     minutes: float = 0.0 # begin no more views after so long, shared out evenly over the tasks. 0 = all views
-    p_min: float = 1.0 # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
+    p_min: float = 0.03 # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     samples: int = 0 # answers drawn from each view, besides
     temperature: float = 1.0 # of samples
     top_p: float = 1.0 # samples are drawn from the likeliest tokens that have this share together
-    select: str = 'votes' # the two best are those with the most 'votes', those most probable under all views: 'product', or 'both'
+    select: str = 'product' # the two best are those with the most 'votes', those most probable under all views: 'product', or 'both'
     score_most: int = 8 # candidates of a query whose probability under all views is asked for, those with the most votes
     ttt_steps: int = 0 # test-time training: so many steps on the demos of the tasks that are solved together, in a copy of the model
     ttt_lr: float = 0.0 # its peak of Muon and AdamW, falling to 0. 0 = a fifth of the run's
@@ -55,6 +55,7 @@ class SolveConfig:
     seed: int = 1337 # of the views, samples and test-time training
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     dtype: str = 'auto' # as in train
+    compile: bool = False # torch.compile of the blocks, for any length. for long runs on cuda
 
 @dataclass
 class ScoreConfig:
@@ -330,6 +331,8 @@ def main(cfg):
     """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
     device, _, autocast = get_device(cfg.device, cfg.dtype)
     rank, world = get_ranks(device)
+    if device.type == 'cpu':
+        torch.set_float32_matmul_precision('highest') # MKL: oneDNN compiles a product anew for each shape, and here no two steps have the same
     if min(cfg.views, cfg.decode_rows, cfg.together, cfg.score_most, cfg.ttt_tokens) < 1 or min(cfg.minutes, cfg.samples, cfg.ttt_steps, cfg.ttt_lr) < 0:
         raise ValueError(f"views={cfg.views} decode_rows={cfg.decode_rows} together={cfg.together} score_most={cfg.score_most} ttt_tokens={cfg.ttt_tokens}: want at least 1, "
                          "and no negative minutes, samples, ttt_steps or ttt_lr")
@@ -377,6 +380,8 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
         mine, net = sampler, model
         if cfg.ttt_steps > 0:
             net, mine = with_training(cfg, model, cfg.ttt_lr or lr / 5, corpora, sorted(group), data_cfg, rows, device)
+        for block in net.blocks if cfg.compile and (j == 0 or net is not model) else ():
+            block.compile(dynamic=True)
         solver = Solver(cfg, net, autocast, mine, queries)
         alone += [f"{tasks[k].name} query {i}" for k, i in solver.alone]
         for a in range(0, cfg.views, 8) if cfg.minutes > 0 else (0,):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ class TrainConfig:
     grad_clip: float = 1.0 # largest norm of the gradient, 0 = off
     warmup_iters: int = 20 # steps of linear warm-up
     decay_frac: float = 0.5 # share of the run, at its end, over which the learning rate falls linearly to 0
-    eval_every: int = 250 # steps between validations, there is always one at the end. 0 = off
-    save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = off
+    eval_every: int = 250 # steps between validations, there is always one at the end. 0 = that one alone
+    save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = that one alone
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
     draw_every: int = 1000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
@@ -89,8 +90,8 @@ def get_device(device, dtype):
 
 def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    if 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12)) # some wait for others that solve longer
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def over_ranks(world, op, *values):
@@ -102,7 +103,11 @@ def over_ranks(world, op, *values):
     return values.tolist()
 
 class Signals:
-    """ SIGTERM and SIGINT wait for the end of the step, `got` says which came. a second one does not wait """
+    """
+    SIGTERM and SIGINT wait for the end of the step, `got` says which came. one more after GRACE seconds does not wait; sooner it
+    is taken for an echo, as where torchrun and the cluster both tell each process.
+    """
+    GRACE = 2.0
 
     def __enter__(self):
         self.got, self.old = 0, {}
@@ -111,9 +116,10 @@ class Signals:
         return self
 
     def handle(self, number, _):
-        if self.got:
+        if self.got and time.monotonic() > self.since + self.GRACE:
             os._exit(128 + number)
-        self.got = number
+        if not self.got:
+            self.got, self.since = number, time.monotonic()
 
     def __exit__(self, *_):
         for number, handler in self.old.items():
@@ -134,7 +140,9 @@ def evaluate(model, ds, device, autocast, rank=0, world=1):
 def begin_with(model, rows, run):
     """ the weights of another run into a model, averaged ones if it has them. of a task, by key in rows, that it does not know, the new embedding stays. raises ValueError """
     tensors, meta = checkpoint.load(run)
-    part = 'ema' if any(name.startswith('ema.') for name in tensors) else 'model'
+    part = 'ema' if meta['train']['ema'] > 0 else 'model'
+    if (meta['model']['n_task'] > 0) != (model.cfg.n_task > 0):
+        raise ValueError(f"init_from={run}: it was trained with shots={meta['data']['shots']}, with or without task embeddings, now it is the other way")
     known = [(n, meta['rows'][key]) for key, n in rows.items() if key in meta['rows']]
     if (name := f"{part}.wtask.weight") in tensors and model.cfg.n_task > 0:
         weight = model.wtask.weight.detach().cpu().clone()
@@ -151,8 +159,11 @@ def check_settings(cfg, model_cfg, data_cfg):
         raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
     if cfg.log not in ('', 'wandb', 'trackio') or (cfg.log and not importlib.util.find_spec(cfg.log)):
         raise ValueError(f"log={cfg.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
-    if cfg.grad_accum < 1 or min(cfg.eval_every, cfg.save_every, cfg.log_every, cfg.draw_every, cfg.ns_steps, cfg.lr, cfg.adam_lr) < 0 or not 0 <= cfg.ema < 1:
-        raise ValueError("want a grad_accum of at least 1, an ema of 0 or more and less than 1, no negative eval_every, save_every, log_every, draw_every, ns_steps or learning rate")
+    names = ('minutes', 'max_iters', 'lr', 'adam_lr', 'ns_steps', 'weight_decay', 'grad_clip', 'warmup_iters', 'eval_every', 'save_every', 'log_every', 'draw_every')
+    if wrong := [f"{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) < 0]:
+        raise ValueError(f"{' '.join(wrong)}: want no negative number")
+    if cfg.grad_accum < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.decay_frac <= 1:
+        raise ValueError(f"grad_accum={cfg.grad_accum} ema={cfg.ema} decay_frac={cfg.decay_frac}: want at least 1, 0 or more and less than 1, a share of 0..1")
     if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
         raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
 
@@ -189,6 +200,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     rows = ds.sampler.rows
     n_task = len(rows) if data_cfg.shots == 0 else 0
     if cfg.resume:
+        known = checkpoint.steps(cfg.resume)
         tensors, meta = checkpoint.load(cfg.resume)
         loader.load_state_dict(meta['stream']) # refuses another corpus, seed or batch
     elif model_cfg.n_task not in (0, n_task):
@@ -215,6 +227,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         step, tokens, seconds, val_loss, max_iters = 0, 0, 0.0, None, cfg.max_iters
         name = f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}" # of the run, for trackers
         if cfg.resume:
+            if checkpoint.steps(out_dir) != known and rank == 0: # before we had the lock
+                raise ValueError(f"{out_dir}: another process has gone on with this run meanwhile, resume again")
             checkpoint.restore_model(model, tensors)
             checkpoint.restore_optimizers(model, optimizers, tensors)
             scaler.load_state_dict(meta['scaler'])
@@ -239,10 +253,10 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         if begun:
             log.print(begun)
         if rank == 0:
-            lines = with_earlier(ds.trained_on(), (out_dir, cfg.init_from)) # by which solve knows what it may not be asked
+            lines = with_earlier(ds.trained_on(), (cfg.resume, cfg.init_from)) # by which solve knows what it may not be asked
             checkpoint.write_file(out_dir / 'trained_on.txt', lines.encode())
         lag = 1 if device.type == 'cuda' else 0 # steps that a gpu may be ahead of us
-        pending, bad = [], None # (place in the stream, loss) of steps whose loss was not looked at yet; and of one that is not finite
+        pending, bad = [], None # (step, place in the stream, loss) of steps that nobody looked at yet; step and place of one that is not finite
         spent = {'waiting for data': 0.0, 'saving': 0.0, 'validating and drawing': 0.0} # seconds
 
         @contextlib.contextmanager
@@ -256,6 +270,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     'max_iters': max_iters, 'name': name, 'rows': rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
             if rank == 0:
                 with timed('saving'):
+                    log.sync()
                     checkpoint.save(out_dir, step, model, optimizers, meta, ema)
             return {'step': step, **meta}
 
@@ -263,31 +278,33 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             """ look at the losses of all steps but the last `lag` ones """
             nonlocal bad
             while len(pending) > lag:
-                place, loss = pending.pop(0)
-                bad = bad or (None if math.isfinite(loss) else place) # waits for the device
+                at, place, loss = pending.pop(0)
+                bad = bad or (None if math.isfinite(loss) else (at, place)) # waits for the device
             return bad is not None
 
         # ------------------------------------------------------------------------- the loop
         measured = None # (seconds, step) since when throughput is measured, the first steps are slow
         share = max(0.8 * (1 - cfg.decay_frac), 0.05) # of the minutes to measure in: the decay must know when to begin
         t0, wait, seen = time.perf_counter(), 0.0, tokens # of the row of metrics before
-        before, clock = seconds, t0 - seconds # training began then, had it never been interrupted
+        planned, began, clock = max_iters, t0, t0 - seconds # training began then, had it never been interrupted
         with log:
             while True:
                 # once in a while
                 if max_iters == 0 and rank == 0: # --minutes: fix the number of steps as soon as their speed is known
                     now = time.perf_counter() - clock
-                    if measured is None and step >= 5:
+                    if measured is None and step >= start + 5:
                         measured = now, step
                     elif measured is not None and now - measured[0] > min(60 * cfg.minutes * share, 120):
                         max_iters = max(step + int((60 * cfg.minutes - now) / (now - measured[0]) * (step - measured[1])), step + 1)
                 done = 0 < max_iters <= step
                 saves, evals, draws = (every > 0 and step % every == 0 for every in (cfg.save_every, cfg.eval_every, cfg.draw_every))
                 spoilt = is_bad(0 if saves or done else lag)
-                stop, spoilt, max_iters = (int(x) for x in over_ranks(world, 'MAX', signals.got, spoilt, max_iters)) # all ranks do the same
-                if spoilt or (stop and over_ranks(world, 'MAX', is_bad(0))[0]):
-                    tasks = f"in a batch of the tasks {', '.join(loader.names(*bad, cfg.grad_accum))}" if bad else "on another rank"
-                    raise ValueError(f"step {step}: the loss is not finite, {tasks}. the last good checkpoint stays, --resume {out_dir} goes back to it")
+                stop, spoilt, fixed = (int(x) for x in over_ranks(world, 'MAX', signals.got, spoilt, max_iters)) # all ranks do the same
+                saves, max_iters = saves or fixed != planned, fixed # how long it will be is not to be lost
+                planned = fixed
+                if spoilt or ((stop or saves) and over_ranks(world, 'MAX', is_bad(0))[0]):
+                    tasks = f"in a batch of the tasks {', '.join(loader.names(*bad[1], cfg.grad_accum))}" if bad else "on another rank"
+                    raise ValueError(f"step {bad[0] if bad else step}: the loss or its gradient is not finite, {tasks}. no checkpoint has it. it would come again: try a lower --lr")
                 if stop or done:
                     break
                 if saves and step > start:
@@ -312,6 +329,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     t = time.perf_counter()
                     batch = loader.next_batch()
                     wait += time.perf_counter() - t
+                    spent['waiting for data'] += time.perf_counter() - t
                     with autocast():
                         _, loss = net(*batch)
                     scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged
@@ -327,13 +345,12 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 if ema: # few steps are averaged over few, as TensorFlow's ExponentialMovingAverage has it
                     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(cfg.ema, (1 + step) / (10 + step)))
                 # -----------------------------------------------------------------
-                pending.append((place, total))
                 step += 1
+                pending.append((step, place, total if scaler.is_enabled() else total + norm.detach())) # a gradient may be infinite where the loss is not
                 if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
                     total, = over_ranks(world, 'SUM', float(total)) # waits for the device
                     dt = time.perf_counter() - t0
                     log.row(step, max_iters, loss=total / n, lr=lr * factor, tok_s=(tokens - seen) / dt, wait=wait / dt)
-                    spent['waiting for data'] += wait
                     t0, wait, seen = time.perf_counter(), 0.0, tokens
             if not done: # a signal
                 if step > start or not cfg.resume:
@@ -347,8 +364,10 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             if cfg.draw_every > 0:
                 log.draw(draw, ema or model, ds)
         val = f", {val_loss:.4f} nats per output token on validation" if val_loss is not None else ""
-        shares = ", ".join(f"{what} {x / (seconds - before):.2%}" for what, x in spent.items())
+        shares = ", ".join(f"{what} {x / (time.perf_counter() - began):.2%}" for what, x in spent.items())
         log.print(f"{step} steps, {tokens:,} tokens, {seconds:.0f} s{val}: {out_dir} (ready after {time.perf_counter() - started:.0f} s; {shares} of the time)")
+        if signals.got == signal.SIGINT: # in the last step or after it: all is saved, and who called is not to go on
+            sys.exit(130)
         return meta
 
 if __name__ == '__main__':

@@ -198,20 +198,29 @@ class Log:
             self.bar.start()
             self.bar.add_task("0/?", total=None)
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.bar:
             self.bar.stop()
         if self.tracker:
-            self.tracker.finish()
+            self.tracker.finish(**({'exit_code': 1} if kind and self.tracker.__name__ == 'wandb' else {}))
+
+    def sync(self):
+        """ what is logged reaches the disk, before a checkpoint that counts on it """
+        if self.out_dir is not None:
+            with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+                os.fsync(f.fileno())
 
     def print(self, text, show=True):
         """ a line to the eye and to log.txt """
         if self.out_dir is None:
             return
-        if show:
-            print(text, flush=True)
         with open(self.out_dir / 'log.txt', 'a') as f:
             print(text, file=f)
+        if show:
+            try:
+                print(text, flush=True)
+            except BrokenPipeError: # nobody reads on: `| head`, or a `| tee` that ctrl-c reached too. training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def row(self, step, max_iters, **values):
         values = {key: x for key, x in values.items() if x is not None}
@@ -364,10 +373,15 @@ def print_frame(title, frame):
     Console().print(table)
 
 def read_metrics(run):
-    """ metrics.jsonl of a run directory -> list of dicts, each with 'step'. a last line that a crash cut short is left out """
-    path = Path(run) / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """ metrics.jsonl of a run directory -> list of dicts, each with 'step'. lines that a crash cut short or spoilt are left out """
+    path, rows = Path(run) / 'metrics.jsonl', []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            x = json.loads(line)
+        except ValueError:
+            continue
+        rows += [x] if isinstance(x, dict) and isinstance(x.get('step'), int) else []
+    return rows
 
 def need_metrics(run):
     """ read_metrics, or ValueError where there are none """

@@ -36,11 +36,12 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def driver():
-    if not (shutil.which('chromium') and shutil.which('chromedriver')):
+    browser = shutil.which('chromium') or shutil.which('google-chrome')
+    if not (browser and shutil.which('chromedriver')):
         pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
     from selenium import webdriver
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which('chromium')
+    options.binary_location = browser
     for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,900'):
         options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})

@@ -476,6 +476,7 @@ def test_a_second_signal_does_not_wait(whole, tmp_path):
     _, src, want, _ = whole
     out = tmp_path / 'run'
     def stuck():
+        train.Signals.GRACE = 0.05
         evaluate, n = train.evaluate, itertools.count()
         train.evaluate = lambda *args: (next(n) == 1 and time.sleep(60), evaluate(*args))[1]
         run(out, src)
@@ -492,6 +493,30 @@ def test_a_second_signal_does_not_wait(whole, tmp_path):
     assert before == [(path.name, path.read_bytes()) for path in sorted((out / 'ckpt').iterdir())]
     run(out, src, resume=True)
     assert digest(out) == want
+
+def test_the_echo_of_a_signal_is_none(whole, tmp_path):
+    """ torchrun and the cluster may both tell a process, milliseconds apart """
+    _, src, want, _ = whole
+    out = tmp_path / 'run'
+    pid = fork(run, out, src)
+    while len(checkpoint.steps(out)) < 2:
+        time.sleep(0.001)
+    for _ in range(3):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.005)
+    assert join(pid) == 0
+    run(out, src, resume=True)
+    assert digest(out) == want
+
+def test_nobody_who_reads_the_output_is_needed(whole, tmp_path):
+    _, src, want, _ = whole
+    def unread():
+        r, w = os.pipe()
+        os.dup2(w, 1)
+        os.close(r), os.close(w)
+        sys.stdout = open(1, 'w', closefd=False)
+        run(tmp_path / 'run', src)
+    assert join(fork(unread)) == 0 and digest(tmp_path / 'run') == want
 
 def test_a_signal_to_the_command_itself(whole, tmp_path):
     """ from cold, as a cluster does it """
@@ -532,6 +557,30 @@ def test_two_runs_cannot_write_one_directory(whole, tmp_path, capsys):
     run(out, src) # the lock died with its holder
     assert digest(out) == want and no_temps(out)
 
+def test_a_run_that_went_on_before_the_lock_was_ours_is_not_set_back(whole, tmp_path, monkeypatch):
+    _, src, want, _ = whole
+    out, lock = tmp_path / 'run', checkpoint.lock
+    run(out, src, max_iters=8)
+    def late(path): # the other process ends just before
+        monkeypatch.undo()
+        run(out, src, resume=True, max_iters=24)
+        return lock(path)
+    monkeypatch.setattr(checkpoint, 'lock', late)
+    with pytest.raises(ValueError, match="another process has gone on with this run meanwhile"):
+        run(out, src, resume=True, max_iters=16)
+    assert checkpoint.steps(out) == [24, 20]
+
+def test_rows_that_a_crash_spoilt_do_not_stop_a_resume(whole, tmp_path):
+    _, src, want, _ = whole
+    out = tmp_path / 'run'
+    run(out, src, save_every=8, max_iters=24)
+    for kind in ('sha256', 'safetensors'):
+        checkpoint.file(out, 24, kind).unlink()
+    rows = (out / 'metrics.jsonl').read_bytes().splitlines(True)
+    (out / 'metrics.jsonl').write_bytes(b"".join(rows[:-3]) + bytes(512) + b"\n" + rows[-1][:9]) # all of it after the checkpoint at 16
+    run(out, src, resume=True)
+    assert digest(out) == want
+
 def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, tmp_path, capsys):
     run_dir, src, *_ = whole
     changes = dict(seed=1, grad_accum=1, dtype='bfloat16', ns_steps=3, batch_tokens=61, block_size=512, batching='pack', shots=1, max_pair=99, colors='all', p_identity=0.3,
@@ -563,24 +612,27 @@ def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, t
         cli(['train', '--resume', str(out)])
     assert re.findall(r"(\w+) differs", capsys.readouterr().err) == ['format']
 
-def poisoned(step):
-    """ the loss of that step is no number """
+def poisoned(step, what='loss'):
+    """ the loss of that step is no number, or its gradient """
     original, calls = train.Model.forward, itertools.count(1)
     def forward(self, *args, **kwargs):
         logits, loss = original(self, *args, **kwargs)
-        return logits, loss * float('nan') if torch.is_grad_enabled() and next(calls) == 2 * step else loss
+        if torch.is_grad_enabled() and next(calls) == 2 * step:
+            loss = loss * float('nan') if what == 'loss' else loss + (self.head.weight[0, 0] - self.head.weight[0, 0].detach()).abs().sqrt() # 0, its slope is not
+        return logits, loss
     return forward
 
-def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch, what):
     _, src, want, _ = whole
     out, seen = tmp_path / 'run', []
-    monkeypatch.setattr(train.Model, 'forward', poisoned(8)) # of which the checkpoint is due at once
+    monkeypatch.setattr(train.Model, 'forward', poisoned(8, what)) # of which the checkpoint is due at once
     original = ArcLoader.next_batch
     def recorded(self):
         seen.append(self.names(self.window, self.batch))
         return original(self)
     monkeypatch.setattr(ArcLoader, 'next_batch', recorded)
-    with pytest.raises(ValueError, match="step 8: the loss is not finite, in a batch of the tasks toy") as e:
+    with pytest.raises(ValueError, match="step 8: the loss or its gradient is not finite, in a batch of the tasks toy") as e:
         run(out, src)
     assert re.findall(r"toy\d+", str(e.value)) == sorted({*seen[14], *seen[15]}) != sorted({name for names in seen for name in names})
     assert checkpoint.steps(out) == [4]

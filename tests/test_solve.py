@@ -4,6 +4,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -436,3 +438,26 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
     assert frame.equals(pl.read_parquet(tmp_path / 'out.parquet')) and len(frame) == 167 and int(frame['right'].sum()) == 164
     with pytest.raises(SystemExit):
         cli(['score', str(path), 'arc2/evaluation', '--out=x.txt'])
+
+def test_compiled_blocks_solve_the_same(tiny_run, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    run, src = tiny_run
+    plain, calls = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **kwargs: (calls.append(kwargs), plain(self, backend='eager', fullgraph=True, **kwargs)))
+    for name, compiled in (('a', False), ('b', True)):
+        solve.main(solve.SolveConfig(run=run, data=src, out_dir=str(tmp_path / name), views=4, device='cpu', compile=compiled, p_min=0.05, select='product'))
+    assert calls == [{'dynamic': True}] * 2 and files(tmp_path / 'a') == files(tmp_path / 'b')
+
+def test_kaggles_files_are_solved_without_a_network(tiny_run, tmp_path):
+    """ the challenges as they lie in a notebook, answers nowhere, and every socket is an error """
+    run, src = tiny_run
+    challenges = {task.name: {'train': [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.demos], 'test': [{'input': x.tolist()} for x, _ in task.queries]} for task in read_tasks(src)}
+    path = tmp_path / 'arc-agi_test_challenges.json'
+    path.write_text(json.dumps(challenges))
+    code = "import socket\nclass Off(socket.socket):\n    def __init__(self, *a, **k): raise OSError('no network here')\nsocket.socket = Off\nsocket.create_connection = socket.getaddrinfo = Off\n" \
+           "from nanoarc.cli import main\nmain()"
+    args = ['solve', '--run', run, '--data', str(path), '--out_dir', str(tmp_path / 'working'), '--views=4', '--ttt_steps=2', '--minutes=1', '--device=cpu']
+    subprocess.run([sys.executable, '-c', code, *args], check=True, capture_output=True)
+    submission = json.loads((tmp_path / 'working' / 'submission.json').read_text())
+    assert {name: len(x) for name, x in submission.items()} == {name: len(x['test']) for name, x in challenges.items()}
+    assert all(set(x) == {'attempt_1', 'attempt_2'} for entries in submission.values() for x in entries)

@@ -60,7 +60,7 @@ def test_micro_batches_are_weighed_by_their_loss_tokens(toy, tmp_path, monkeypat
     from nanoarc.data import ArcDataset, ArcLoader
     from nanoarc.model import Model
     seen = []
-    monkeypatch.setattr('torch.nn.utils.clip_grad_norm_', lambda params, _: seen.append([p.grad.clone() for p in params]))
+    monkeypatch.setattr('torch.nn.utils.clip_grad_norm_', lambda params, _: seen.append([p.grad.clone() for p in params]) or torch.zeros(()))
     data_cfg, model_cfg = DataConfig(data=toy(n=4, side=6), batch_tokens=150), ModelConfig(n_layer=1, n_embd=32, mixer='A')
     train.main(TrainConfig(out_dir=str(tmp_path / 'run'), minutes=0, max_iters=1, grad_accum=3, device='cpu'), model_cfg, data_cfg)
     ds = ArcDataset(data_cfg)
@@ -366,6 +366,6 @@ def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monk
     model, data_cfg, *_ = solve.load_model(tmp_path / 'run', 'cpu')
     from nanoarc.data import ArcDataset
     ds = ArcDataset(data_cfg)
-    monkeypatch.setattr(solve, 'decode', lambda model, idx, pos, task, d, most: ([torch.tensor([3, 4, 10, 5, 6, 10, 7])], None)) # cut in its third row
+    monkeypatch.setattr(solve, 'decode', lambda model, idx, pos, task, d, most: [(0, [3, 4, 10, 5, 6, 10, 7], 0.0, True)]) # cut in its third row
     solve.draw_val(model, ds, "")
     assert [attempts[0]['attempt_1'].tolist() for _, attempts in drawn[-1]] == [[[3, 4], [5, 6]]] * 2
