@@ -427,7 +427,9 @@ def rank_candidates(parts, select='votes'):
             n = len(old.found) + len(c.found)
             both = [x for x in (old.score, c.score) if x is not None]
             merged[grid_bytes(c.grid)] = Candidate(c.grid, old.votes + c.votes, old.found + c.found, sum(both) / len(both) if both else None) if n else c, before + belief
-    return sorted(merged.values(), key=lambda x: (-round(x[1], 6), -x[0].log_prob, grid_bytes(x[0].grid)))
+    def score(c): # where belief is too small to tell
+        return c.score if c.score is not None and select != 'votes' else -1e9
+    return sorted(merged.values(), key=lambda x: (-round(x[1], 6), -score(x[0]), -x[0].log_prob, grid_bytes(x[0].grid)))
 
 # -----------------------------------------------------------------------------
 # results

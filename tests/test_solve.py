@@ -89,6 +89,11 @@ def test_a_product_of_experts_hears_the_doubts_of_those_that_answer_otherwise():
     assert [round(belief, 6) for _, belief in both] == [round((0.25 + p) / 2, 6), round((0.75 + 1 - p) / 2, 6), 0]
     assert [x.grid[0, 0] for x, _ in rank_candidates([[candidate([[1]], 3, -0.1)], [candidate([[2]], 1, -0.1)]], 'product')] == [1, 2] # nothing was asked about: votes
 
+def test_the_second_attempt_is_the_more_probable_one_though_neither_is_believed():
+    sure, likely, found = candidate([[1]], 9, -0.1, -0.1), candidate([[2]], 0, -2.0, -24.0), candidate([[3]], 0, -1.0, -38.0)
+    for select in ('product', 'both'):
+        assert [x.grid[0, 0] for x, _ in rank_candidates([[found, likely, sure]], select)] == [1, 2, 3]
+
 def test_runs_that_agree_outvote_one_that_is_sure():
     parts = [[candidate([[1]], 5, -0.1), candidate([[2]], 4, -0.1)], [candidate([[3]], 6, -0.1), candidate([[2]], 4, -0.1)]]
     merged = rank_candidates(parts)
