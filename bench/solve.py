@@ -35,8 +35,7 @@ def write_val(run, out):
     for p in ds.val_pairs.tolist():
         found[int(s.tables.pair_task[p])].append(p)
     for k, pairs in found.items():
-        corpus = s.corpora[s.part[k]]
-        task = corpus.task(int((s.part[:k] == s.part[k]).sum()))
+        task = s.task(k)
         for folder in ('closed', 'open'):
             queries = [{'input': s.grid(2 * p).tolist(), **({'output': s.grid(2 * p + 1).tolist()} if folder == 'open' else {})} for p in pairs]
             demos = [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.demos]

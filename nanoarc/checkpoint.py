@@ -126,6 +126,10 @@ def load(out_dir):
         return parse_tensors(data), meta
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
+def best_part(meta):
+    """ the weights of a checkpoint that validation and solve use: 'ema', averaged, where there are any, or 'model' """
+    return 'ema' if meta['train']['ema'] > 0 else 'model'
+
 def restore_model(model, tensors, part='model'):
     """ weights into the model, strictly; part='ema': the averaged ones. raises ValueError that names what does not fit """
     want = model.state_dict()

@@ -533,6 +533,10 @@ class Sampler:
         h, w = x >> 8 & 255, x & 255
         return self.tables.cells[x >> 16 : (x >> 16) + h * w].reshape(h, w)
 
+    def task(self, k):
+        """ task number k, counted through all corpora, as a Task """
+        return self.corpora[self.part[k]].task(int((self.part[:k] == self.part[k]).sum()))
+
     def plan(self, target, visit, order, as_is, seed, p_identity=0.0):
         """ see plan_documents; arrays of n or scalars -> Documents """
         n = len(target)
@@ -789,8 +793,7 @@ class ArcLoader:
             docs = rows.row_docs[rows.row_start[r0 + a] : rows.row_start[r0 + b]]
             names.update(s.tables.pair_task[rows.docs.pairs[docs, 0]].tolist())
             window, batch = self.after(window, batch)
-        every = np.concatenate([c.name for c in s.corpora])
-        return sorted(every[k].decode() for k in names)
+        return sorted(s.task(k).name for k in names)
 
     def write(self, place, turn):
         """ -> Batch on the cpu: this rank's rows of the global batch at a place, in buffers number turn of the ring """

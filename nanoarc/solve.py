@@ -94,11 +94,17 @@ def load_model(run, device):
     """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
     tensors, meta = checkpoint.load(run)
     model = Model(ModelConfig(**meta['model'])).to(device).eval()
-    checkpoint.restore_model(model, tensors, 'ema' if meta['train']['ema'] > 0 else 'model')
+    checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
     return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
 
 # -----------------------------------------------------------------------------
 # decoding
+
+def read_prompts(model, idx, pos, task, dihedral):
+    """ prompts as for decode -> Cache after them, (B, 1, 16) logits of the token that follows, and what else the model is told at each token """
+    cache = Cache(model)
+    extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
+    return cache, model(idx, None, pos, None, *(x.expand(idx.shape) for x in extra), cache=cache)[0][:, -1:], extra
 
 @torch.no_grad()
 def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temperature=1.0, top_p=1.0, seed=0, most=MAX_GRID + 1):
@@ -110,11 +116,10 @@ def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temp
     search finds, github.com/da-fr/arc-prize-2024; here all open ones take a step together, at most 1 / p_min of a prompt). samples=n: n
     drawn answers of each instead. a prompt goes through the model once, whatever branches off it.
     """
-    (B, T), device = idx.shape, idx.device
-    cache, found = Cache(model), []
-    extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
-    logits = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0][:, -1]
-    rows = torch.arange(B, device=device).repeat_interleave(max(samples, 1)) # (b,) the prompt of each open answer
+    device, found, branches = idx.device, [], p_min < 1 and samples == 0
+    cache, logits, extra = read_prompts(model, idx, pos, task, dihedral)
+    logits = logits[:, -1]
+    rows = torch.arange(len(idx), device=device).repeat_interleave(max(samples, 1)) # (b,) the prompt of each open answer
     if samples > 1:
         cache.keep(rows)
         logits, extra = logits[rows], tuple(x[rows] for x in extra)
@@ -123,26 +128,23 @@ def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temp
     greedy, generator = torch.full_like(rows, samples == 0, dtype=torch.bool), torch.Generator(device).manual_seed(seed)
     for _ in range(most):
         scores = logits.masked_fill(~grammar(at, width), float('-inf')).log_softmax(-1) # (b, 16)
-        parent, best = torch.arange(len(rows), device=device), scores.argmax(-1) if samples == 0 else draw(scores, temperature, top_p, generator)
-        token = best
-        if p_min < 1 and samples == 0: # branch
+        parent = every = torch.arange(len(rows), device=device)
+        token = best = scores.argmax(-1) if samples == 0 else draw(scores, temperature, top_p, generator)
+        if branches:
             wanted = logp[:, None] + scores >= math.log(p_min)
-            wanted[parent, best] |= greedy
+            wanted[every, best] |= greedy
             parent, token = wanted.nonzero(as_tuple=True)
             greedy = greedy[parent] & (token == best[parent])
         rows, at, width, logp = rows[parent], at[parent], width[parent], logp[parent] + scores[parent, token]
         out = torch.cat([out[parent], token[:, None]], 1)
         width = torch.where((token == ROW) & (width == 0), at[:, 1], width)
-        at, going = next_pos(at, token), token != END
-        if not going.all() or len(parent) != len(scores): # waits for the device
-            ended = ~going
+        at, ended = next_pos(at, token), token == END
+        if ended.any(): # waits for the device
             found += zip(rows[ended].tolist(), out[ended].tolist(), logp[ended].tolist(), greedy[ended].tolist())
-            rows, at, width, logp, out, greedy, token, parent = (x[going] for x in (rows, at, width, logp, out, greedy, token, parent))
+            rows, at, width, logp, out, greedy, token, parent = (x[~ended] for x in (rows, at, width, logp, out, greedy, token, parent))
             if len(rows) == 0:
                 break
-            cache.keep(parent)
-            extra = tuple(x[parent] for x in extra)
-        elif p_min < 1 and samples == 0 and not torch.equal(parent, torch.arange(len(parent), device=device)): # one ended in a branch, another branched
+        if not torch.equal(parent, every): # some left, or branched
             cache.keep(parent)
             extra = tuple(x[parent] for x in extra)
         logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0][:, -1]
@@ -162,10 +164,8 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None):
     (B, T) prompts as for decode, and of each a list of grids -> list of B lists of the log-probability of each grid, under
     the grammar. a prompt goes through the model once.
     """
-    B, T = idx.shape
-    cache, device = Cache(model), idx.device
-    extra = () if task is None else (task[:, None], dihedral[:, None])
-    first = model(idx, None, pos, None, *(x.expand(B, T) for x in extra), cache=cache)[0][:, -1:]
+    device = idx.device
+    cache, first, extra = read_prompts(model, idx, pos, task, dihedral)
     rows = torch.tensor([b for b, grids in enumerate(answers) for _ in grids], device=device)
     written = [write_answer(grid) for grids in answers for grid in grids]
     n = max(len(tokens) for tokens, *_ in written)
@@ -321,9 +321,8 @@ def draw_val(model, ds, out, n=4):
         extra = [x[:, T - 1].to(device) for x in batch[4:] if x is not None]
         tokens = decode(model, batch.idx[:, :T].to(device), batch.pos[:, :T].to(device), *extra, most=int(docs.length[0]) - T)[0][1]
         rows = len(tokens) - tokens[::-1].index(ROW) if ROW in tokens else 0 # tokens of whole rows
-        task = s.tables.pair_task[pair]
-        corpus = s.corpora[s.part[task]]
-        task, query = corpus.task(int((s.part[:task] == s.part[task]).sum())), int(pair - s.tables.first[task] - s.tables.n_demos[task])
+        k = s.tables.pair_task[pair]
+        task, query = s.task(k), int(pair - s.tables.first[k] - s.tables.n_demos[k])
         shown.append((replace(task, queries=[task.queries[query]]), [{'attempt_1': decode_grid(tokens[:rows])} if rows else {}]))
     view.draw_tasks(shown, out)
 
@@ -424,9 +423,8 @@ def rank_candidates(parts, select='votes'):
             product = share if not scores else math.exp(c.score - top) / total if c.score is not None else 0.0
             belief = {'votes': share, 'product': product, 'both': (share + product) / 2}[select]
             old, before = merged.get(grid_bytes(c.grid), (Candidate(c.grid), 0.0))
-            n = len(old.found) + len(c.found)
             both = [x for x in (old.score, c.score) if x is not None]
-            merged[grid_bytes(c.grid)] = Candidate(c.grid, old.votes + c.votes, old.found + c.found, sum(both) / len(both) if both else None) if n else c, before + belief
+            merged[grid_bytes(c.grid)] = Candidate(c.grid, old.votes + c.votes, old.found + c.found, sum(both) / len(both) if both else None), before + belief
     def score(c): # where belief is too small to tell
         return c.score if c.score is not None and select != 'votes' else -1e9
     return sorted(merged.values(), key=lambda x: (-round(x[1], 6), -score(x[0]), -x[0].log_prob, grid_bytes(x[0].grid)))

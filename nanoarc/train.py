@@ -140,7 +140,7 @@ def evaluate(model, ds, device, autocast, rank=0, world=1):
 def begin_with(model, rows, run):
     """ the weights of another run into a model, averaged ones if it has them. of a task, by key in rows, that it does not know, the new embedding stays. raises ValueError """
     tensors, meta = checkpoint.load(run)
-    part = 'ema' if meta['train']['ema'] > 0 else 'model'
+    part = checkpoint.best_part(meta)
     if (meta['model']['n_task'] > 0) != (model.cfg.n_task > 0):
         raise ValueError(f"init_from={run}: it was trained with shots={meta['data']['shots']}, with or without task embeddings, now it is the other way")
     known = [(n, meta['rows'][key]) for key, n in rows.items() if key in meta['rows']]
@@ -233,7 +233,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             checkpoint.restore_optimizers(model, optimizers, tensors)
             scaler.load_state_dict(meta['scaler'])
             if ema:
-                checkpoint.restore_model(ema, tensors, 'ema' if meta['train']['ema'] > 0 else 'model')
+                checkpoint.restore_model(ema, tensors, checkpoint.best_part(meta))
             step, tokens, seconds, val_loss, name = (meta[key] for key in ('step', 'tokens', 'seconds', 'val_loss', 'name'))
             max_iters = cfg.max_iters or meta['max_iters']
             begun = f"resumed {cfg.resume} at step {step}" + (f" of {max_iters}: it is done" if 0 < max_iters <= step else "")
@@ -285,7 +285,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         # ------------------------------------------------------------------------- the loop
         measured = None # (seconds, step) since when throughput is measured, the first steps are slow
         share = max(0.8 * (1 - cfg.decay_frac), 0.05) # of the minutes to measure in: the decay must know when to begin
-        t0, wait, seen = time.perf_counter(), 0.0, tokens # of the row of metrics before
+        t0, waited, seen = time.perf_counter(), 0.0, tokens # at the row of metrics before
         planned, began, clock = max_iters, t0, t0 - seconds # training began then, had it never been interrupted
         with log:
             while True:
@@ -326,10 +326,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 for micro_step in range(cfg.grad_accum):
                     net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up their gradients once a step
                     tokens += loader.tokens()
-                    t = time.perf_counter()
-                    batch = loader.next_batch()
-                    wait += time.perf_counter() - t
-                    spent['waiting for data'] += time.perf_counter() - t
+                    with timed('waiting for data'):
+                        batch = loader.next_batch()
                     with autocast():
                         _, loss = net(*batch)
                     scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged
@@ -350,8 +348,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 if cfg.log_every and (step % cfg.log_every == 0 or step == max_iters or step == 1):
                     total, = over_ranks(world, 'SUM', float(total)) # waits for the device
                     dt = time.perf_counter() - t0
-                    log.row(step, max_iters, loss=total / n, lr=lr * factor, tok_s=(tokens - seen) / dt, wait=wait / dt)
-                    t0, wait, seen = time.perf_counter(), 0.0, tokens
+                    log.row(step, max_iters, loss=total / n, lr=lr * factor, tok_s=(tokens - seen) / dt, wait=(spent['waiting for data'] - waited) / dt)
+                    t0, waited, seen = time.perf_counter(), spent['waiting for data'], tokens
             if not done: # a signal
                 if step > start or not cfg.resume:
                     save()
