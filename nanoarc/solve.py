@@ -142,8 +142,8 @@ def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temp
         if ended.any(): # waits for the device
             found += zip(rows[ended].tolist(), out[ended].tolist(), logp[ended].tolist(), greedy[ended].tolist())
             rows, at, width, logp, out, greedy, token, parent = (x[~ended] for x in (rows, at, width, logp, out, greedy, token, parent))
-            if len(rows) == 0:
-                break
+        if len(rows) == 0: # all ended, or what is still open has become too improbable
+            break
         if not torch.equal(parent, every): # some left, or branched
             cache.keep(parent)
             extra = tuple(x[parent] for x in extra)

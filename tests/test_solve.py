@@ -167,6 +167,17 @@ def test_the_search_finds_what_brute_force_finds(monkeypatch, mixer):
     plain = {(b, tuple(tokens)) for b, tokens, *_ in solve.decode(model, *args)}
     assert plain == {(b, tuple(tokens)) for b, tokens, _, greedy in solve.decode(model, *args, p_min=0.01) if greedy}
 
+def test_a_search_may_end_with_a_branch_that_became_too_improbable(monkeypatch):
+    grids = small_world(monkeypatch)
+    for seed in range(12):
+        model = sharp_model('MA', seed)
+        model.head.weight.data /= 3 # undecided: few answers are as probable as their beginnings
+        args = prompts(model, 1, 8, seed)
+        every = solve.score_answers(model, args[0], args[1], [grids], *args[2:])[0]
+        for p_min in (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05):
+            n = sum(x >= np.log(p_min) for x in every)
+            assert n <= len(solve.decode(model, *args, p_min=p_min)) <= n + 1 # the greedy one is among them or is not
+
 def test_samples_come_as_often_as_they_are_probable_and_find_all(monkeypatch):
     grids = small_world(monkeypatch)
     model = sharp_model('MA')
