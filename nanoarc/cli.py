@@ -27,7 +27,7 @@ def train(args):
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.solve import draw_val
-    from nanoarc.train import TrainConfig, main
+    from nanoarc.train import TrainConfig, configs, main
 
     @dataclass
     class Train:
@@ -41,7 +41,7 @@ def train(args):
         for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
             if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
-        default = Train(TrainConfig(**meta['train']), ModelConfig(**meta['model']), DataConfig(**meta['data']))
+        default = Train(TrainConfig(**meta['train']), *configs(meta))
     elif init_from := flag(args, 'init_from'): # its model, the data is ours
         default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
     if path := flag(args, 'config'):

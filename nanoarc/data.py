@@ -58,6 +58,9 @@ class DataConfig:
     allow_leak: bool = False # train on pairs of data that are queries of adapt, and say so in checkpoint and score
     drop_overlap: bool = False # leave out the tasks of data that hold such pairs
 
+    def dataset(self, seed):
+        return ArcDataset(self, seed)
+
 LOSS_ON, BATCHING, COLORS_MODES = ('query', 'outputs', 'all'), ('bucket', 'pack', 'pad'), ('auto', 'domain', 'nonzero', 'all', 'none')
 
 # -----------------------------------------------------------------------------
@@ -650,6 +653,7 @@ class ArcDataset(torch.utils.data.Dataset):
         if len(data + adapt) == 0:
             raise ValueError(nothing)
         self.sampler = s = Sampler(data + adapt, cfg)
+        self.rows = s.rows # {task key: row of the task embedding}, {} in context
         t, in_data = s.tables, s.part < len(data) # (K,)
         task = t.pair_task
         # hold out the queries of some tasks of data. chosen by content, so that each seed is judged on the same ones
@@ -676,6 +680,14 @@ class ArcDataset(torch.utils.data.Dataset):
         self.targets = np.repeat(pairs, times).astype(np.int32) # small: the larger the corpus, the more a look costs
         self.copy = (np.arange(len(self.targets)) - np.repeat(np.cumsum(times) - times, times)).astype(np.int32) # which of the repeats
         self.trained = (t.usable | np.isin(np.arange(len(task)), pairs)) & in_data[task] # (P,) pairs whose output may be seen, adapt's apart
+
+    def loader(self, rank=0, world=1, device='cpu'):
+        return ArcLoader(self, rank, world, device)
+
+    def about(self):
+        """ a line of counts: what is here, and what is not """
+        return (f"{len(self.sampler.key)} tasks, {len(self)} documents an epoch, {len(self.val_pairs)} validation queries; left out: {self.num_tasks_out} tasks over max_pair, "
+                f"{self.num_dropped} overlapping, {len(self.bad)} malformed; pairs: {self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
 
     def same_pair(self, p, q):
         """ are these two pairs the same to the last cell? """

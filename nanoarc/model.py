@@ -69,6 +69,18 @@ class ModelConfig:
         scale = (128 / self.filled().n_embd) ** 0.5
         return lr or 5e-3 * scale, adam_lr or 5e-3 * scale
 
+    def check(self, device, loss_on):
+        """ raises ValueError that names the setting if one cannot train so """
+        if self.prefix and set(self.kinds) & set('AS') and loss_on != 'query':
+            raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={loss_on!r} that is cheating: add --no_prefix")
+        check_kernel(self.kernel, device)
+
+    def model(self):
+        return Model(self)
+
+    def about(self):
+        return f"mixer {self.mixer}"
+
     @property
     def kinds(self):
         """ the mixer of each layer, e.g. 'MAMA' """
@@ -376,6 +388,14 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum') # skips -100
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    def cache(self):
+        """ for decoding, see Cache """
+        return Cache(self)
 
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=5):
         """

@@ -23,11 +23,10 @@ import tyro
 from rich.progress import track
 
 from nanoarc import checkpoint, view
-from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, ArcDataset, ArcLoader, DataConfig, Rows, Sampler, decode_grid, dihedral, fits, grammar, hash64,
+from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, ArcDataset, ArcLoader, Rows, Sampler, decode_grid, dihedral, fits, grammar, hash64,
                           next_pos, undo_dihedral)
-from nanoarc.model import Cache, Model, ModelConfig
 from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources, to_grid
-from nanoarc.train import TrainConfig, get_device, get_lr, get_ranks
+from nanoarc.train import TrainConfig, configs, get_device, get_lr, get_ranks
 
 SELECT = ('votes', 'product', 'both')
 
@@ -93,16 +92,17 @@ def read_fitting(data, max_pair, opened):
 def load_model(run, device):
     """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
     tensors, meta = checkpoint.load(run)
-    model = Model(ModelConfig(**meta['model'])).to(device).eval()
+    model_cfg, data_cfg = configs(meta)
+    model = model_cfg.model().to(device).eval()
     checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
-    return model, DataConfig(**meta['data']), meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
+    return model, data_cfg, meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
 
 # -----------------------------------------------------------------------------
 # decoding
 
 def read_prompts(model, idx, pos, task, dihedral):
     """ prompts as for decode -> Cache after them, (B, 1, 16) logits of the token that follows, and what else the model is told at each token """
-    cache = Cache(model)
+    cache = model.cache()
     extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
     return cache, model(idx, None, pos, None, *(x.expand(idx.shape) for x in extra), cache=cache)[0][:, -1:], extra
 
@@ -228,7 +228,7 @@ class Solver:
     def __init__(self, cfg, model, autocast, sampler, queries):
         """ queries: {(task, query) by number: pair of the sampler} """
         self.cfg, self.model, self.autocast, self.alone = cfg, model, autocast, []
-        self.device, self.found, self.views = model.head.weight.device, {query: {} for query in queries}, []
+        self.device, self.found, self.views = model.device, {query: {} for query in queries}, []
         for query, pair in queries.items():
             docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
             row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
@@ -291,7 +291,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
     new_rows, ds = Sampler(sources, alone).rows, None
     with contextlib.suppress(ValueError): # nothing to train on: no demo fits, or in context there is but one
         ds = ArcDataset(alone, cfg.seed, sources=([], sources))
-    tuned = copy.deepcopy(model).requires_grad_()
+    tuned = copy.deepcopy(model)
     if model.cfg.n_task > 0:
         known = model.wtask.weight.detach()
         weight = torch.stack([known[rows[key]] if key in rows else known.mean(0) for key in new_rows])
@@ -311,7 +311,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
 
 def draw_val(model, ds, out, n=4):
     """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png. an answer that does not end where it should is cut short """
-    s, device, shown = ds.sampler, model.head.weight.device, []
+    s, device, shown = ds.sampler, model.device, []
     pairs = ds.val_pairs[np.unique(s.tables.pair_task[ds.val_pairs], return_index=True)[1]] # one a task
     pairs = pairs[np.argsort(s.tables.need.max(0)[pairs], kind='stable')[:n]]
     for pair in pairs:

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoarc import checkpoint, view
-from nanoarc.data import ArcDataset, ArcLoader, Batch
-from nanoarc.model import Model, ModelConfig, check_kernel, is_recent
+from nanoarc.data import Batch, DataConfig
+from nanoarc.model import ModelConfig, is_recent
 from nanoarc.sources import with_earlier
 
 @dataclass
@@ -153,7 +153,7 @@ def begin_with(model, rows, run):
     checkpoint.restore_model(model, tensors, part)
     return f"weights of {run} after {meta['step']} steps" + (f", {len(known)} of {len(rows)} tasks known to it" if model.cfg.n_task > 0 else "")
 
-def check_settings(cfg, model_cfg, data_cfg):
+def check_settings(cfg, model_cfg, data_cfg, device):
     """ raises ValueError that names the setting and what it may be """
     if cfg.compile not in ('auto', 'on', 'off'):
         raise ValueError(f"compile={cfg.compile!r}: want on, off or auto")
@@ -164,15 +164,18 @@ def check_settings(cfg, model_cfg, data_cfg):
         raise ValueError(f"{' '.join(wrong)}: want no negative number")
     if cfg.grad_accum < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.decay_frac <= 1:
         raise ValueError(f"grad_accum={cfg.grad_accum} ema={cfg.ema} decay_frac={cfg.decay_frac}: want at least 1, 0 or more and less than 1, a share of 0..1")
-    if model_cfg.prefix and set(model_cfg.kinds) & set('AS') and data_cfg.loss_on != 'query':
-        raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={data_cfg.loss_on!r} that is cheating: add --no_prefix")
+    model_cfg.check(device, data_cfg.loss_on)
+
+def configs(meta):
+    """ meta data of a checkpoint -> the configs of its model and of its data """
+    return ModelConfig(**meta['model']), DataConfig(**meta['data'])
 
 def refuse_changes(meta, cfg, model_cfg):
     """ raises ValueError that names the settings without which a saved run would not go on as it began. its stream has checked its own """
-    saved = replace(ModelConfig(**meta['model']), kernel=model_cfg.kernel) # by which kernel is no matter
+    saved, names = type(model_cfg)(**meta['model']), [f.name for f in fields(model_cfg) if f.name != 'kernel'] # by which kernel is no matter
     pairs = [(name, meta['train'][name], getattr(cfg, name)) for name in ('grad_accum', 'dtype', 'ns_steps')]
-    if saved.filled() != model_cfg.filled():
-        pairs += [(f.name, getattr(saved, f.name), getattr(model_cfg, f.name)) for f in fields(ModelConfig)]
+    if any(getattr(saved.filled(), name) != getattr(model_cfg.filled(), name) for name in names):
+        pairs += [(name, getattr(saved, name), getattr(model_cfg, name)) for name in names]
     if wrong := [f"{name} differs (saved {a}, now {b})" for name, a, b in pairs if a != b]:
         raise ValueError("resume refused: " + "; ".join(wrong))
 
@@ -188,17 +191,15 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     started = time.perf_counter()
     device, dtype, autocast = get_device(cfg.device, cfg.dtype)
     rank, world = get_ranks(device)
-    check_settings(cfg, model_cfg, data_cfg)
-    check_kernel(model_cfg.kernel, device)
+    check_settings(cfg, model_cfg, data_cfg, device)
     torch.manual_seed(cfg.seed)
     cfg = replace(cfg, dtype=dtype) # a resumed run takes the same, whatever 'auto' would be there
     out_dir = Path(cfg.resume or cfg.out_dir)
 
     # data
-    ds = ArcDataset(data_cfg, seed=cfg.seed)
-    loader = ArcLoader(ds, rank, world, device)
-    rows = ds.sampler.rows
-    n_task = len(rows) if data_cfg.shots == 0 else 0
+    ds = data_cfg.dataset(cfg.seed)
+    loader = ds.loader(rank, world, device)
+    n_task = len(ds.rows) # 0 in context
     if cfg.resume:
         known = checkpoint.steps(cfg.resume)
         tensors, meta = checkpoint.load(cfg.resume)
@@ -210,8 +211,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     model_cfg = replace(model_cfg, n_task=n_task)
     if cfg.resume:
         refuse_changes(meta, cfg, model_cfg)
-    model = Model(model_cfg).to(device)
-    begun = begin_with(model, rows, cfg.init_from) if cfg.init_from and not cfg.resume else ""
+    model = model_cfg.model().to(device)
+    begun = begin_with(model, ds.rows, cfg.init_from) if cfg.init_from and not cfg.resume else ""
     lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -245,11 +246,10 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         elif cfg.minutes <= 0 and cfg.max_iters <= 0:
             raise ValueError("set --minutes or --max_iters")
         log, start = view.Log(out_dir if rank == 0 else None, step, name, (cfg, model_cfg, data_cfg), device, world), step
-        log.print(f"{len(ds.sampler.key)} tasks, {len(ds)} documents an epoch, {len(ds.val_pairs)} validation queries; left out: {ds.num_tasks_out} tasks over max_pair, "
-                  f"{ds.num_dropped} overlapping, {len(ds.bad)} malformed; pairs: {ds.num_held} held out, {ds.num_long} too long, {ds.num_alone} without context")
+        log.print(ds.about())
         for text in ds.leaks:
             log.print(f"leak allowed: {text}")
-        log.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, mixer {model_cfg.mixer}, on {device}" + (f", {world} ranks" if world > 1 else ""))
+        log.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model_cfg.about()}, on {device}" + (f", {world} ranks" if world > 1 else ""))
         if begun:
             log.print(begun)
         if rank == 0:
@@ -267,7 +267,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
 
         def save():
             meta = {'stream': loader.state_dict(), 'scaler': scaler.state_dict(), 'tokens': tokens, 'seconds': seconds if done else time.perf_counter() - clock, 'val_loss': val_loss,
-                    'max_iters': max_iters, 'name': name, 'rows': rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
+                    'max_iters': max_iters, 'name': name, 'rows': ds.rows, 'leaks': ds.leaks, 'train': asdict(cfg), 'model': asdict(model_cfg), 'data': asdict(data_cfg)}
             if rank == 0:
                 with timed('saving'):
                     log.sync()
