@@ -168,6 +168,9 @@ def check_settings(cfg, model_cfg, data_cfg, device):
 
 def configs(meta):
     """ meta data of a checkpoint -> the configs of its model and of its data """
+    if 'base' in meta['model']:
+        from nanoarc.finetune import LMConfig # imported late: it is seldom wanted, and calls us
+        return LMConfig(**meta['model']), DataConfig(**meta['data'])
     return ModelConfig(**meta['model']), DataConfig(**meta['data'])
 
 def refuse_changes(meta, cfg, model_cfg):
@@ -249,7 +252,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         log.print(ds.about())
         for text in ds.leaks:
             log.print(f"leak allowed: {text}")
-        log.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model_cfg.about()}, on {device}" + (f", {world} ranks" if world > 1 else ""))
+        log.print(f"{model.about()}, on {device}" + (f", {world} ranks" if world > 1 else ""))
         if begun:
             log.print(begun)
         if rank == 0:
