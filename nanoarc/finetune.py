@@ -45,8 +45,8 @@ class LMConfig:
 
     def check(self, device, loss_on):
         """ raises ValueError that names the setting if one cannot train so """
-        if self.n_task > 0:
-            raise ValueError("shots=0: a language model has no task embedding, it learns from the demos before the query: --shots=-1")
+        if self.rank < 0 or self.alpha <= 0 or self.base_dtype not in ('auto', 'float32', 'bfloat16'):
+            raise ValueError(f"rank={self.rank} alpha={self.alpha} base_dtype={self.base_dtype!r}: want 0 or more, above 0, and auto, float32 or bfloat16")
 
     def filled(self):
         return replace(self, base='') # files may move, base_sha256 may not change
@@ -392,6 +392,8 @@ def main(cfg, lm_cfg, data_cfg, draw=None):
     """ fine-tune to the end -> the meta data of the last checkpoint. raises as train.main """
     if not lm_cfg.base:
         raise ValueError("want a --base: an id on the Hugging Face hub, a directory or a .gguf file")
+    if data_cfg.shots == 0:
+        raise ValueError("shots=0: a language model has no task embedding, it learns from the demos before the query: --shots=-1")
     if cfg.compile == 'on':
         raise ValueError("compile='on': a language model of transformers is run as it is")
     return train.main(cfg, replace(lm_cfg, base_sha256=lm_cfg.base_sha256 or hash_base(lm_cfg.base)), data_cfg, draw)

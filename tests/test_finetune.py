@@ -359,9 +359,9 @@ def test_the_wrong_base_is_refused_by_name_and_a_moved_one_is_not(bases, source,
     assert checkpoint.steps(out)[0] == 3
     for args, text in ((['--base=', '--data=arc1/training'], "want a --base"), ([f"--base={tmp_path / 'nothing'}"], "want a directory with a config.json, a .gguf file, or an id"),
                        (['--base=nobody/nothing'], "base='nobody/nothing': no such file, and from the Hugging Face hub"), ([f"--base={moved}", '--shots=0'], "a language model has no task embedding"),
-                       (['--resume', str(out), '--rank=8', '--max_iters=4'], "rank differs (saved 4, now 8)"), ([f"--base={moved}", '--compile=on'], "compile='on'")):
+                       (['--resume', str(out), '--rank=8', '--max_iters=4'], "rank differs (saved 4, now 8)"), ([f"--base={moved}", '--rank=-1'], "rank=-1"), ([f"--base={moved}", '--compile=on'], "compile='on'")):
         with pytest.raises(SystemExit) as e:
-            cli(['finetune', f"--out_dir={tmp_path / 'new'}", *args] if '--resume' not in args else ['finetune', *args])
+            cli(['finetune', f"--out_dir={tmp_path / 'new'}", '--minutes=0', '--max_iters=1', *args] if '--resume' not in args else ['finetune', *args])
         assert e.value.code == 2 and text in capsys.readouterr().err
 
 @pytest.fixture(scope='session')
