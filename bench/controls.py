@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KILLS = 'test_reliability.py::test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing'
+LM_CLASSES = 'test_finetune.py::test_every_class_trains_and_decodes_with_caches_as_without'
 CONTROLS = [ # name, file, line, what it becomes, the test
     ("an epoch without the walk", 'data.py', "        if i < n: #", "        if True: #", 'test_promises.py::test_an_epoch_is_a_permutation_at_any_size'),
     ("an epoch begins one late", 'data.py', "np.divmod(t, n)", "np.divmod(t + U(1), n)", 'test_promises.py::test_every_target_comes_once_an_epoch_times_its_repeat'),
@@ -81,7 +82,7 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("a handler that only notes the second", 'train.py', "        if self.got:", "        if False:", 'test_reliability.py::test_a_second_signal_does_not_wait'),
     ("a step that is not saved", 'train.py', "                if step > start or not cfg.resume:", "                if False:", 'test_reliability.py::test_a_signal_in_the_middle_of_something_waits_for_its_end'),
     ("no lock", 'checkpoint.py', "            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass", 'test_reliability.py::test_two_runs_cannot_write_one_directory'),
-    ("a model of another shape that passes", 'train.py', "    if saved.filled() != model_cfg.filled():", "    if False:", 'test_reliability.py::test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name'),
+    ("a model of another shape that passes", 'train.py', "    if any(getattr(saved.filled(), name)", "    if False and any(getattr(saved.filled(), name)", 'test_reliability.py::test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name'),
     ("a dtype that changes", 'train.py', "('grad_accum', 'dtype', 'ns_steps')", "('grad_accum', 'ns_steps')", 'test_reliability.py::test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name'),
     ("a bad step that is saved first", 'train.py', "(None if math.isfinite(loss) else (at, place))", "None", 'test_reliability.py::test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint'),
     ("gradients averaged by rank", 'train.py', "scaler.scale(loss * world / n)", "scaler.scale(loss / n)", 'test_reliability.py::test_one_two_four_three_ranks_are_one_run'),
@@ -91,6 +92,26 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("weights that are not averaged", 'train.py', "1 - min(cfg.ema,", "1 - 0 * min(cfg.ema,", 'test_train.py::test_averaged_weights_are_the_average_and_what_solve_and_validation_use'),
     ("task rows by number", 'train.py', "    known = [(n, meta['rows'][key]) for", "    known = [(n, n) for", 'test_train.py::test_init_from_takes_the_weights_alone_and_knows_tasks_by_their_content'),
     ("an earlier run forgotten", 'train.py', "(cfg.resume, cfg.init_from))", "())", 'test_train.py::test_what_an_earlier_run_was_trained_on_is_not_forgotten'),
+    ("a search that goes on with nothing", 'solve.py', "        if len(rows) == 0: #", "        if len(rows) == 0 and ended.any(): #", 'test_solve.py::test_a_search_may_end_with_a_branch_that_became_too_improbable'),
+    ("a search that forgets branches", 'solve.py', "            wanted = logp[:, None] + scores >= math.log(p_min)", "            wanted = scores >= math.log(p_min)\n            wanted &= wanted.cumsum(1) < 2", 'test_solve.py::test_the_search_finds_what_brute_force_finds'),
+    ("a cache of other rows", 'solve.py', "            cache.keep(parent)\n", "            cache.keep(parent.flip(0))\n", 'test_solve.py::test_decoding_together_equals_one_by_one'),
+    ("a judge that sees the colors of another view", 'solve.py', "[dihedral(x.cmap[c.grid], x.dihedral) for c", "[dihedral(c.grid, x.dihedral) for c", 'test_solve.py::test_a_judge_asks_each_candidate_under_every_view_in_its_own_colors_and_orientation'),
+    ("a judge of one view", 'solve.py', "zip(best[query], np.mean(logps, 0))", "zip(best[query], logps[0])", 'test_solve.py::test_a_judge_asks_each_candidate_under_every_view_in_its_own_colors_and_orientation'),
+    ("colors undone in the wrong order", 'solve.py', "np.argsort(cmap).astype(np.uint8)[grid]", "cmap[grid]", 'test_solve.py::test_views_differ_begin_with_the_query_itself_and_can_be_undone'),
+    ("test-time training of the model itself", 'solve.py', "    tuned = copy.deepcopy(model)\n", "    tuned = model\n", 'test_finetune.py::test_test_time_training_leaves_the_model_as_it_is'),
+    ("attempts that close a gap", 'solve.py', "            best = ranked.get((k, i), [])", "            best = ranked.get((k, i), ranked.get((k, i + 1), []))", 'test_solve.py::test_attempts_differ_and_every_query_has_an_entry_in_order'),
+    ("the rows of a vocabulary in another order", 'finetune.py', "part.weight.detach()[kept].clone()", "part.weight.detach()[kept.flip(0)].clone()", 'test_finetune.py::test_a_shrunk_vocabulary_has_the_same_logits_on_the_tokens_that_are_kept'),
+    ("a document that nobody sees begin", 'finetune.py', "new[:, 1:] = doc[:, 1:] != doc[:, :-1]", "pass", 'test_finetune.py::test_a_packed_row_equals_its_documents_alone'),
+    ("documents that a language model sees together", 'finetune.py', "place = place - torch.where(new, place, 0).cummax(1).values", "pass", 'test_finetune.py::test_a_packed_row_equals_its_documents_alone'),
+    ("a scan that forgets", 'finetune.py', "SCANS_FROM_ZERO else ids.size(1)", "() else ids.size(1)", LM_CLASSES),
+    ("places that transformers counts", 'finetune.py', "{'position_ids': place} if self.takes_places else {}", "{}", LM_CLASSES),
+    ("adapters that nothing goes through", 'finetune.py', "('dt_proj', *(", "('none', *(", LM_CLASSES),
+    ("mixers without adapters", 'finetune.py', "and 'adapter_list' not in name]", "and 'adapter_list' not in name and 'in_proj' not in name]", 'test_finetune.py::test_every_mixer_has_adapters_but_where_peft_forbids_it'),
+    ("a loss of what is not asked", 'finetune.py', "F.pad(targets[:, :-1] != -100, (1, 0)).gather(1, of)", "F.pad(targets[:, :-1] != -100, (0, 1)).gather(1, of)", 'test_finetune.py::test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it'),
+    ("a base that nobody hashes", 'finetune.py', "hash_base(cfg.base) != cfg.base_sha256:", "False:", 'test_finetune.py::test_the_wrong_base_is_refused_by_name_and_a_moved_one_is_not'),
+    ("a copy that shares all", 'finetune.py', "*self.named_buffers()] if name not in self.trained}", "*self.named_buffers()]}", 'test_finetune.py::test_a_copy_shares_what_is_not_trained'),
+    ("an export without its adapters", 'finetune.py', "            m.merge()\n", "            pass\n", 'test_finetune.py::test_an_export_is_a_model_of_transformers_that_gives_the_same_logits'),
+    ("a marker that melts", 'finetune.py', "ROW: '\\n', IN: ask,", "ROW: '\\n', IN: ask + '1',", 'test_finetune.py::test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks'),
 ]
 
 def main(words):

@@ -17,9 +17,9 @@ transformers = pytest.importorskip('transformers')
 pytest.importorskip('peft')
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanoarc import checkpoint, solve, train
+from nanoarc import checkpoint, solve
 from nanoarc.cli import main as cli
-from nanoarc.data import END, IN, OUT, PAD, ROW, ArcDataset, ArcLoader, Batch, DataConfig
+from nanoarc.data import END, IN, OUT, ROW, ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.finetune import FIRST, LM, LMConfig, TextForm, random_documents, read_tokenizer
 from nanoarc.view import read_metrics
 

@@ -1,4 +1,5 @@
 """ python -m pytest tests/test_solve.py """
+import contextlib
 import itertools
 import json
 import random
@@ -228,6 +229,31 @@ def test_an_answer_scored_is_as_probable_as_an_answer_decoded(mixer, monkeypatch
     assert len(keep) > 1
     scores = solve.score_answers(model, *(x[keep] for x in args[:2]), [grids[k] for k in keep], *(x[keep] for x in args[2:]))
     assert all(np.allclose(a, want[k], atol=1e-9) for a, k in zip(scores, keep))
+
+def test_a_judge_asks_each_candidate_under_every_view_in_its_own_colors_and_orientation(tiny_run):
+    model, data_cfg, rows, *_ = solve.load_model(tiny_run[0], torch.device('cpu'))
+    sampler = Sampler([(read_source(tiny_run[1], opened=False), 1)], data_cfg, rows)
+    pair = int(sampler.tables.first[1] + sampler.tables.n_demos[1])
+    solver = solve.Solver(solve.SolveConfig(views=6, p_min=0.01, score_most=3), model, contextlib.nullcontext, sampler, {(1, 0): pair})
+    solver.propose(solver.views)
+    solver.judge()
+    asked = [c for c in solver.found[1, 0].values() if c.score is not None]
+    assert len(asked) == 3 < len(solver.found[1, 0]) and {x.dihedral for x in solver.views} != {0} and len({tuple(x.cmap) for x in solver.views}) > 3
+    for c in asked:
+        total = 0.0
+        for x in solver.views: # the whole forward, a token after another, no cache
+            grid = dihedral(x.cmap[c.grid], x.dihedral)
+            answer = [t for row in grid.tolist() for t in (*row, 10)] + [13]
+            idx, pos, width = x.idx.tolist(), [torch.tensor(x.pos[-1].astype(int))], 0
+            for n, t in enumerate(answer):
+                extra = [torch.full((1, len(idx)), value, dtype=torch.int32) for value in (x.row, x.dihedral)]
+                places = torch.cat([torch.from_numpy(x.pos.astype(int)), *(p[None] for p in pos[1:])])[None]
+                logits = model(torch.tensor([idx]), None, places, None, *extra)[0][0, -1]
+                total += float(logits.masked_fill(~data.grammar(pos[-1][None], torch.tensor([width]))[0], -torch.inf).log_softmax(-1)[t].detach())
+                width = int(pos[-1][1]) if t == 10 and width == 0 else width
+                idx.append(t)
+                pos.append(data.next_pos(pos[-1], torch.tensor(t)))
+        assert abs(total / len(solver.views) - c.score) < 1e-3
 
 # -----------------------------------------------------------------------------
 # the whole
