@@ -53,12 +53,14 @@ def start(space, out, trials, *flags):
     command = [sys.executable, '-m', 'nanoarc.cli', 'sweep', str(space), f"--out_dir={out}", f"--trials={trials}", '--heartbeat=1', *flags]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
-def wait_for(path, process, seconds=120):
+def wait_for_one_more(out, known, process, seconds=120):
+    """ until a trial that is none of these has a checkpoint -> the trials that have been begun """
     until = time.monotonic() + seconds
-    while not list(path.parent.glob(path.name)):
+    while not (new := {path.parents[1].name for path in out.glob('trial-*/ckpt/*.sha256')} - known):
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < until, f"no {path}"
+        assert time.monotonic() < until, "no checkpoint"
         time.sleep(0.02)
+    return known | new
 
 @pytest.mark.parametrize('text, want', [
     ("[fixed]\nnlayer = 2\n[search]\nlr = [1e-3]", r"\[fixed\]: unknown setting nlayer"),
@@ -153,26 +155,29 @@ def test_a_trial_worse_than_the_others_is_stopped(space, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
     out, path = tmp_path / 'out', space(steps=400)
-    def kill(trial, how):
+    known = set()
+    def kill(how):
+        nonlocal known
         process = start(path, out, 4)
-        wait_for(out / trial / 'ckpt' / '*.sha256', process)
+        known = wait_for_one_more(out, known, process)
         how(process.pid)
         process.communicate()
         return {name: t.value for name, t in by_run(study_of(out)).items() if t.state == TrialState.COMPLETE}
-    assert kill('trial-0000', lambda pid: os.killpg(pid, signal.SIGKILL)) == {}
-    one = kill('trial-0001', lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
-    two = kill('trial-0002', lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone: what it began stops too
-    three = kill('trial-0003', lambda pid: os.killpg(pid, signal.SIGTERM))
+    assert kill(lambda pid: os.killpg(pid, signal.SIGKILL)) == {}
+    one = kill(lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
+    two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone: what it began stops too
+    three = kill(lambda pid: os.killpg(pid, signal.SIGTERM))
     assert [len(x) for x in (one, two, three)] == [1, 2, 3] and one.items() <= two.items() <= three.items()
-    print(start(path, out, 4).communicate()[0])
+    assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0]
     trials = study_of(out).trials
-    done = [t.user_attrs['run'] for t in trials if t.state == TrialState.COMPLETE]
-    assert sorted(done) == [f"trial-000{k}" for k in range(4)] and three.items() <= {name: t.value for name, t in by_run(study_of(out)).items()}.items()
-    assert sum(t.state == TrialState.FAIL for t in trials) == 4 == len(trials) - 4 # the ones that were taken over
-    for k in range(4):
-        assert f"resumed {out / f'trial-000{k}'} at step" in (out / f"trial-000{k}" / 'output.txt').read_text()
-    cli(['train', '--config', str(out / 'trial-0001' / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')]) # and as if nobody had killed it
-    assert view.read_metrics(tmp_path / 'alone')[-1]['val_loss'] == by_run(study_of(out))['trial-0001'].value
+    done = {t.user_attrs['run']: t.value for t in trials if t.state == TrialState.COMPLETE}
+    assert done.keys() == known and three.items() <= done.items()
+    assert [sum(t.state == state for t in trials) for state in (TrialState.COMPLETE, TrialState.FAIL)] == [4, 4] == [len(done), len(trials) - 4] # failed: was taken over
+    for name in known:
+        assert f"resumed {out / name} at step" in (out / name / 'output.txt').read_text()
+    name = sorted(known)[1]
+    cli(['train', '--config', str(out / name / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')]) # as if nobody had killed it
+    assert view.read_metrics(tmp_path / 'alone')[-1]['val_loss'] == done[name]
     before = (out / 'study.db').read_bytes()
     assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0] and (out / 'study.db').read_bytes() == before
 
