@@ -28,26 +28,20 @@ def train(args):
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.solve import draw_val
-    from nanoarc.train import TrainConfig, configs, main
+    from nanoarc.train import Settings, TrainConfig, configs, main
 
-    @dataclass
-    class Train:
-        train: TrainConfig
-        model: ModelConfig
-        data: DataConfig
-
-    default = Train(TrainConfig(), ModelConfig(), DataConfig())
+    default = Settings(TrainConfig(), ModelConfig(), DataConfig())
     if resume := flag(args, 'resume'): # the settings of that run are the defaults then
         meta = checkpoint.load(resume)[1]
         for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
             if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
-        default = Train(TrainConfig(**meta['train']), *configs(meta))
+        default = Settings(TrainConfig(**meta['train']), *configs(meta))
     elif init_from := flag(args, 'init_from'): # its model, the data is ours
         default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
     if path := flag(args, 'config'):
         default = apply_toml(default, path)
-    cfg = parse(Train, args, 'train', train.__doc__, default)
+    cfg = parse(Settings, args, 'train', train.__doc__, default)
     main(cfg.train, cfg.model, cfg.data, draw_val)
 
 def solve(args):

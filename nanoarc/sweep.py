@@ -56,12 +56,6 @@ class SweepConfig:
     heartbeat: int = 10 # seconds between a worker's signs of life. a trial that misses three is taken over
     keep: bool = False # keep the checkpoints of trials that ended, not their metrics alone
 
-@dataclass
-class Settings:
-    train: train.TrainConfig
-    model: ModelConfig
-    data: DataConfig
-
 def all_values(base):
     """ Settings -> {name: value} """
     return {**asdict(base.train), **asdict(base.model), **asdict(base.data)}
@@ -78,7 +72,7 @@ def read_space(path):
     fixed, search = tables.pop('fixed', {}), tables.pop('search', {})
     if tables or type(fixed) is not dict or type(search) is not dict or not search:
         raise ValueError(f"{path}: {'unknown ' + ', '.join(tables) if tables else 'nothing to search'}, want the tables [fixed] and [search]")
-    base = apply_values(Settings(train.TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
+    base = apply_values(train.Settings(train.TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
     now = all_values(base)
     for name, x in search.items():
         where = f"{path}: [search]"

@@ -56,6 +56,13 @@ class TrainConfig:
     dtype: str = 'auto' # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
     compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda where shapes are few, so not with batching='bucket'
 
+@dataclass
+class Settings:
+    """ all that a training run is made of """
+    train: TrainConfig
+    model: ModelConfig
+    data: DataConfig
+
 def get_lr(step, max_iters, cfg):
     """ factor of the peak learning rate at a step: linear warm-up, flat, linear decay to 0. max_iters=0: not known yet """
     factor = min((step + 1) / max(cfg.warmup_frac * max_iters or cfg.warmup_iters, 1), 1.0)

@@ -12,3 +12,13 @@ venv() {
     fi
     PATH="$PWD/.venv/bin:$PATH"
 }
+
+# `ready EXTRAS MODULE ...`: the python3 at hand, if it has these modules already, with nanoarc as it is here; otherwise venv EXTRAS
+ready() {
+    local extras=$1; shift
+    if python3 -c "import $(IFS=,; echo "$*")" 2> /dev/null; then
+        export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    else
+        venv "$extras"
+    fi
+}

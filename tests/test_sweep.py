@@ -16,8 +16,8 @@ from nanoarc import sweep, train, view
 from nanoarc.cli import apply_toml, apply_values, main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
-from nanoarc.sweep import Settings, SweepConfig, all_values, by_run, first_trial, read_space, to_toml
-from nanoarc.train import TrainConfig, get_lr
+from nanoarc.sweep import SweepConfig, all_values, by_run, first_trial, read_space, to_toml
+from nanoarc.train import Settings, TrainConfig, get_lr
 
 ROOT = Path(__file__).parent.parent
 SPACE = """
