@@ -13,11 +13,12 @@ worker dies, another one, or the same command again, goes on with it from its ch
 same --storage, work on one study. out_dir gets report.html, history.png, importance.png and best.toml, for `nanoarc train --config`.
 """
 import base64
+import contextlib
 import fcntl
 import json
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -123,11 +124,17 @@ def to_toml(values):
     """ a flat dict -> the lines of a --config file """
     return "".join(f"{name} = {json.dumps(absolute(x) if name in ('data', 'adapt') else x, ensure_ascii=False)}\n" for name, x in values.items())
 
-def open_study(cfg, out_dir, fixed, search, base):
-    """ the study, begun here or by another worker. raises ValueError if it has another space """
-    url, name = cfg.storage or f"sqlite:///{out_dir / 'study.db'}", Path(cfg.space).stem
+@contextlib.contextmanager
+def alone(out_dir):
+    """ what one of several workers does at a time """
     with open(out_dir / 'lock', 'a') as f:
-        fcntl.flock(f, fcntl.LOCK_EX) # one of several that begin together makes the tables
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+def open_study(cfg, out_dir, fixed, search, base):
+    """ the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them). raises ValueError if it has another space """
+    url, name = cfg.storage or f"sqlite:///{out_dir / 'study.db'}", Path(cfg.space).stem
+    with alone(out_dir):
         try:
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=cfg.heartbeat, grace_period=GRACE * cfg.heartbeat, heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                                                  engine_kwargs={'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {})
@@ -136,12 +143,13 @@ def open_study(cfg, out_dir, fixed, search, base):
             raise ValueError(f"the database of the study: {str(e).splitlines()[0]}") from None
         space = study.user_attrs.get('space')
         if space is None:
+            study.set_user_attr('settings', {name: absolute(x) if name in ('data', 'adapt') else x for name, x in fixed.items()})
             study.set_user_attr('space', {'fixed': fixed, 'search': search})
             if first := first_trial(search, base):
                 study.enqueue_trial({name: json.dumps(list(x)) if type(x) in (list, tuple) else x for name, x in first.items()})
         elif wrong := [f"[{part}] {key}" for part, now in (('fixed', fixed), ('search', search)) for key in {**now, **space[part]} if now.get(key) != space[part].get(key)]:
             raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
-    return study
+    return study, study.user_attrs['settings']
 
 def by_run(study):
     """ {name of a run: its trial}, of one that was taken over the last """
@@ -199,7 +207,7 @@ def main(cfg):
     fixed, search, base = read_space(cfg.space)
     out_dir = Path(cfg.out_dir or f"out/{Path(cfg.space).stem}").resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
-    study = open_study(cfg, out_dir, fixed, search, base)
+    study, fixed = open_study(cfg, out_dir, fixed, search, base)
 
     def left():
         """ trials that nobody has begun, or that wait to be gone on with """
@@ -224,12 +232,14 @@ def main(cfg):
                 time.sleep(0.2)
             optuna.storages.fail_stale_trials(study)
         try:
-            if left() and cfg.trials and not signals.got:
-                study.optimize(lambda trial: run_trial(trial, study, cfg, out_dir, fixed, search, base, signals), n_trials=left(), n_jobs=cfg.jobs, catch=Failed, callbacks=[ended])
+            with contextlib.suppress(SystemExit): # of run_trial, after a signal
+                if left() and cfg.trials and not signals.got:
+                    study.optimize(lambda trial: run_trial(trial, study, cfg, out_dir, fixed, search, base, signals), n_trials=left(), n_jobs=cfg.jobs, catch=Failed, callbacks=[ended])
         finally:
-            path = report(study, out_dir, fixed, search)
+            with alone(out_dir):
+                path = report(study, out_dir, fixed, search)
         if signals.got:
-            print(f"stopped by signal {signals.got}, the same command goes on")
+            print(f"stopped by signal {signals.got}, the same command goes on", flush=True)
             sys.exit(0 if signals.got == signal.SIGTERM else 128 + signals.got)
     return path
 

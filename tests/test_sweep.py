@@ -131,13 +131,16 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     monkeypatch.setattr(optuna.samplers.TPESampler, 'sample_independent', lambda self, study, trial, name, d: d.choices[trial.number % 2] if name == 'n_embd' else 3e-3)
     monkeypatch.setattr(sweep, 'first_trial', lambda *_: {})
     monkeypatch.chdir(tmp_path)
+    path.write_text(path.read_text().replace(f"{tmp_path}/", "")) # sources by relative paths
     cli(['sweep', str(path), '--out_dir=out', '--trials=2'])
+    os.chdir('/')
+    (out / 'best.toml').unlink()
+    cli(['sweep', str(path), f"--out_dir={out}", '--trials=0']) # the report alone, from elsewhere
     good, bad = (by_run(study_of(out))[f"trial-000{k}"] for k in (0, 1))
     assert good.state == TrialState.COMPLETE and good.value == view.read_metrics(out / 'trial-0000')[-1]['val_loss']
     assert bad.state == TrialState.FAIL and 'divides n_embd=33' in bad.user_attrs['error'] and 'divides n_embd=33' in capsys.readouterr().out
     page = (out / 'report.html').read_text()
     assert f"{good.value:.4f}" in page and 'divides n_embd=33' in page and 'src="http' not in page
-    os.chdir('/')
     cli(['train', '--config', str(out / 'best.toml'), '--out_dir', str(tmp_path / 'again')])
     assert view.read_metrics(tmp_path / 'again')[-1]['val_loss'] == good.value
     path.write_text(path.read_text().replace("save_every = 10", "save_every = 11"))
@@ -166,7 +169,8 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
     assert kill(lambda pid: os.killpg(pid, signal.SIGKILL)) == {}
     one = kill(lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
     two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone: what it began stops too
-    three = kill(lambda pid: os.killpg(pid, signal.SIGTERM))
+    three = kill(lambda pid: os.kill(pid, signal.SIGTERM)) # it stops by itself, and what it began
+    assert [t.state for t in study_of(out).trials][-1] == TrialState.WAITING # at once, nobody need wait for a heartbeat
     assert [len(x) for x in (one, two, three)] == [1, 2, 3] and one.items() <= two.items() <= three.items()
     assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0]
     trials = study_of(out).trials
@@ -208,5 +212,8 @@ def test_a_trial_has_its_share_of_the_threads(space, tmp_path, monkeypatch):
             super().__init__(['true'], env=env, **kwargs)
     monkeypatch.setattr(sweep.subprocess, 'Popen', Child)
     monkeypatch.setattr(sweep.torch, 'get_num_threads', lambda: 7)
-    sweep.main(SweepConfig(str(space()), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
+    sweep.main(SweepConfig(str(space(widths=(64, 128))), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
     assert seen == ['3']
+    trial, = study_of(tmp_path / 'out').trials
+    assert trial.params == {'n_embd': 128, 'lr': 5e-3} # the first one is the default
+    assert trial.user_attrs['error'] == "stopped from outside"
