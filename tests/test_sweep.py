@@ -85,7 +85,7 @@ def test_a_bad_space_is_refused_by_file_and_key(tmp_path, capsys, text, want):
     path = tmp_path / 'space.toml'
     path.write_text(text)
     with pytest.raises(SystemExit) as e:
-        cli(['sweep', str(path), f"--out_dir={tmp_path / 'out'}"])
+        cli(['sweep', str(path), f"--out_dir={tmp_path / 'out'}", '--trials=0'])
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.count("\n") == 1 and error.startswith(f"nanoarc: {path}: ") and re.search(want, error), error
     assert not (tmp_path / 'out').exists()
@@ -150,7 +150,7 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
 
 def test_a_trial_worse_than_the_others_is_stopped(space, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optuna.pruners, 'MedianPruner', lambda **_: optuna.pruners.ThresholdPruner(upper=0.0)) # everything is worse
-    cli(['sweep', str(space(steps=100000)), f"--out_dir={tmp_path / 'out'}", '--trials=1'])
+    cli(['sweep', str(space(steps=3000)), f"--out_dir={tmp_path / 'out'}", '--trials=1'])
     trial, = study_of(tmp_path / 'out').trials
     assert trial.state == TrialState.PRUNED and 0 in trial.intermediate_values and 'pruned' in capsys.readouterr().out
     assert "stopped by signal 15" in (tmp_path / 'out' / 'trial-0000' / 'output.txt').read_text() and not (tmp_path / 'out' / 'trial-0000' / 'ckpt').exists()
