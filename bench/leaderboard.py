@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import tyro
 from model import PEAK, flops
 from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, train
+from nanoarc.cli import parse_run
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
 
@@ -113,7 +113,7 @@ def gpu(args):
 
 def plan(args, flags):
     """ print what these settings come to in so many minutes of training at an assumed MFU """
-    cfg = tyro.cli(train.Settings, args=flags, default=train.Settings(train.TrainConfig(), ModelConfig(), DataConfig()), config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    cfg = parse_run(flags, 'train', "", train.TrainConfig(), ModelConfig(), DataConfig())
     card = args.card or (torch.cuda.get_device_name() if torch.cuda.is_available() else 'H100')
     ds, peak = cfg.data.dataset(cfg.train.seed), peak_of(card, args.peak_tflops)
     cfg.model.n_task = len(ds.rows)

@@ -5,14 +5,21 @@ import importlib.util
 import os
 import sys
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 CORE = ['data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py'] # in reading order
-REST = ['sources.py', 'view.py', 'sweep.py', 'cli.py']
+REST = ['sources.py', 'view.py', 'finetune.py', 'sweep.py', 'cli.py']
+
+@dataclass
+class Run:
+    """ configs of a training run, TrainConfig, that of its model and that of its data """
+    train: object
+    model: object
+    data: object
 
 def parse(cls, args, command, help, default=None):
     """ list of strings -> a config, --help is made of the comments behind its fields. exits with 2 on an unknown flag """
@@ -24,25 +31,47 @@ def parse(cls, args, command, help, default=None):
 
 def train(args):
     """ train a model on a source of tasks """
-    from nanoarc import checkpoint
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.solve import draw_val
-    from nanoarc.train import Settings, TrainConfig, configs, main
+    from nanoarc.train import TrainConfig, main
+    cfg = parse_run(args, 'train', train.__doc__, TrainConfig(), ModelConfig(), DataConfig())
+    main(cfg.train, cfg.model, cfg.data, draw_val)
 
-    default = Settings(TrainConfig(), ModelConfig(), DataConfig())
+def finetune(args):
+    """ fine-tune a pretrained language model on tasks as text """
+    from nanoarc.data import DataConfig
+    from nanoarc.finetune import LMConfig, main
+    from nanoarc.solve import draw_val
+    from nanoarc.train import TrainConfig
+    cfg = parse_run(args, 'finetune', finetune.__doc__, TrainConfig(), LMConfig(), DataConfig(shots=-1, loss_on='outputs'))
+    main(cfg.train, cfg.model, cfg.data, draw_val)
+
+def export(args):
+    """ a fine-tuned language model -> a directory for transformers, or for the hub """
+    from nanoarc import finetune
+    cfg = parse(finetune.ExportConfig, args, 'export', export.__doc__)
+    finetune.export(cfg)
+    print(cfg.out)
+
+def parse_run(args, command, help, *default):
+    """ the configs of a training run, of the loop, its model and its data, as the flags, a TOML file or a run to go on with say """
+    from nanoarc import checkpoint
+    from nanoarc.train import TrainConfig, configs
+    default = Run(*default)
     if resume := flag(args, 'resume'): # the settings of that run are the defaults then
         meta = checkpoint.load(resume)[1]
         for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
             if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
-        default = Settings(TrainConfig(**meta['train']), *configs(meta))
+        if (found := configs(meta)[0]) and type(found) is not type(default.model):
+            raise ValueError(f"{resume}: not a run of nanoarc {command}, its model is a {type(found).__name__}")
+        default = Run(TrainConfig(**meta['train']), *configs(meta))
     elif init_from := flag(args, 'init_from'): # its model, the data is ours
-        default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
+        default.model = replace(configs(checkpoint.load(init_from)[1])[0], n_task=0)
     if path := flag(args, 'config'):
         default = apply_toml(default, path)
-    cfg = parse(Settings, args, 'train', train.__doc__, default)
-    main(cfg.train, cfg.model, cfg.data, draw_val)
+    return parse(make_dataclass('Run', [(f.name, type(getattr(default, f.name))) for f in fields(default)]), args, command, help, default)
 
 def solve(args):
     """ a trained model and a source -> submission.json """
@@ -129,7 +158,7 @@ def source(args):
     for name, text in [*texts.items(), ('the core five', core), ('all', "".join(texts.values()))]:
         print(f"{name:14s} {text.count(chr(10)):6,} lines {len(text) // 4:7,} tokens")
 
-COMMANDS = {'train': train, 'solve': solve, 'score': score, 'view': view, 'data': data, 'sweep': sweep, 'source': source}
+COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view, 'data': data, 'sweep': sweep, 'source': source}
 
 # -----------------------------------------------------------------------------
 

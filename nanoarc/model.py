@@ -78,9 +78,6 @@ class ModelConfig:
     def model(self):
         return Model(self)
 
-    def about(self):
-        return f"mixer {self.mixer}"
-
     @property
     def kinds(self):
         """ the mixer of each layer, e.g. 'MAMA' """
@@ -392,6 +389,9 @@ class Model(nn.Module):
     @property
     def device(self):
         return self.head.weight.device
+
+    def about(self):
+        return f"{sum(p.numel() for p in self.parameters()):,} parameters, mixer {self.cfg.mixer}"
 
     def cache(self):
         """ for decoding, see Cache """

@@ -23,7 +23,7 @@ import tyro
 from rich.progress import track
 
 from nanoarc import checkpoint, view
-from nanoarc.data import (DEMOS, END, MAX_GRID, PAD, ROW, ArcDataset, ArcLoader, Rows, Sampler, decode_grid, dihedral, fits, grammar, hash64,
+from nanoarc.data import (DEMOS, END, IN, MAX_GRID, PAD, ROW, ArcDataset, ArcLoader, Rows, Sampler, decode_grid, dihedral, fits, grammar, hash64,
                           next_pos, undo_dihedral)
 from nanoarc.sources import find_leaks, grid_bytes, read_json, read_sources, to_grid
 from nanoarc.train import TrainConfig, configs, get_device, get_lr, get_ranks
@@ -35,6 +35,7 @@ class SolveConfig:
     run: str = '' # out_dir of a training run
     data: str = 'arc1/evaluation' # sources whose queries are to be answered, their answers stay closed
     out_dir: str = '' # where submission.json and candidates.jsonl go, '' = into the run
+    base: str = '' # where the pretrained model of a fine-tuning lies, if not where it was
     merge: tuple[str, ...] = () # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
     views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
     minutes: float = 0.0 # begin no more views after so long, shared out evenly over the tasks. 0 = all views
@@ -89,10 +90,12 @@ def read_fitting(data, max_pair, opened):
         names.add(task.name)
     return corpora, tasks
 
-def load_model(run, device):
-    """ out_dir of a run -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
+def load_model(run, device, base=''):
+    """ out_dir of a run, and where its pretrained model lies now if that has moved -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
     tensors, meta = checkpoint.load(run)
     model_cfg, data_cfg = configs(meta)
+    if base:
+        model_cfg = replace(model_cfg, base=base)
     model = model_cfg.model().to(device).eval()
     checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
     return model, data_cfg, meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
@@ -239,8 +242,8 @@ class Solver:
     def batches(self, views, size):
         """ views of one prompt length, at most `size` together, as (views, the arguments of the model) """
         by_length = defaultdict(list)
-        for x in views:
-            by_length[len(x.idx)].append(x)
+        for x in views: # and of as many pairs: to a language model each may be a few tokens more
+            by_length[len(x.idx), int((x.idx == IN).sum())].append(x)
         for _, group in sorted(by_length.items()):
             for j in range(0, len(group), size):
                 part = group[j : j + size]
@@ -358,7 +361,7 @@ def main(cfg):
 
 def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
     """ a run's model on the queries of tasks -> ({(task, query) by number: list of Candidates}, queries it was trained on). of all ranks on rank 0 """
-    model, data_cfg, rows, allowed, lr = load_model(cfg.run, device)
+    model, data_cfg, rows, allowed, lr = load_model(cfg.run, device, cfg.base)
     leaks = find_leaks(cfg.run, corpora)
     if leaks and not (cfg.allow_leak or allowed):
         raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: {'; '.join(leaks[:3])}{'; ...' if len(leaks) > 3 else ''}. "

@@ -38,7 +38,7 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from nanoarc import checkpoint, train, view
-from nanoarc.cli import apply_values
+from nanoarc.cli import Run, apply_values
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
 from nanoarc.sources import BUNDLED
@@ -58,14 +58,14 @@ class SweepConfig:
     keep: bool = False # keep the checkpoints of trials that ended, not their metrics alone
 
 def all_values(base):
-    """ Settings -> {name: value} """
+    """ Run -> {name: value} """
     return {**asdict(base.train), **asdict(base.model), **asdict(base.data)}
 
 class Failed(Exception):
     """ of one trial """
 
 def read_space(path):
-    """ a TOML file -> (its [fixed], its [search], Settings without the search). raises ValueError that names file and key """
+    """ a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError that names file and key """
     try:
         tables = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
@@ -73,7 +73,7 @@ def read_space(path):
     fixed, search = tables.pop('fixed', {}), tables.pop('search', {})
     if tables or type(fixed) is not dict or type(search) is not dict or not search:
         raise ValueError(f"{path}: {'unknown ' + ', '.join(tables) if tables else 'nothing to search'}, want the tables [fixed] and [search]")
-    base = apply_values(train.Settings(train.TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
+    base = apply_values(Run(train.TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
     now = all_values(base)
     for name, x in search.items():
         where = f"{path}: [search]"

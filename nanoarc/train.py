@@ -56,13 +56,6 @@ class TrainConfig:
     dtype: str = 'auto' # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
     compile: str = 'auto' # torch.compile: 'on' | 'off' | 'auto' = on recent cuda where shapes are few, so not with batching='bucket'
 
-@dataclass
-class Settings:
-    """ all that a training run is made of """
-    train: TrainConfig
-    model: ModelConfig
-    data: DataConfig
-
 def get_lr(step, max_iters, cfg):
     """ factor of the peak learning rate at a step: linear warm-up, flat, linear decay to 0. max_iters=0: not known yet """
     factor = min((step + 1) / max(cfg.warmup_frac * max_iters or cfg.warmup_iters, 1), 1.0)
@@ -179,6 +172,9 @@ def check_settings(cfg, model_cfg, data_cfg, device):
 
 def configs(meta):
     """ meta data of a checkpoint -> the configs of its model and of its data """
+    if 'base' in meta['model']:
+        from nanoarc.finetune import LMConfig # imported late: it is seldom wanted, and calls us
+        return LMConfig(**meta['model']), DataConfig(**meta['data'])
     return ModelConfig(**meta['model']), DataConfig(**meta['data'])
 
 def refuse_changes(meta, cfg, model_cfg):
@@ -260,7 +256,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
         log.print(ds.about())
         for text in ds.leaks:
             log.print(f"leak allowed: {text}")
-        log.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model_cfg.about()}, on {device}" + (f", {world} ranks" if world > 1 else ""))
+        log.print(f"{model.about()}, on {device}" + (f", {world} ranks" if world > 1 else ""))
         if begun:
             log.print(begun)
         if rank == 0:

