@@ -77,7 +77,7 @@ def cpu(args):
     where = surroundings(args.runs[0])
     cells = [day(Path(args.runs[-1]) / 'score.json'), args.what, f"{mean(solved):.1f}", " ".join(map(str, solved)), " ".join(str(score['right']) for _, score in found), f"{mean(meta['val_loss'] for meta, _ in found):.3f}",
              f"{mean(meta['tokens'] for meta, _ in found) / 1e6:.2f}M", f"{mean(meta['seconds'] for meta, _ in found):.0f}", f"{mean(score['solve_seconds'] for _, score in found):.0f}",
-             re.sub(r"\(\w+\)|CPU|\d+-Core|Processor|@.*", "", where['cpu']).strip(), where['git'][:8] + where['git'][40:] or "?"]
+             re.sub(r"\(\w+\)|CPU|\d+-Core|Processor|@.*", "", where['cpu']).strip(), args.commit]
     add_row(args.board, CPU, cells)
     show(args.board, CPU, cells)
 
@@ -107,7 +107,7 @@ def gpu(args):
     c = model_cfg.filled()
     cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{minutes:.1f}", f"{minutes / 60 * args.dollars_per_hour:.2f}", f"{score['score']:.2f}%", f"{score['solved']} of {score['tasks']}",
              f"{meta['val_loss']:.3f}" if meta['val_loss'] is not None else "", f"{meta['tokens'] / 1e6:,.1f}M", f"{mfu:.1%}" if mfu == mfu else f"{rate / 1e9:,.0f} GFLOP/s", f"{c.n_layer}x{c.n_embd} {c.mixer}", card,
-             where['git'][:8] + where['git'][40:] or "?"]
+             args.commit]
     add_row(args.board, GPU, cells)
     show(args.board, GPU, cells)
 
@@ -135,6 +135,7 @@ def plan(args, flags):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--board', default=ROOT / 'dev' / 'LEADERBOARD.md')
+    parser.add_argument('--commit', default='?')
     parser.add_argument('--dollars_per_hour', type=float, default=2.0)
     parser.add_argument('--peak_tflops', type=float, default=0.0, help="of the card in dense bf16, 0 = known by its name")
     parser.add_argument('--target', default='arc1/evaluation')

@@ -35,7 +35,7 @@ SOLVE=$(awk "BEGIN {print 0.2 * $MINUTES / $PARTS}") # minutes of a part
 FLAGS=(--data "$DATA" --adapt "$TARGET*${ADAPT:-$TIMES}" --drop_overlap $MODEL "$@")
 BOARD=${BOARD:-dev/LEADERBOARD.md}
 [ "${REHEARSAL:-0}" = 0 ] || BOARD="$OUT/LEADERBOARD.md"
-LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --dollars_per_hour "${DOLLARS_PER_HOUR:-2}" --peak_tflops "${PEAK_TFLOPS:-0}" --target "$TARGET")
+LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" --dollars_per_hour "${DOLLARS_PER_HOUR:-2}" --peak_tflops "${PEAK_TFLOPS:-0}" --target "$TARGET")
 
 child=0
 trap 'kill -TERM $child 2> /dev/null; wait $child || true; exit 143' TERM INT

@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 MINUTES=${MINUTES:-5} SEEDS=${SEEDS:-1337 1 2}
 OUT=${OUT:-out/speedrun_cpu/$(printf %s "$WHAT" | tr -c 'A-Za-z0-9' _)}
 mkdir -p "$OUT"
-NOW="$(printf '%s\n' "$WHAT" "flags: $*" "solver: ${SOLVE:-}" "minutes: $MINUTES" "commit: $(git describe --always --dirty --exclude='*' 2> /dev/null || echo '?')")"
+NOW="$(printf '%s\n' "$WHAT" "flags: $*" "solver: ${SOLVE:-}" "minutes: $MINUTES" "commit: $(commit)")"
 [ -f "$OUT/what.txt" ] || echo "$NOW" > "$OUT/what.txt"
 [ "$NOW" = "$(cat "$OUT/what.txt")" ] || { echo "$OUT was begun otherwise (< then, > now), name the change otherwise or remove it:" >&2; diff "$OUT/what.txt" <(echo "$NOW") >&2 || exit 2; }
 runs=()
@@ -39,4 +39,4 @@ if [ "$MINUTES $SEEDS" = "5 1337 1 2" ]; then BOARD=${BOARD:-dev/LEADERBOARD.md}
     BOARD="$OUT/LEADERBOARD.md"
     sed '/^| 20/d' dev/LEADERBOARD.md > "$BOARD"
 fi
-python3 bench/leaderboard.py --board "$BOARD" cpu "$WHAT" "${runs[@]}"
+python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" cpu "$WHAT" "${runs[@]}"

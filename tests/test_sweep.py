@@ -157,7 +157,7 @@ def test_a_trial_worse_than_the_others_is_stopped(space, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
-    out, path = tmp_path / 'out', space(steps=400)
+    out, path = tmp_path / 'out', space(steps=250)
     known = set()
     def kill(how):
         nonlocal known
@@ -168,7 +168,11 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
         return {name: t.value for name, t in by_run(study_of(out)).items() if t.state == TrialState.COMPLETE}
     assert kill(lambda pid: os.killpg(pid, signal.SIGKILL)) == {}
     one = kill(lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
-    two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone: what it began stops too
+    two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone
+    until = time.monotonic() + 20
+    while not any("stopped by signal 15" in (out / name / 'output.txt').read_text() for name in known): # what it began stops too
+        assert time.monotonic() < until, "an orphan trains on"
+        time.sleep(0.1)
     three = kill(lambda pid: os.kill(pid, signal.SIGTERM)) # it stops by itself, and what it began
     assert [t.state for t in study_of(out).trials][-1] == TrialState.WAITING # at once, nobody need wait for a heartbeat
     assert [len(x) for x in (one, two, three)] == [1, 2, 3] and one.items() <= two.items() <= three.items()
