@@ -1,6 +1,7 @@
 """
 the command, nothing else: `nanoarc COMMAND ...`, flags with underscores, every default in a dataclass.
 """
+import importlib.util
 import os
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from typing import Annotated
 import tyro
 
 CORE = ['data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py'] # in reading order
-REST = ['sources.py', 'view.py', 'finetune.py', 'cli.py']
+REST = ['sources.py', 'view.py', 'finetune.py', 'sweep.py', 'cli.py']
 
 @dataclass
 class Run:
@@ -133,6 +134,13 @@ def data(args):
         texts = [text for c in corpora for _, text in overlaps(c, asked)]
         print("\n".join([*texts, f"{len(texts)} pairs of {cfg.src} are queries of {cfg.against}"]))
 
+def sweep(args):
+    """ search for settings: sweep SPACE.toml --trials 100 --jobs 1 """
+    if not importlib.util.find_spec('optuna'):
+        raise ValueError("sweep: want optuna: pip install 'nanoarc[sweep]'")
+    from nanoarc.sweep import SweepConfig, main
+    main(parse(SweepConfig, args, 'sweep', sweep.__doc__))
+
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
     @dataclass
@@ -150,7 +158,7 @@ def source(args):
     for name, text in [*texts.items(), ('the core five', core), ('all', "".join(texts.values()))]:
         print(f"{name:14s} {text.count(chr(10)):6,} lines {len(text) // 4:7,} tokens")
 
-COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view, 'data': data, 'source': source}
+COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view, 'data': data, 'sweep': sweep, 'source': source}
 
 # -----------------------------------------------------------------------------
 
@@ -169,16 +177,21 @@ def apply_toml(default, path):
         values = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
+    return apply_values(default, values, path)
+
+def apply_values(default, values, where):
+    """ a group of configs with other values: {name: value}. raises ValueError on a key that none of them knows, and on a value of another type """
+    values = dict(values)
     for group in fields(default):
         part = getattr(default, group.name)
         mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values and f.name not in ('resume', 'init_from', 'config')}
         for key, x in mine.items():
             want = type(getattr(part, key))
             if type(x) is not want and (want, type(x)) not in ((float, int), (tuple, list)):
-                raise ValueError(f"{path}: {key} = {x!r}, want a {want.__name__}")
+                raise ValueError(f"{where}: {key} = {x!r}, want a {want.__name__}")
         default = replace(default, **{group.name: replace(part, **mine)})
     if values:
-        raise ValueError(f"{path}: unknown setting {', '.join(values)}")
+        raise ValueError(f"{where}: unknown setting {', '.join(values)}")
     return default
 
 def main(args=None):

@@ -2,7 +2,8 @@
 the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out/mine` on anything from a laptop to a gpu,
 `torchrun --nproc_per_node=8 -m nanoarc.train ...` on several. SIGTERM and ctrl-c finish the step and save.
 writes out_dir/{metrics.jsonl, log.txt, loss.png, val.png, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step` and whichever
-of loss, val_loss (nats per output token), lr, tok_s, wait (share of time spent on waiting for data) was measured there.
+of loss, val_loss (nats per output token) and done (share of the steps, once their number is fixed), lr, tok_s, wait (share of
+time spent on waiting for data) was measured there.
 """
 import contextlib
 import copy
@@ -42,6 +43,7 @@ class TrainConfig:
     weight_decay: float = 0.1 # of matrices and embeddings, times the learning rate
     grad_clip: float = 1.0 # largest norm of the gradient, 0 = off
     warmup_iters: int = 20 # steps of linear warm-up
+    warmup_frac: float = 0.0 # the same as a share of max_iters, where that is set. 0 = by warmup_iters
     decay_frac: float = 0.5 # share of the run, at its end, over which the learning rate falls linearly to 0
     eval_every: int = 250 # steps between validations, there is always one at the end. 0 = that one alone
     save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = that one alone
@@ -56,7 +58,7 @@ class TrainConfig:
 
 def get_lr(step, max_iters, cfg):
     """ factor of the peak learning rate at a step: linear warm-up, flat, linear decay to 0. max_iters=0: not known yet """
-    factor = min((step + 1) / max(cfg.warmup_iters, 1), 1.0)
+    factor = min((step + 1) / max(cfg.warmup_frac * max_iters or cfg.warmup_iters, 1), 1.0)
     if max_iters > 0 and cfg.decay_frac > 0:
         factor = min(factor, (max_iters - step) / (max_iters * cfg.decay_frac))
     return factor
@@ -162,8 +164,10 @@ def check_settings(cfg, model_cfg, data_cfg, device):
     names = ('minutes', 'max_iters', 'lr', 'adam_lr', 'ns_steps', 'weight_decay', 'grad_clip', 'warmup_iters', 'eval_every', 'save_every', 'log_every', 'draw_every')
     if wrong := [f"{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) < 0]:
         raise ValueError(f"{' '.join(wrong)}: want no negative number")
-    if cfg.grad_accum < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.decay_frac <= 1:
-        raise ValueError(f"grad_accum={cfg.grad_accum} ema={cfg.ema} decay_frac={cfg.decay_frac}: want at least 1, 0 or more and less than 1, a share of 0..1")
+    if cfg.grad_accum < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.decay_frac <= 1 or not 0 <= cfg.warmup_frac <= 1:
+        raise ValueError(f"grad_accum={cfg.grad_accum} ema={cfg.ema} decay_frac={cfg.decay_frac} warmup_frac={cfg.warmup_frac}: want at least 1, 0 or more and less than 1, shares of 0..1")
+    if cfg.warmup_frac > 0 and cfg.max_iters == 0 and not cfg.resume:
+        raise ValueError(f"warmup_frac={cfg.warmup_frac}: a share of max_iters, which is not set, want --warmup_iters with --minutes")
     model_cfg.check(device, data_cfg.loss_on)
 
 def configs(meta):
@@ -315,7 +319,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 if evals: # after the save, so that a resumed run comes by here again
                     with timed('validating and drawing'):
                         val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
-                    log.row(step, max_iters, val_loss=val_loss)
+                    log.row(step, max_iters, val_loss=val_loss, done=step / max_iters if max_iters and val_loss is not None else None)
                 if draws and step > start:
                     with timed('validating and drawing'):
                         log.draw(draw, ema or model, ds)
@@ -360,7 +364,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 sys.exit(0 if stop == signal.SIGTERM else 128 + stop)
             seconds = time.perf_counter() - clock
             val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
-            log.row(step, max_iters, val_loss=val_loss)
+            log.row(step, max_iters, val_loss=val_loss, done=1.0 if val_loss is not None else None)
             meta = save()
             if cfg.draw_every > 0:
                 log.draw(draw, ema or model, ds)

@@ -12,3 +12,16 @@ venv() {
     fi
     PATH="$PWD/.venv/bin:$PATH"
 }
+
+# the commit that last changed the package, and whether it is changed since: rows of a leaderboard change nothing
+commit() { git log -1 --format=%h -- nanoarc 2> /dev/null && { git diff --quiet HEAD -- nanoarc || echo changed; } || echo '?'; }
+
+# `ready EXTRAS MODULE ...`: the python3 at hand, if it has these modules already, with nanoarc as it is here; otherwise venv EXTRAS
+ready() {
+    local extras=$1; shift
+    if python3 -c "import $(IFS=,; echo "$*")" 2> /dev/null; then
+        export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    else
+        venv "$extras"
+    fi
+}

@@ -1,8 +1,11 @@
 """ python -m pytest tests/test_bench.py: what the benchmarks count, and that they run """
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,111 @@ def test_the_model_is_measured(tmp_path, flags):
     out = subprocess.run([sys.executable, str(BENCH / 'model.py'), *flags, '--device', 'cpu'], capture_output=True, text=True, env={**os.environ, 'OUT': str(tmp_path)})
     assert out.returncode == 0, out.stderr
     assert [row['mixer'] for row in json.loads(out.stdout.splitlines()[-1])] == ['A', 'M', 'MA', 'MS']
+
+# -----------------------------------------------------------------------------
+# the leaderboard and the scripts that add to it
+
+BOARD = BENCH.parent / 'dev' / 'LEADERBOARD.md'
+RUNS = BENCH.parent / 'runs'
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+def rows_of(board, section):
+    """ the rows of a section's table, as lists of cells, its head first """
+    text = Path(board).read_text().split(section + "\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|") and '---' not in line]
+
+def test_a_row_is_added_where_it_belongs_once(tmp_path):
+    import leaderboard
+    board = tmp_path / 'board.md'
+    board.write_text(BOARD.read_text())
+    before, gpu = rows_of(board, leaderboard.CPU), rows_of(board, leaderboard.GPU)
+    row = [f"x{k}" for k in range(len(before[0]))]
+    for _ in range(2):
+        leaderboard.add_row(board, leaderboard.CPU, row)
+    assert rows_of(board, leaderboard.CPU) == [*before, row] and rows_of(board, leaderboard.GPU) == gpu
+    leaderboard.add_row(board, leaderboard.GPU, ['a|b', *range(len(gpu[0]) - 1)])
+    assert rows_of(board, leaderboard.GPU)[-1][0] == 'a/b' and rows_of(board, leaderboard.CPU) == [*before, row]
+    assert all(len(cells) == len(table[0]) for table in (before, gpu) for cells in table)
+    with pytest.raises(ValueError, match="no table of 2 columns"):
+        leaderboard.add_row(board, leaderboard.CPU, ['x', 'y'])
+    with pytest.raises(ValueError, match="no line '## nowhere'"):
+        leaderboard.add_row(board, '## nowhere', row)
+
+def test_the_peak_of_a_card_is_known_by_its_name_or_given():
+    import leaderboard
+    assert leaderboard.peak_of('NVIDIA H100 80GB HBM3') == 989e12 and leaderboard.peak_of('NVIDIA L4') == 121e12 and leaderboard.peak_of('NVIDIA L40S', 362) == 362e12
+    assert leaderboard.peak_of('AMD EPYC') != leaderboard.peak_of('AMD EPYC') # nan: nobody knows
+
+def test_flops_a_token_are_those_of_the_batches():
+    import leaderboard
+    import model as bench
+    from nanoarc.data import DataConfig
+    ds = DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512).dataset(1)
+    cfg = ModelConfig(mixer='A', n_layer=1, n_embd=32, n_task=len(ds.rows))
+    batch = ds.loader(0, 1, 'cpu').next_batch()
+    weights = 6 * (12 * 32 * 32 // 3 + 3 * 32 * 80 + 16 * 32) # of a token: qkv and proj, SwiGLU, head
+    one = bench.flops(Model(cfg), batch.doc) / batch.doc.numel()
+    assert leaderboard.per_token(cfg, ds) == pytest.approx(one, rel=0.05) and 0.9 * weights < one < 1.5 * weights
+
+@pytest.mark.slow
+@pytest.mark.parametrize('minutes', ['2', '10', '30', '60'])
+def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
+    done = subprocess.run(['bash', str(RUNS / 'speedrun.sh')], cwd=tmp_path, capture_output=True, text=True, env={**ENV, 'DRY': '1', 'MINUTES': minutes, 'MFU': '0.3', 'OUT': str(tmp_path / 'out')})
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(':', 1) for line in done.stdout.splitlines())
+    assert float(said['minutes'].split(':')[0]) == float(minutes) and '30%' in said['assumed MFU'] and said['card'].strip().startswith('H100')
+    tokens, step = re.match(r" *([\d,]+)M in [\d,]+ steps of ([\d.]+)k", said['tokens']).groups()
+    work = float(re.search(r"(\d+) MFLOP a token", said['model'])[1])
+    assert float(tokens.replace(',', '')) == pytest.approx(0.75 * 60 * float(minutes) * 0.3 * 989e12 / work / 1e12, rel=0.02) and float(step) > 32
+    assert not (tmp_path / 'out').exists()
+
+@pytest.mark.slow
+def test_a_speedrun_that_is_stopped_in_the_middle_is_the_one_that_was_not(tmp_path):
+    def start(out, **env):
+        command = ['bash', str(RUNS / 'speedrun.sh'), "a | rehearsal", '--max_iters=150', '--save_every=20', '--n_embd=32', '--head_size=16', '--expand=4']
+        return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**ENV, 'REHEARSAL': '1', 'OUT': str(out), **env})
+    whole = start(tmp_path / 'whole')
+    text = whole.communicate()[0]
+    assert whole.returncode == 0, text
+    cut = tmp_path / 'cut'
+    process = start(cut, SLICE='1') # over before anything has begun
+    assert process.communicate()[0].strip().endswith("the same command goes on") and process.returncode == 75
+    process = start(cut)
+    while not list(cut.glob('ckpt/*.sha256')):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM) # in the middle of training
+    process.communicate()
+    assert process.returncode != 0 and not (cut / 'part0').exists()
+    process = start(cut, SLICE='500')
+    text = process.communicate()[0]
+    assert process.returncode == 0 and 'resumed' in text, text
+    for name in ('solved/submission.json', 'score.json'):
+        assert (cut / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    head, row = rows_of(cut / 'LEADERBOARD.md', "## gpu: all tasks, one card, so many minutes")
+    head2, row2 = rows_of(tmp_path / 'whole' / 'LEADERBOARD.md', "## gpu: all tasks, one card, so many minutes")
+    same = [head.index(name) for name in ('what changed', 'target', 'score', 'solved', 'val nats', 'tokens', 'model', 'card', 'commit')]
+    assert [row[k] for k in same] == [row2[k] for k in same] and row[1:3] == ['a / rehearsal', 'arc1/evaluation'] and row[head.index('solved')].endswith("of 22")
+    assert all(re.fullmatch(r"[\d.]+", row[head.index(name)]) for name in ('minutes', 'dollars', 'val nats')) and len(row) == len(head)
+    before = (cut / 'LEADERBOARD.md').read_bytes() # once more: it is done
+    process = start(cut)
+    assert "has this row already" in process.communicate()[0] and (cut / 'LEADERBOARD.md').read_bytes() == before
+
+@pytest.mark.slow
+def test_a_row_of_the_cpu_leaderboard_in_two_calls(tmp_path):
+    def start(*flags, what="tiny"):
+        command = ['bash', str(RUNS / 'speedrun_cpu.sh'), what, '--n_layer=1', '--n_embd=32', '--head_size=16', '--expand=4', '--max_iters=60', '--save_every=10', *flags]
+        return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**ENV, 'SEEDS': '1 2', 'SOLVE': '--views 2', 'OUT': str(tmp_path / 'out')})
+    process = start()
+    while not list(tmp_path.glob('out/2/ckpt/*.sha256')):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = (tmp_path / 'out' / '1' / 'score.json').stat().st_mtime_ns
+    text = start().communicate()[0]
+    assert "seed 1 is done" in text and "resumed" in text and (tmp_path / 'out' / '1' / 'score.json').stat().st_mtime_ns == first, text
+    head, row = rows_of(tmp_path / 'out' / 'LEADERBOARD.md', "## cpu: the small tasks, 2 cores, 5 minutes")
+    assert len(head) == len(row) and row[1] == 'tiny' and len(row[head.index('each')].split()) == 2
+    assert float(row[2]) == pytest.approx(sum(map(int, row[3].split())) / 2)
+    assert "was begun otherwise" in start('--lr=1e-3').communicate()[0] and len(rows_of(tmp_path / 'out' / 'LEADERBOARD.md', "## cpu: the small tasks, 2 cores, 5 minutes")) == 2

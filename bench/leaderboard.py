@@ -1,0 +1,166 @@
+"""
+what runs/speedrun_cpu.sh and runs/speedrun.sh compute: rows of dev/LEADERBOARD.md, MFU, dollars, and what a speedrun will take.
+
+  python bench/leaderboard.py trained RUN                   exit code 0 if that run is done, 1 if not
+  python bench/leaderboard.py cpu "what changed" RUN ...    the row of some seeds, each with a score.json
+  python bench/leaderboard.py gpu OUT "what changed"        the row of a speedrun; --dollars_per_hour, --peak_tflops
+  python bench/leaderboard.py plan FLAGS OF TRAIN           expected tokens and minutes of a speedrun, before it begins
+"""
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+from model import PEAK, flops
+from rich.console import Console
+from rich.table import Table
+
+from nanoarc import checkpoint, train
+from nanoarc.cli import parse_run
+from nanoarc.data import DataConfig
+from nanoarc.model import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+CPU = "## cpu: the small tasks, 2 cores, 5 minutes"
+GPU = "## gpu: all tasks, one card, so many minutes"
+
+def add_row(board, section, cells):
+    """ a row at the end of the table of a section, unless it is there. raises ValueError if the section or its table is not, or has other columns """
+    lines = Path(board).read_text().splitlines()
+    if section not in lines:
+        raise ValueError(f"{board}: no line {section!r}")
+    start = lines.index(section)
+    end = next((k for k in range(start + 1, len(lines)) if lines[k].startswith("## ")), len(lines))
+    table = [k for k in range(start, end) if lines[k].startswith("|")]
+    row = f"| {' | '.join(str(x).replace('|', '/') for x in cells)} |"
+    if not table or lines[table[0]].count("|") != row.count("|"):
+        raise ValueError(f"{board}: {section!r} has no table of {len(cells)} columns")
+    if row in lines:
+        print(f"{board} has this row already")
+        return
+    lines.insert(table[-1] + 1, row)
+    checkpoint.write_file(board, ("\n".join(lines) + "\n").encode())
+
+def show(board, section, cells):
+    """ the row with the names of its columns, short and last """
+    lines = Path(board).read_text().splitlines()
+    names = next(x for x in lines[lines.index(section) :] if x.startswith("|")).strip("| ").split(" | ")
+    table = Table(show_header=False)
+    for name, x in zip(names, cells):
+        table.add_row(name, str(x))
+    Console(width=100).print(table)
+
+def surroundings(run):
+    """ what log.txt of a run says of where it was begun: a dict with cpu, cores, device, git, ... """
+    return json.JSONDecoder().raw_decode((Path(run) / 'log.txt').read_text())[0]
+
+def day(path):
+    return time.strftime('%Y-%m-%d', time.localtime(Path(path).stat().st_mtime))
+
+def is_trained(run):
+    if not checkpoint.steps(run):
+        return False
+    meta = checkpoint.load(run)[1]
+    return 0 < meta['max_iters'] <= meta['step']
+
+def sums(run):
+    """ what a finished run has come to -> (meta of its checkpoint, its score.json) """
+    return checkpoint.load(run)[1], json.loads((Path(run) / 'score.json').read_text())
+
+def cpu(args):
+    found = [sums(run) for run in args.runs]
+    solved = [score['solved'] for _, score in found]
+    where = surroundings(args.runs[0])
+    cells = [day(Path(args.runs[-1]) / 'score.json'), args.what, f"{mean(solved):.1f}", " ".join(map(str, solved)), " ".join(str(score['right']) for _, score in found), f"{mean(meta['val_loss'] for meta, _ in found):.3f}",
+             f"{mean(meta['tokens'] for meta, _ in found) / 1e6:.2f}M", f"{mean(meta['seconds'] for meta, _ in found):.0f}", f"{mean(score['solve_seconds'] for _, score in found):.0f}",
+             re.sub(r"\(\w+\)|CPU|\d+-Core|Processor|@.*", "", where['cpu']).strip(), args.commit]
+    add_row(args.board, CPU, cells)
+    show(args.board, CPU, cells)
+
+# -----------------------------------------------------------------------------
+# gpu
+
+def peak_of(name, given=0.0):
+    """ name of a card -> FLOP/s of dense bf16, nan if nobody told """
+    return 1e12 * given if given else next((1e12 * x for key, x in PEAK.items() if re.search(rf"\b{key}\b", name)), float('nan'))
+
+def per_token(cfg, ds):
+    """ FLOPs of training on a token, padding among them, of a model (on no device) and the batches of its data """
+    with torch.device('meta'):
+        model = cfg.model()
+    loader = ds.loader(0, 1, 'cpu')
+    docs = [loader.next_batch().doc.clone() for _ in range(4)]
+    return sum(flops(model, doc) for doc in docs) / sum(doc.numel() for doc in docs)
+
+def gpu(args):
+    meta, score = sums(args.out)
+    model_cfg, data_cfg = train.configs(meta)
+    where = surroundings(args.out)
+    card = where['device'].removeprefix("NVIDIA ") if where['device'] != 'cpu' else where['cpu']
+    rate = per_token(model_cfg, data_cfg.dataset(meta['train']['seed'])) * meta['tokens'] / meta['seconds']
+    minutes = sum(float(line.split()[1]) for line in (Path(args.out) / 'seconds.txt').read_text().splitlines()) / 60
+    mfu = rate / peak_of(where['device'], args.peak_tflops)
+    c = model_cfg.filled()
+    cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{minutes:.1f}", f"{minutes / 60 * args.dollars_per_hour:.2f}", f"{score['score']:.2f}%", f"{score['solved']} of {score['tasks']}",
+             f"{meta['val_loss']:.3f}" if meta['val_loss'] is not None else "", f"{meta['tokens'] / 1e6:,.1f}M", f"{mfu:.1%}" if mfu == mfu else f"{rate / 1e9:,.0f} GFLOP/s", f"{c.n_layer}x{c.n_embd} {c.mixer}", card,
+             args.commit]
+    add_row(args.board, GPU, cells)
+    show(args.board, GPU, cells)
+
+def plan(args, flags):
+    """ print what these settings come to in so many minutes of training at an assumed MFU """
+    cfg = parse_run(flags, 'train', "", train.TrainConfig(), ModelConfig(), DataConfig())
+    card = args.card or (torch.cuda.get_device_name() if torch.cuda.is_available() else 'H100')
+    ds, peak = cfg.data.dataset(cfg.train.seed), peak_of(card, args.peak_tflops)
+    cfg.model.n_task = len(ds.rows)
+    with torch.device('meta'):
+        parameters = sum(p.numel() for p in cfg.model.model().parameters())
+    work = per_token(cfg.model, ds)
+    tokens = 60 * args.train_minutes * args.mfu * peak / work
+    loader = ds.loader(0, 1, 'cpu')
+    step = cfg.train.grad_accum * mean(loader.next_batch().idx.numel() for _ in range(8))
+    epoch = float(ds.plan(range(min(len(ds), 2**14))).length.mean()) * len(ds)
+    minutes = args.train_minutes + args.solve_minutes + args.other_minutes
+    c = cfg.model.filled()
+    for name, x in {'card': f"{card}, {peak / 1e12:.0f} TFLOP/s of bf16 at most", 'model': f"{c.n_layer}x{c.n_embd} {c.mixer}, {parameters / 1e6:.1f}M parameters, {work / 1e6:.0f} MFLOP a token", 'data': ds.about(),
+                    'assumed MFU': f"{args.mfu:.0%}, nobody has measured it on this model", 'tokens': f"{tokens / 1e6:,.0f}M in {tokens / step:,.0f} steps of {step / 1e3:.1f}k, {tokens / epoch:,.0f} epochs of {epoch / 1e6:.2f}M",
+                    'minutes': f"{minutes:.1f}: {args.train_minutes:g} to train, {args.solve_minutes:g} to solve, {args.other_minutes:g} to start, compile, save and score",
+                    'dollars': f"{minutes / 60 * args.dollars_per_hour:.2f} at {args.dollars_per_hour:.2f} an hour"}.items():
+        print(f"{name + ':':13s} {x}")
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--board', default=ROOT / 'dev' / 'LEADERBOARD.md')
+    parser.add_argument('--commit', default='?')
+    parser.add_argument('--dollars_per_hour', type=float, default=2.0)
+    parser.add_argument('--peak_tflops', type=float, default=0.0, help="of the card in dense bf16, 0 = known by its name")
+    parser.add_argument('--target', default='arc1/evaluation')
+    parser.add_argument('--card', default='', help="plan: of another card than this machine's")
+    parser.add_argument('--mfu', type=float, default=0.4, help="plan: assumed")
+    for name in ('train', 'solve', 'other'):
+        parser.add_argument(f"--{name}_minutes", type=float, default=1.0, help="plan")
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('trained').add_argument('run')
+    part = commands.add_parser('cpu')
+    part.add_argument('what')
+    part.add_argument('runs', nargs='+')
+    part = commands.add_parser('gpu')
+    part.add_argument('out')
+    part.add_argument('what')
+    commands.add_parser('plan')
+    args, flags = parser.parse_known_args()
+    if flags and args.command != 'plan':
+        parser.error(f"unknown {' '.join(flags)}")
+    if args.command == 'trained':
+        sys.exit(not is_trained(args.run))
+    try:
+        plan(args, flags) if args.command == 'plan' else {'cpu': cpu, 'gpu': gpu}[args.command](args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"leaderboard: {e}")
+
+if __name__ == '__main__':
+    main()

