@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 CORE = ['data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py'] # in reading order
-REST = ['sources.py', 'view.py', 'cli.py']
+REST = ['sources.py', 'view.py', 'text.py', 'cli.py']
 
 def parse(cls, args, command, help, default=None):
     """ list of strings -> a config, --help is made of the comments behind its fields. exits with 2 on an unknown flag """
@@ -27,24 +27,35 @@ def train(args):
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.solve import draw_val
+    from nanoarc.text import TextConfig
     from nanoarc.train import TrainConfig, configs, main
 
-    @dataclass
-    class Train:
-        train: TrainConfig
-        model: ModelConfig
-        data: DataConfig
-
-    default = Train(TrainConfig(), ModelConfig(), DataConfig())
-    if resume := flag(args, 'resume'): # the settings of that run are the defaults then
+    train_cfg, model_cfg, data_cfg = TrainConfig(), ModelConfig(), DataConfig()
+    path, resume, init_from = (flag(args, name) for name in ('config', 'resume', 'init_from'))
+    if text := flag(args, 'text') or (read_toml(path).get('text', '') if path else ''): # shards in place of tasks
+        data_cfg = TextConfig(text=text)
+    if resume: # the settings of that run are the defaults then
         meta = checkpoint.load(resume)[1]
         for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
             if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
-        default = Train(TrainConfig(**meta['train']), *configs(meta))
-    elif init_from := flag(args, 'init_from'): # its model, the data is ours
-        default.model = replace(ModelConfig(**checkpoint.load(init_from)[1]['model']), n_task=0)
-    if path := flag(args, 'config'):
+        train_cfg, (model_cfg, data_cfg) = TrainConfig(**meta['train']), configs(meta)
+    elif init_from: # its model, the data is ours
+        meta = checkpoint.load(init_from)[1]
+        model_cfg = replace(ModelConfig(**meta['model']), n_task=0)
+        if 'text' in meta['data'] and not text: # its blocks, places and vocabulary of the grids
+            model_cfg = replace(model_cfg, **{name: getattr(ModelConfig(), name) for name in ('rope_bases', 'prefix', 'vocab_size')})
+    if text and not resume:
+        model_cfg = data_cfg.model_config(model_cfg)
+
+    @dataclass
+    class Train:
+        train: TrainConfig
+        model: type(model_cfg)
+        data: type(data_cfg)
+
+    default = Train(train_cfg, model_cfg, data_cfg)
+    if path:
         default = apply_toml(default, path)
     cfg = parse(Train, args, 'train', train.__doc__, default)
     main(cfg.train, cfg.model, cfg.data, draw_val)
@@ -110,6 +121,15 @@ def data(args):
         texts = [text for c in corpora for _, text in overlaps(c, asked)]
         print("\n".join([*texts, f"{len(texts)} pairs of {cfg.src} are queries of {cfg.against}"]))
 
+def text(args):
+    """ text prepare, text hellaswag, text sample: token shards of any corpus, a test of language models, what they say """
+    from nanoarc.text import HellaswagConfig, PrepareConfig, SampleConfig, hellaswag, prepare, sample
+    actions = {'prepare': (PrepareConfig, prepare), 'hellaswag': (HellaswagConfig, hellaswag), 'sample': (SampleConfig, sample)}
+    if not args or args[0] not in actions:
+        raise ValueError(f"text{''.join(f' {x}' for x in args[:1])}: want {', '.join(actions)}, each with --help")
+    cls, action = actions[args[0]]
+    action(parse(cls, args[1:], f"text {args[0]}", action.__doc__))
+
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
     @dataclass
@@ -127,7 +147,7 @@ def source(args):
     for name, text in [*texts.items(), ('the core five', core), ('all', "".join(texts.values()))]:
         print(f"{name:14s} {text.count(chr(10)):6,} lines {len(text) // 4:7,} tokens")
 
-COMMANDS = {'train': train, 'solve': solve, 'score': score, 'view': view, 'data': data, 'source': source}
+COMMANDS = {'train': train, 'solve': solve, 'score': score, 'view': view, 'data': data, 'text': text, 'source': source}
 
 # -----------------------------------------------------------------------------
 
@@ -140,12 +160,16 @@ def flag(args, name):
             value = text if equals else args[i + 1] if i + 1 < len(args) else value
     return value
 
-def apply_toml(default, path):
-    """ a group of configs with the values that a TOML file has for them. raises ValueError on a key that none of them knows """
+def read_toml(path):
+    """ -> {key: value}. raises ValueError """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
+
+def apply_toml(default, path):
+    """ a group of configs with the values that a TOML file has for them. raises ValueError on a key that none of them knows """
+    values = read_toml(path)
     for group in fields(default):
         part = getattr(default, group.name)
         mine = {f.name: values.pop(f.name) for f in fields(part) if f.name in values and f.name not in ('resume', 'init_from', 'config')}
