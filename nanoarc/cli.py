@@ -125,6 +125,9 @@ def text(args):
     """ text prepare, text hellaswag, text sample: token shards of any corpus, a test of language models, what they say """
     from nanoarc.text import HellaswagConfig, PrepareConfig, SampleConfig, hellaswag, prepare, sample
     actions = {'prepare': (PrepareConfig, prepare), 'hellaswag': (HellaswagConfig, hellaswag), 'sample': (SampleConfig, sample)}
+    if args[:1] in (['-h'], ['--help']):
+        print(f"{text.__doc__.strip()}. `nanoarc text ACTION --help` explains each flag\n", *(f"  {f.__doc__.strip()}" for _, f in actions.values()), sep="\n")
+        sys.exit(0)
     if not args or args[0] not in actions:
         raise ValueError(f"text{''.join(f' {x}' for x in args[:1])}: want {', '.join(actions)}, each with --help")
     cls, action = actions[args[0]]

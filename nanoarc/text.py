@@ -26,6 +26,7 @@ from nanoarc import checkpoint, train
 from nanoarc.data import EPOCH, ArcLoader, Buffers, U, bijection, mix, split
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
+ENCODED = 2**21 # characters that are encoded together
 GPT2_VOCAB = 50257 # tokens of shards that others made, without a manifest
 
 @dataclass
@@ -78,8 +79,14 @@ def open_shard(path):
 def read_manifest(path):
     """ a directory of shards -> what its manifest says; one that others made, without a manifest, is said to be GPT-2's. raises ValueError """
     path = Path(path)
-    if (path / 'manifest.json').is_file():
-        return json.loads((path / 'manifest.json').read_bytes())
+    if (file := path / 'manifest.json').is_file():
+        try:
+            m = json.loads(file.read_bytes())
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from None
+        if missing := [key for key in ('vocab_size', 'eot', 'tokenizer_sha256', 'shards') if key not in m] + [key for x in m.get('shards', ()) for key in ('name', 'tokens', 'sha256') if key not in x]:
+            raise ValueError(f"{file}: no field {missing[0]!r}")
+        return m
     if (path / 'prepare.json').is_file():
         raise ValueError(f"{path}: nanoarc text prepare has not finished here, run it again")
     names = sorted(x.name for x in path.glob('*') if x.suffix in ('.npy', '.bin') and ('train' in x.name or 'val' in x.name))
@@ -403,7 +410,7 @@ def tokenized(texts, tok, eot):
         for text in texts:
             batch.append(text)
             size += len(text) + 100
-            if size > 2**21: # characters
+            if size > ENCODED:
                 now, ahead, batch, size = ahead, pool.submit(encode, batch), [], 0
                 yield from now.result() if now else ()
         yield from ahead.result() if ahead else ()
@@ -646,7 +653,7 @@ def draw_tokens(logits, cfg, generator):
         return logits.argmax(-1)
     p, token = (logits / cfg.temperature).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= cfg.top_p, 0) # the first one stays
-    p[:, cfg.top_k or None :] = 0
+    p[:, cfg.top_k or p.size(1) :] = 0
     return token.gather(1, torch.multinomial(p.cpu(), 1, generator=generator).to(token.device))[:, 0]
 
 @torch.no_grad()
