@@ -121,7 +121,7 @@ def main():
     for mode, x in results.items():
         table.add_row(mode, *(f"{x[key] / 1e6:,.0f} M" for key in ('tok_s', 'memcpy_tok_s')), f"{x['of_memcpy']:.0%}", f"{x['lite_tok_s'] / 1e6:,.0f} M", f"{x['vs_lite']:.1f}",
                       f"{x['mb']:.0f} MB", f"{x['lite_mb']:,.0f} MB", f"{x['batch_1e12_of_batch_0']:.2f}")
-    Console().print(table)
+    Console(width=110).print(table)
     print(json.dumps(results))
 
 if __name__ == '__main__':

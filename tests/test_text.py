@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -695,3 +697,18 @@ def test_a_real_gguf_is_read_and_asked_with_its_cache():
     assert ask.cached and got[0] / n[0] < got[1] / n[1]
     ask.cached = False
     assert torch.allclose(text.ending_losses(ask, ctx, ends, 'cpu')[0], got, atol=1e-2)
+
+def test_two_ranks_train_as_one_does(text_run, tmp_path):
+    def rank_of(rank, world):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(28000 + os.getppid() % 999))
+        cli(['train', '--text', text_run[1], f"--out_dir={tmp_path / str(world)}", '--max_iters=6', '--log_every=1', *TINY])
+    for world in (1, 2):
+        assert [join(pid) for pid in [fork(rank_of, rank, world) for rank in range(world)]] == [0] * world
+    one, two = ([(x['step'], x[key]) for x in read_metrics(tmp_path / str(world)) for key in ('loss', 'val_loss') if key in x] for world in (1, 2))
+    assert len(one) == 8 and [step for step, _ in one] == [step for step, _ in two] and [x for _, x in one] == pytest.approx([x for _, x in two], abs=1e-4)
+
+@pytest.mark.slow
+def test_the_loader_is_measured():
+    out = subprocess.run([sys.executable, 'bench/text.py', '--rounds=1', '--tokens=400000'], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert all(x['tok_s'] > 1e6 and x['lite_tok_s'] > 1e6 for x in json.loads(out.stdout.splitlines()[-1]).values())
