@@ -8,6 +8,7 @@ of shards, as build-nanogpt (.npy) and llm.c and modded-nanogpt (.bin) have it:
     manifest.json                 sizes and sha256 of the shards. written last: without it they are not all there
 """
 import hashlib
+import importlib.util
 import io
 import json
 import shutil
@@ -47,6 +48,11 @@ class TextConfig:
         """ a ModelConfig made one for the tokens of this directory: a place in the row, the vocabulary rounded up """
         return replace(base, rope_bases=(10000.0,), prefix=False, n_task=0, vocab_size=-(-read_manifest(self.text)['vocab_size'] // 64) * 64)
 
+def need(*names):
+    """ raises ValueError if one of these packages is not here """
+    if missing := [name for name in names if not importlib.util.find_spec(name)]:
+        raise ValueError(f"this wants {' and '.join(missing)}: pip install 'nanoarc[{'finetune' if 'transformers' in missing else 'text'}]'")
+
 # -----------------------------------------------------------------------------
 # shards
 
@@ -84,6 +90,7 @@ def read_manifest(path):
             m = json.loads(file.read_bytes())
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
+        m = m if isinstance(m, dict) else {}
         if missing := [key for key in ('vocab_size', 'eot', 'tokenizer_sha256', 'shards') if key not in m] + [key for x in m.get('shards', ()) for key in ('name', 'tokens', 'sha256') if key not in x]:
             raise ValueError(f"{file}: no field {missing[0]!r}")
         return m
@@ -162,7 +169,7 @@ class TextDataset:
             if hashlib.sha256(self.files['tokenizer.json']).hexdigest() != self.tokenizer_sha256:
                 raise ValueError(f"{path / 'tokenizer.json'}: not the one by which the shards were made")
         self.train = [k for k, name in enumerate(self.names) if 'train' in name] # numbers of shards
-        self.val = [k for k, name in enumerate(self.names) if 'val' in name][:1]
+        self.val = [k for k, name in enumerate(self.names) if 'train' not in name][:1]
         self.base = np.array([self.shards[k].ctypes.data for k in self.train], U)
         self.sizes = np.array([len(self.shards[k]) for k in self.train], np.int64)
         self.first = np.concatenate([[0], np.cumsum(np.maximum(self.sizes // cfg.block_size - 1, 0))]) # windows before each shard
@@ -377,6 +384,7 @@ def make_tokenizer(cfg, texts):
                                                              initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
         return tok.to_str().encode()
     if cfg.tokenizer == 'gpt2':
+        need('tiktoken')
         from tiktoken_ext.openai_public import gpt2
         try:
             x = gpt2()
@@ -391,6 +399,7 @@ def make_tokenizer(cfg, texts):
 
 def read_tokenizer(data, where):
     """ bytes of a tokenizer.json -> Tokenizer. no text is a special token to it. raises ValueError """
+    need('tokenizers')
     from tokenizers import Tokenizer
     try:
         tok = Tokenizer.from_str(data.decode())
@@ -437,7 +446,7 @@ def prepare(cfg):
     out = Path(cfg.out_dir)
     if cfg.format not in ('npy', 'bin') or cfg.shard_tokens < 1 or cfg.max_tokens < 0 or not (cfg.train_bpe == 0 or 300 <= cfg.train_bpe <= 2**16):
         raise ValueError(f"format={cfg.format!r} shard_tokens={cfg.shard_tokens} max_tokens={cfg.max_tokens} train_bpe={cfg.train_bpe}: want npy or bin, at least 1, no negative number, 300 to 65536")
-    files = local_files(cfg.dataset)
+    need('tokenizers', *([] if (files := local_files(cfg.dataset)) else ['datasets'])) # before anything is begun
     stem = cfg.stem or ('edufineweb' if cfg.dataset.endswith('fineweb-edu') else Path(cfg.dataset).stem.lower())
     settings = {**{key: x for key, x in asdict(cfg).items() if key != 'out_dir'}, 'stem': stem,
                 'files': [[name, path.stat().st_size, path.stat().st_mtime_ns] for path, name in files]}
@@ -561,6 +570,7 @@ def load_language_model(name, device):
     if (Path(name) / 'ckpt').is_dir():
         model, tok, _ = load_run(name, device)
         return ask_model(model), lambda text, begins: tok.encode(text, add_special_tokens=False).ids
+    need('transformers')
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if name.endswith('.gguf') and not Path(name).is_file():
         raise ValueError(f"{name}: no such file")

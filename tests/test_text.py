@@ -399,6 +399,13 @@ def test_too_little_text_a_full_disk_and_wrong_tokenizers_are_one_clear_line(tmp
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refused("about 0.0 GB of shards are to come, 0.0 GB are free")
 
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(text.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match="this wants tokenizers: pip install 'nanoarc.text.'"):
+        prepare(PrepareConfig(write_jsonl(tmp_path / 'x.jsonl', toy_texts()), out_dir=str(tmp_path / 'out')))
+    with pytest.raises(ValueError, match="this wants transformers: pip install 'nanoarc.finetune.'"):
+        text.load_language_model('gpt2', 'cpu')
+
 def test_gpt2_where_it_cannot_be_fetched_says_so(tmp_path, monkeypatch):
     from tiktoken_ext import openai_public
     def unreachable():
