@@ -624,6 +624,23 @@ def test_models_of_transformers_are_asked_the_same_with_their_cache_or_without(k
         assert torch.allclose(got, want, atol=1e-3) and want.std() > 1
     assert ask.cached == cached
 
+@pytest.mark.parametrize('begins', [False, True])
+@torch.no_grad()
+def test_a_directory_of_transformers_is_read_and_begins_a_text_as_it_is_used_to(tmp_path, begins):
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Tokenizer, processors
+    tok = Tokenizer.from_file(f"{made(tmp_path)}/tokenizer.json")
+    if begins: # as Llama's, which puts a token before each text
+        tok.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[('<|endoftext|>', 0)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<|endoftext|>').save_pretrained(tmp_path / 'model')
+    cfg = transformers.LlamaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
+    model = transformers.LlamaForCausalLM(cfg).eval()
+    model.save_pretrained(tmp_path / 'model')
+    ask, encode = text.load_language_model(str(tmp_path / 'model'), 'cpu')
+    ids, ends = encode("the grid", True), [encode(f" {x}", False) for x in ("turned", "a row of cells", "now", "as they were")]
+    assert ids == [0] * begins + tok.encode("the grid", add_special_tokens=False).ids and ends[0] == tok.encode(" turned", add_special_tokens=False).ids
+    assert torch.allclose(text.ending_losses(ask, ids, ends, 'cpu')[0], by_definition(lambda idx: model(idx).logits, ids, ends), atol=1e-3)
+
 BAD_ITEMS = [('{"ctx"', "line 2: "), ('[]', "line 2: want an object, got list"), ('{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}', "line 2, field 'ctx': want a text"), ('{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}', "line 2, field 'ctx'"),
              ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}', "line 2, field 'endings': want 4 texts"), ('{"ctx": "a", "endings": ["a", "b", "c", null], "label": 0}', "field 'endings'"), ('{"ctx": "a", "endings": "abcd", "label": 0}', "field 'endings'"),
              ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": "0"}', "line 2, field 'label': want 0 to 3"), ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "field 'label'"), ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": true}', "field 'label'")]
