@@ -116,8 +116,8 @@ def main():
                              'of_memcpy': round(median(a / b for a, b, _ in rounds), 2), 'vs_lite': round(median(a / c for a, _, c in rounds), 1),
                              'mb': round(mine, 1), 'lite_mb': round(theirs, 1), 'batch_1e12_of_batch_0': round(median(at[1::2]) / median(at[0::2]), 2)}
     table = Table(title=f"{args.shards} shards of {args.tokens:,} tokens, one core", title_justify='left')
-    for name in ('order, batch', 'tokens / s', 'memcpy', 'of memcpy', 'DataLoaderLite', 'x', 'memory', 'its memory', 'batch 10^12'):
-        table.add_column(name, justify='left' if name == 'order, batch' else 'right')
+    for name in ('order, batch', 'tokens / s', 'memcpy', 'of memcpy', 'lite', 'x', 'memory', 'its memory', 'batch 10^12'):
+        table.add_column(name, justify='left' if name == 'order, batch' else 'right', no_wrap=True)
     for mode, x in results.items():
         table.add_row(mode, *(f"{x[key] / 1e6:,.0f} M" for key in ('tok_s', 'memcpy_tok_s')), f"{x['of_memcpy']:.0%}", f"{x['lite_tok_s'] / 1e6:,.0f} M", f"{x['vs_lite']:.1f}",
                       f"{x['mb']:.0f} MB", f"{x['lite_mb']:,.0f} MB", f"{x['batch_1e12_of_batch_0']:.2f}")

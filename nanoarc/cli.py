@@ -22,7 +22,7 @@ def parse(cls, args, command, help, default=None):
 # one function a command, its docstring is its help. imports are inside: torch takes a second
 
 def train(args):
-    """ train a model on a source of tasks """
+    """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
     from nanoarc import checkpoint
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
