@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # text, end to end: the docstrings of installed packages become token shards, a hybrid of 4 layers trains on them for 3 minutes, says
 # something, is asked some items of HellaSwag, and its blocks begin a training on the small tasks of ARC, beside one from scratch.
-# hardware: a laptop, 2 cpu cores. minutes: 9. dollars: 0. expect: validation about 4 nats a token, 2 under the unigram entropy
+# hardware: a laptop, 2 cpu cores. minutes: 8 to 10. dollars: 0. expect: validation 3.8 nats a token, where the unigram entropy is 6.6
 # docstrings are the fairest text that is there without a download: sentences, no code, few licences. each is taken once, and
 # modules are put in order by their hash, so that no validation text is a copy, though a package's docstrings resemble each other.
 set -euo pipefail
