@@ -20,7 +20,7 @@ from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 1
 KEEP = 2 # checkpoints on disk
-WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'submission.json', 'candidates.jsonl', 'solve.json' # by write_file, into the directory of a run
+WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json' # by write_file, into the directory of a run
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """

@@ -5,14 +5,14 @@ import importlib.util
 import os
 import sys
 import tomllib
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 CORE = ['data.py', 'model.py', 'train.py', 'solve.py', 'checkpoint.py'] # in reading order
-REST = ['sources.py', 'view.py', 'finetune.py', 'sweep.py', 'cli.py']
+REST = ['sources.py', 'view.py', 'finetune.py', 'text.py', 'sweep.py', 'cli.py']
 
 @dataclass
 class Run:
@@ -30,12 +30,15 @@ def parse(cls, args, command, help, default=None):
 # one function a command, its docstring is its help. imports are inside: torch takes a second
 
 def train(args):
-    """ train a model on a source of tasks """
+    """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.solve import draw_val
+    from nanoarc.text import TextConfig
     from nanoarc.train import TrainConfig, main
-    cfg = parse_run(args, 'train', train.__doc__, TrainConfig(), ModelConfig(), DataConfig())
+    path = flag(args, 'config')
+    text = flag(args, 'text') or (read_toml(path).get('text', '') if path else '') # shards in place of tasks
+    cfg = parse_run(args, 'train', train.__doc__, TrainConfig(), ModelConfig(), TextConfig(text=text) if text else DataConfig())
     main(cfg.train, cfg.model, cfg.data, draw_val)
 
 def finetune(args):
@@ -54,22 +57,30 @@ def export(args):
     finetune.export(cfg)
     print(cfg.out)
 
-def parse_run(args, command, help, *default):
-    """ the configs of a training run, of the loop, its model and its data, as the flags, a TOML file or a run to go on with say """
+def parse_run(args, command, help, train_cfg, model_cfg, data_cfg):
+    """ configs of the loop, the model and the data, the defaults of a command -> those of a run, as the flags, a TOML file, or a run to go on with or to begin with say """
     from nanoarc import checkpoint
+    from nanoarc.model import ModelConfig
     from nanoarc.train import TrainConfig, configs
-    default = Run(*default)
-    if resume := flag(args, 'resume'): # the settings of that run are the defaults then
-        meta = checkpoint.load(resume)[1]
+    resume, init_from, path, text = flag(args, 'resume'), flag(args, 'init_from'), flag(args, 'config'), 'text' in asdict(data_cfg)
+    if resume or init_from:
+        meta = checkpoint.load(resume or init_from)[1]
+        model, data = configs(meta)
+        if type(model) is not type(model_cfg):
+            raise ValueError(f"{resume or init_from}: not a run of nanoarc {command}, its model is a {type(model).__name__}")
+    if resume: # its settings are the defaults then
         for name, way in (('out_dir', "it goes on in its own directory"), ('minutes', "its number of steps is fixed, --max_iters changes it"), ('init_from', "its weights are there already")):
             if (x := flag(args, name)) and not (name == 'minutes' and float(x) == meta['train']['minutes']):
                 raise ValueError(f"--{name} does not go with --resume: {way}")
-        if (found := configs(meta)[0]) and type(found) is not type(default.model):
-            raise ValueError(f"{resume}: not a run of nanoarc {command}, its model is a {type(found).__name__}")
-        default = Run(TrainConfig(**meta['train']), *configs(meta))
-    elif init_from := flag(args, 'init_from'): # its model, the data is ours
-        default.model = replace(configs(checkpoint.load(init_from)[1])[0], n_task=0)
-    if path := flag(args, 'config'):
+        train_cfg, model_cfg, data_cfg = TrainConfig(**meta['train']), model, data
+    elif init_from: # its model, the data is ours
+        model_cfg = replace(model, n_task=0)
+        if 'text' in meta['data'] and not text: # its blocks, places and vocabulary of the grids
+            model_cfg = replace(model_cfg, **{name: getattr(ModelConfig(), name) for name in ('rope_bases', 'prefix', 'vocab_size')})
+    if text and not resume:
+        model_cfg = data_cfg.model_config(model_cfg)
+    default = Run(train_cfg, model_cfg, data_cfg)
+    if path:
         default = apply_toml(default, path)
     return parse(make_dataclass('Run', [(f.name, type(getattr(default, f.name))) for f in fields(default)]), args, command, help, default)
 
@@ -141,6 +152,18 @@ def sweep(args):
     from nanoarc.sweep import SweepConfig, main
     main(parse(SweepConfig, args, 'sweep', sweep.__doc__))
 
+def text(args):
+    """ text prepare, text hellaswag, text sample: token shards of any corpus, a test of language models, what they say """
+    from nanoarc.text import HellaswagConfig, PrepareConfig, SampleConfig, hellaswag, prepare, sample
+    actions = {'prepare': (PrepareConfig, prepare), 'hellaswag': (HellaswagConfig, hellaswag), 'sample': (SampleConfig, sample)}
+    if args[:1] in (['-h'], ['--help']):
+        print(f"{text.__doc__.strip()}. `nanoarc text ACTION --help` explains each flag\n", *(f"  {f.__doc__.strip()}" for _, f in actions.values()), sep="\n")
+        sys.exit(0)
+    if not args or args[0] not in actions:
+        raise ValueError(f"text{''.join(f' {x}' for x in args[:1])}: want {', '.join(actions)}, each with --help")
+    cls, action = actions[args[0]]
+    action(parse(cls, args[1:], f"text {args[0]}", action.__doc__))
+
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
     @dataclass
@@ -158,7 +181,7 @@ def source(args):
     for name, text in [*texts.items(), ('the core five', core), ('all', "".join(texts.values()))]:
         print(f"{name:14s} {text.count(chr(10)):6,} lines {len(text) // 4:7,} tokens")
 
-COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view, 'data': data, 'sweep': sweep, 'source': source}
+COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view, 'data': data, 'text': text, 'sweep': sweep, 'source': source}
 
 # -----------------------------------------------------------------------------
 
@@ -171,13 +194,16 @@ def flag(args, name):
             value = text if equals else args[i + 1] if i + 1 < len(args) else value
     return value
 
-def apply_toml(default, path):
-    """ a group of configs with the values that a TOML file has for them. raises ValueError on a key that none of them knows """
+def read_toml(path):
+    """ -> {key: value}. raises ValueError """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
-    return apply_values(default, values, path)
+
+def apply_toml(default, path):
+    """ a group of configs with the values that a TOML file has for them. raises ValueError """
+    return apply_values(default, read_toml(path), path)
 
 def apply_values(default, values, where):
     """ a group of configs with other values: {name: value}. raises ValueError on a key that none of them knows, and on a value of another type """

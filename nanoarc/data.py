@@ -632,6 +632,8 @@ class ArcDataset(torch.utils.data.Dataset):
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
+    vocab_size, tokenizer_sha256, files = VOCAB_SIZE, 'grids', {} # its tokens, and what training keeps beside the checkpoint: {name: bytes}
+
     def __init__(self, cfg, seed=1337, epochs=1, sources=None):
         if cfg.val_tasks < 0 or cfg.max_pair < 0 or type(seed) is not int or not 0 <= seed < 2**64 or not 0 <= cfg.p_identity <= 1:
             raise ValueError(f"val_tasks={cfg.val_tasks} max_pair={cfg.max_pair} seed={seed} p_identity={cfg.p_identity}: want no negative number, "

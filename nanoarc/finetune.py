@@ -42,6 +42,7 @@ class LMConfig:
     base_dtype: str = 'auto' # of weights that are not trained: 'float32' | 'bfloat16' | 'auto' = bfloat16 on recent cuda
     base_sha256: str = '' # of its files, set when they are read first
     n_task: int = 0 # there is no task embedding
+    vocab_size = VOCAB_SIZE # what it is told and asked: symbols. no setting
 
     def check(self, device, loss_on):
         """ raises ValueError that names the setting if one cannot train so """

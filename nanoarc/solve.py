@@ -93,6 +93,8 @@ def read_fitting(data, max_pair, opened):
 def load_model(run, device, base=''):
     """ out_dir of a run, and where its pretrained model lies now if that has moved -> (model in eval mode, its DataConfig, {task key: embedding row}, was a leak allowed, peak learning rate of Muon). raises ValueError """
     tensors, meta = checkpoint.load(run)
+    if 'text' in meta['data']:
+        raise ValueError(f"{run}: a run of text, want one of tasks: nanoarc train --init_from {run} begins one with its blocks")
     model_cfg, data_cfg = configs(meta)
     if base:
         model_cfg = replace(model_cfg, base=base)

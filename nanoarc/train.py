@@ -33,7 +33,7 @@ class TrainConfig:
     out_dir: str = 'out/run' # where checkpoints, metrics.jsonl and loss.png go
     config: str = '' # a TOML file of settings, flags win over it
     resume: str = '' # out_dir of a run to continue exactly, with its own settings
-    init_from: str = '' # out_dir of a run whose model and weights to begin with. tasks that it does not know get new embedding rows
+    init_from: str = '' # out_dir of a run whose model and weights to begin with. tasks that it does not know get new embedding rows. of a run of text its blocks
     minutes: float = 5.0 # train this long: throughput is measured first, then max_iters is fixed. 0 = by max_iters
     max_iters: int = 0 # train this many steps. 0 = by minutes, and if both are set this one counts
     grad_accum: int = 1 # micro batches a step
@@ -139,13 +139,21 @@ def evaluate(model, ds, device, autocast, rank=0, world=1):
     total, tokens = over_ranks(world, 'SUM', total, tokens)
     return total / tokens if tokens else None
 
-def begin_with(model, rows, run):
-    """ the weights of another run into a model, averaged ones if it has them. of a task, by key in rows, that it does not know, the new embedding stays. raises ValueError """
+def begin_with(model, ds, run):
+    """
+    the weights of another run into a model, averaged ones if it has them. of a task that it does not know the new embedding
+    stays; of a run of text whose tokens are others than those of ds the blocks are taken, and all else stays. raises ValueError
+    """
     tensors, meta = checkpoint.load(run)
     part = checkpoint.best_part(meta)
+    if 'text' in meta['data'] and meta['stream']['tokenizer_sha256'] != ds.tokenizer_sha256:
+        kept = {name: x for name, x in tensors.items() if name.startswith((f"{part}.blocks.", f"{part}.norm."))}
+        new = {name: x for name, x in model.state_dict(prefix=f"{part}.").items() if not name.startswith((f"{part}.blocks.", f"{part}.norm."))}
+        checkpoint.restore_model(model, {**kept, **new}, part)
+        return f"of the text run {run} after {meta['step']} steps the {len(model.blocks)} blocks and the last norm; new: {', '.join(name.split('.')[1] for name in new)}"
     if (meta['model']['n_task'] > 0) != (model.cfg.n_task > 0):
         raise ValueError(f"init_from={run}: it was trained with shots={meta['data']['shots']}, with or without task embeddings, now it is the other way")
-    known = [(n, meta['rows'][key]) for key, n in rows.items() if key in meta['rows']]
+    known = [(n, meta['rows'][key]) for key, n in ds.rows.items() if key in meta['rows']]
     if (name := f"{part}.wtask.weight") in tensors and model.cfg.n_task > 0:
         weight = model.wtask.weight.detach().cpu().clone()
         if tensors[name].shape[1:] == weight.shape[1:] and known: # another width is refused below
@@ -153,7 +161,7 @@ def begin_with(model, rows, run):
             weight[here] = tensors[name][there].to(weight.dtype)
         tensors[name] = weight
     checkpoint.restore_model(model, tensors, part)
-    return f"weights of {run} after {meta['step']} steps" + (f", {len(known)} of {len(rows)} tasks known to it" if model.cfg.n_task > 0 else "")
+    return f"weights of {run} after {meta['step']} steps" + (f", {len(known)} of {len(ds.rows)} tasks known to it" if model.cfg.n_task > 0 else "")
 
 def check_settings(cfg, model_cfg, data_cfg, device):
     """ raises ValueError that names the setting and what it may be """
@@ -175,6 +183,9 @@ def configs(meta):
     if 'base' in meta['model']:
         from nanoarc.finetune import LMConfig # imported late: it is seldom wanted, and calls us
         return LMConfig(**meta['model']), DataConfig(**meta['data'])
+    if 'text' in meta['data']:
+        from nanoarc.text import TextConfig # imported late: it imports us
+        return ModelConfig(**meta['model']), TextConfig(**meta['data'])
     return ModelConfig(**meta['model']), DataConfig(**meta['data'])
 
 def refuse_changes(meta, cfg, model_cfg):
@@ -206,6 +217,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     # data
     ds = data_cfg.dataset(cfg.seed)
     loader = ds.loader(rank, world, device)
+    if ds.vocab_size > model_cfg.vocab_size:
+        raise ValueError(f"vocab_size={model_cfg.vocab_size}: the data has {ds.vocab_size:,} tokens")
     n_task = len(ds.rows) # 0 in context
     if cfg.resume:
         known = checkpoint.steps(cfg.resume)
@@ -219,7 +232,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     if cfg.resume:
         refuse_changes(meta, cfg, model_cfg)
     model = model_cfg.model().to(device)
-    begun = begin_with(model, ds.rows, cfg.init_from) if cfg.init_from and not cfg.resume else ""
+    begun = begin_with(model, ds, cfg.init_from) if cfg.init_from and not cfg.resume else ""
     lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -261,7 +274,8 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
             log.print(begun)
         if rank == 0:
             lines = with_earlier(ds.trained_on(), (cfg.resume, cfg.init_from)) # by which solve knows what it may not be asked
-            checkpoint.write_file(out_dir / 'trained_on.txt', lines.encode())
+            for file, data in {'trained_on.txt': lines.encode(), **ds.files}.items():
+                checkpoint.write_file(out_dir / file, data)
         lag = 1 if device.type == 'cuda' else 0 # steps that a gpu may be ahead of us
         pending, bad = [], None # (step, place in the stream, loss) of steps that nobody looked at yet; step and place of one that is not finite
         spent = {'waiting for data': 0.0, 'saving': 0.0, 'validating and drawing': 0.0} # seconds

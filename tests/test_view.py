@@ -61,7 +61,7 @@ def test_help_explains_every_flag(command, capsys):
     out = capsys.readouterr().out
     assert e.value.code == 0 and COMMANDS[command].__doc__.strip()[:20] in out and "--help" in out
     flags = {'train': "--mixer tokens of a micro batch", 'solve': "--views augments of each query", 'score': "--max_pair a submission.json", 'view': "--submission task ids",
-             'data': "a source, e.g.", 'sweep': "--trials of the study", 'finetune': "--rank of the LoRA adapters", 'export': "--push_to_hub out_dir of a fine-tuning", 'source': "--count only a table"}[command]
+             'data': "a source, e.g.", 'sweep': "--trials of the study", 'finetune': "--rank of the LoRA adapters", 'export': "--push_to_hub out_dir of a fine-tuning", 'text': "hellaswag a corpus -> token shards", 'source': "--count only a table"}[command]
     text = " ".join(out.replace("│", " ").split())
     assert all(word in text for word in flags.split()) and flags.partition(" ")[2] in text
 
