@@ -54,7 +54,7 @@ class LMConfig:
 
     def learning_rates(self, lr, adam_lr):
         """ of the adapters, and of other weights: the rows of the vocabulary, or all """
-        return lr or 1e-3, adam_lr or (1e-3 if self.rank > 0 else 5e-5)
+        return lr or 3e-4, adam_lr or (1e-3 if self.rank > 0 else 5e-5)
 
     def about(self):
         return f"{self.base}, as {self.form} text, " + (f"LoRA of rank {self.rank}" if self.rank > 0 else "all weights trained")
