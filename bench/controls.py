@@ -125,7 +125,7 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("items that each rank counts", 'text.py', "items[rank::world]", "items", 'test_text.py::test_two_ranks_count_each_item_once'),
     ("another tokenizer's embedding", 'train.py', "and meta['stream']['tokenizer_sha256'] != ds.tokenizer_sha256:", "and meta['model']['vocab_size'] != model.cfg.vocab_size:", 'test_text.py::test_other_text_begins_with_all_of_it_if_the_tokens_are_the_same'),
     ("a tokenizer that stays behind", 'train.py', "{'trained_on.txt': lines.encode(), **ds.files}", "{'trained_on.txt': lines.encode()}", 'test_text.py::test_a_run_that_moved_has_its_tokenizer'),
-    ("a nucleus without its last token", 'text.py', "p.cumsum(-1) - p >= cfg.top_p", "p.cumsum(-1) >= cfg.top_p", 'test_text.py::test_drawn_tokens_have_the_probabilities_of_what_is_left'),
+    ("a nucleus without its last token", 'solve.py', "p.masked_fill(p.cumsum(-1) - p >= top_p, 0)", "p.masked_fill(p.cumsum(-1) >= top_p, 0)", 'test_text.py::test_drawn_tokens_have_the_probabilities_of_what_is_left'),
     ("a validation that goes on too far", 'text.py', "len(self.shards[self.val[0]]) - 1)", "len(self.shards[self.val[0]]))", 'test_text.py::test_validation_is_the_beginning_of_the_validation_shard_each_row_once'),
     ("trials that take all threads", 'sweep.py', "// cfg.jobs, 1)", ", 1)", 'test_sweep.py::test_a_trial_has_its_share_of_the_threads'),
     ("a sweep without the default", 'sweep.py', "if first := first_trial(search, base):", "if first := {}:", 'test_sweep.py::test_a_trial_has_its_share_of_the_threads'),

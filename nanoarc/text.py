@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from nanoarc import checkpoint, train
+from nanoarc import checkpoint, solve, train
 from nanoarc.data import EPOCH, ArcLoader, Buffers, U, bijection, mix, split
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
@@ -571,12 +571,9 @@ def load_language_model(name, device):
         model, tok, _ = load_run(name, device)
         return ask_model(model), lambda text, begins: tok.encode(text, add_special_tokens=False).ids
     need('transformers')
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    if name.endswith('.gguf') and not Path(name).is_file():
-        raise ValueError(f"{name}: no such file")
-    where = (str(Path(name).parent), dict(gguf_file=Path(name).name)) if name.endswith('.gguf') else (name, {})
-    tok = AutoTokenizer.from_pretrained(where[0], **where[1])
-    model = AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1]).to(device).eval()
+    from nanoarc.finetune import read_base
+    model, tok = read_base(name, torch.float32)
+    model = model.to(device)
     def encode(text, begins):
         ids = tok(text, add_special_tokens=begins)['input_ids'] # a beginning of its own, where the model is used to one
         return ids[:-1] if begins and len(ids) > 1 and ids[-1] == tok.eos_token_id else ids
@@ -661,10 +658,9 @@ def draw_tokens(logits, cfg, generator):
     """ (B, vocab_size) -> (B,) tokens """
     if cfg.temperature == 0:
         return logits.argmax(-1)
-    p, token = (logits / cfg.temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= cfg.top_p, 0) # the first one stays
-    p[:, cfg.top_k or p.size(1) :] = 0
-    return token.gather(1, torch.multinomial(p.cpu(), 1, generator=generator).to(token.device))[:, 0]
+    if 0 < cfg.top_k < logits.size(1):
+        logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], float('-inf'))
+    return solve.draw(logits, cfg.temperature, cfg.top_p, generator)
 
 @torch.no_grad()
 def sample(cfg):
@@ -674,7 +670,7 @@ def sample(cfg):
     device = train.get_device(cfg.device, 'float32')[0]
     model, tok, eot = load_run(cfg.model, device)
     prompt = tok.encode(cfg.prompt, add_special_tokens=False).ids or [eot]
-    cache, generator, rows = model.cache(), torch.Generator().manual_seed(cfg.seed), []
+    cache, generator, rows = model.cache(), torch.Generator(device).manual_seed(cfg.seed), []
     logits = model(torch.tensor([prompt], device=device), cache=cache)[0][:, -1].expand(cfg.num, -1)
     cache.keep(torch.zeros(cfg.num, dtype=torch.int64, device=device))
     for _ in range(cfg.most):
