@@ -8,9 +8,11 @@ and an LM is told and asked symbols as any Model here is: what it makes of them,
 colors and ROW are one token each, so a grid is as long for it as for us and the grammar of answers holds. embedding and head
 keep only the rows of the tokens that the text form needs: a vocabulary of 50,000 costs as much as the rest of a small model.
 """
+import contextlib
 import copy
 import hashlib
 import inspect
+import re
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,18 +41,18 @@ class LMConfig:
     rslora: bool = True
     shrink: bool = True # keep only the rows of embedding and head that the text form needs, and train them too
     recompute: bool = False # forget activations and compute them again (gradient checkpointing): less memory, a third slower
-    base_dtype: str = 'auto' # of weights that are not trained: 'float32' | 'bfloat16' | 'auto' = bfloat16 on recent cuda
+    base_dtype: str = 'auto' # of weights that are not trained: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
     base_sha256: str = '' # of its files, set when they are read first
     n_task: int = 0 # there is no task embedding
     vocab_size = VOCAB_SIZE # what it is told and asked: symbols. no setting
 
     def check(self, device, loss_on):
         """ raises ValueError that names the setting if one cannot train so """
-        if self.rank < 0 or self.alpha <= 0 or self.base_dtype not in ('auto', 'float32', 'bfloat16'):
-            raise ValueError(f"rank={self.rank} alpha={self.alpha} base_dtype={self.base_dtype!r}: want 0 or more, above 0, and auto, float32 or bfloat16")
+        if self.rank < 0 or self.alpha <= 0 or self.base_dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+            raise ValueError(f"rank={self.rank} alpha={self.alpha} base_dtype={self.base_dtype!r}: want 0 or more, above 0, and auto, float32, bfloat16 or float16")
 
     def filled(self):
-        return replace(self, base='') # files may move, base_sha256 may not change
+        return replace(self, base='', recompute=False) # files may move, base_sha256 may not change
 
     def learning_rates(self, lr, adam_lr):
         """ of the adapters, and of other weights: the rows of the vocabulary, or all """
@@ -59,8 +61,9 @@ class LMConfig:
     def about(self):
         return f"{self.base}, as {self.form} text, " + (f"LoRA of rank {self.rank}" if self.rank > 0 else "all weights trained")
 
-    def model(self):
-        return LM(self)
+    def model(self, device):
+        dtype = {'cuda': 'bfloat16' if is_recent(torch.device(device)) else 'float16'}.get(torch.device(device).type, 'float32') if self.base_dtype == 'auto' else self.base_dtype
+        return LM(replace(self, base_dtype=dtype)).to(device)
 
 # -----------------------------------------------------------------------------
 # the base
@@ -85,13 +88,14 @@ def find_base(base):
 def hash_base(base):
     """ sha256 of the weights, the config and the tokenizer of a base """
     folder, gguf = find_base(base)
-    paths = [folder / gguf] if gguf else sorted([*folder.glob('*.safetensors'), *(folder / name for name in ('config.json', 'tokenizer.json') if (folder / name).is_file())])
+    names = 'config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja'
+    paths = [folder / gguf] if gguf else sorted([*folder.glob('*.safetensors'), *(folder / name for name in names if (folder / name).is_file())])
     if not any(path.suffix in ('.gguf', '.safetensors') for path in paths):
         raise ValueError(f"base={base!r}: no .safetensors in {folder}. other files of weights may hold code, nothing here reads them")
     lines = []
     for path in paths:
         with open(path, 'rb') as f:
-            lines.append(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}")
+            lines.append(f"{path.suffix if gguf else path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 def read_tokenizer(base):
@@ -157,16 +161,18 @@ def chat_pieces(tokenizer):
     """ the text that a chat template has before the first turn, before an input, before an answer and behind it. raises ValueError """
     marks = [f"@{i}@" for i in range(4)]
     messages = [{'role': role, 'content': mark} for role, mark in zip(('user', 'assistant') * 2, marks)]
-    rest, parts = tokenizer.apply_chat_template(messages, tokenize=False), []
+    template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.get_chat_template()) # today's date would be another text tomorrow
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    rest, parts = text, []
     for mark in marks:
         part, found, rest = rest.partition(mark)
         if not found:
-            raise ValueError(f"form='chat': the chat template of the base drops turns: {tokenizer.apply_chat_template(messages, tokenize=False)!r}")
+            raise ValueError(f"form='chat': the chat template of the base drops turns: {text!r}")
         parts.append(part)
-    (head, answer, between, _), end = parts, rest
+    (head, answer, between, again), end = parts, rest
     ask = between.removeprefix(end)
-    if not end or not between.startswith(end) or not head.endswith(ask):
-        raise ValueError(f"form='chat': the turns of the base's chat template are not all alike: {tokenizer.apply_chat_template(messages, tokenize=False)!r}")
+    if not end or not between.startswith(end) or not head.endswith(ask) or again != answer:
+        raise ValueError(f"form='chat': the turns of the base's chat template are not all alike: {text!r}")
     return head.removesuffix(ask), ask, answer, end
 
 def random_documents(n, seed=0):
@@ -183,7 +189,7 @@ def random_documents(n, seed=0):
 # -----------------------------------------------------------------------------
 # the model
 
-SCANS_FROM_ZERO = ('mamba', 'falcon_mamba', 'jamba') # given several tokens behind a cache, transformers' Mamba-1 forgets its state
+TAKES_SEVERAL = ('falcon_h1', 'zamba2', 'granitemoehybrid', 'bamba', 'nemotron_h', 'lfm2', 'mamba2') # given several tokens behind a cache, other recurrent models forget their state, Mamba-1 for one
 NO_OUT_PROJ = ('falcon_h1', 'mamba', 'mamba2', 'falcon_mamba', 'nemotron_h') # peft refuses these layers there: fused kernels go around the adapter
 
 class LM(nn.Module):
@@ -198,9 +204,9 @@ class LM(nn.Module):
         if base is None:
             if cfg.base_sha256 and hash_base(cfg.base) != cfg.base_sha256:
                 raise ValueError(f"base={cfg.base!r} is another model than the one that was fine-tuned: the sha256 of its files differs (saved {cfg.base_sha256[:12]}, now {hash_base(cfg.base)[:12]})")
-            dtype = cfg.base_dtype if cfg.base_dtype != 'auto' else 'bfloat16' if torch.cuda.is_available() and is_recent(torch.device('cuda')) else 'float32'
-            base, tokenizer = read_base(cfg.base, getattr(torch, dtype))
+            base, tokenizer = read_base(cfg.base, getattr(torch, cfg.base_dtype))
         self.cfg, self.base, self.form, self.blocks = cfg, base, TextForm(tokenizer, cfg.form), () # no block is compiled
+        self.dtype, self.longest = base.dtype, base.config.to_dict().get('max_position_embeddings') or float('inf') # tokens that it knows places for
         if odd := self.form.differs(random_documents(20)):
             print(f"note: this tokenizer would write {odd}: it is given a token a symbol all the same, which is not what it was pretrained on")
         self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=base.config).layers) # mamba and its like: what transformers calls linear attention
@@ -226,13 +232,13 @@ class LM(nn.Module):
         self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
         if cfg.recompute:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-            base.train()
 
     def add_adapters(self):
         """ LoRA on every linear layer, but for the head, what peft refuses, and what would get no gradient: Mamba-1's scan takes dt_proj's weights past it, Zamba2 has adapters for other layers """
         from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D # GPT-2's linear layers
         head, refused = self.base.get_output_embeddings(), ('dt_proj', *(['out_proj'] if self.base.config.model_type in NO_OUT_PROJ else []))
-        names = [name for name, m in self.base.named_modules() if isinstance(m, nn.Linear) and m is not head and name.rpartition('.')[2] not in refused and 'adapter_list' not in name]
+        names = [name for name, m in self.base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head and name.rpartition('.')[2] not in refused and 'adapter_list' not in name]
         inject_adapter_in_model(LoraConfig(r=self.cfg.rank, lora_alpha=self.cfg.alpha, use_rslora=self.cfg.rslora, target_modules=names), self.base)
 
     @property
@@ -267,20 +273,28 @@ class LM(nn.Module):
             if self.recurrent or not self.takes_places or cache is not None:
                 raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into the next: --batching=bucket")
             place = place - torch.where(new, place, 0).cummax(1).values # begins anew: so transformers' attention tells documents apart
-        steps = 1 if n > 0 and self.base.config.model_type in SCANS_FROM_ZERO else ids.size(1)
+        steps = 1 if n > 0 and self.recurrent and self.base.config.model_type not in TAKES_SEVERAL else ids.size(1)
         logits = torch.cat([self.call(*part, cache) for part in zip(ids.split(steps, 1), place.split(steps, 1))], 1)
         logits, loss = logits.to(torch.promote_types(logits.dtype, torch.float32)), None # (B, t, its vocabulary)
         if targets is not None:
             asked = F.pad(targets[:, :-1] != -100, (1, 0)).gather(1, of) # (B, t) is this token of a symbol that is predicted?
+            asked &= torch.arange(ids.size(1), device=ids.device) <= ends[:, -1:] # and is it there at all?
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.where(asked, ids, -100)[:, 1:].flatten(), reduction='sum')
         return logits.gather(1, ends[..., None].expand(-1, -1, logits.size(-1)))[..., self.table[:, 0]], loss
 
     def call(self, ids, place, cache):
         """ tokens and their places -> logits over its own vocabulary """
         kwargs = {'position_ids': place} if self.takes_places else {}
+        if ids.size(1) + (cache.n if cache is not None else 0) > self.longest:
+            raise ValueError(f"a document of {ids.size(1)} tokens: {type(self.base).__name__} knows places for {self.longest}: want a smaller --block_size")
+        for m in self.base.modules() if self.cfg.recompute else (): # those layers alone, or dropout and fused kernels would come to life
+            if hasattr(m, 'gradient_checkpointing'):
+                m.training = torch.is_grad_enabled()
         if cache is not None:
             kwargs[self.cache_name], cache.n = cache.state, cache.n + ids.size(1)
-        return self.base(input_ids=ids, use_cache=cache is not None, **kwargs).logits
+        half = self.dtype != torch.float32 and not torch.is_autocast_enabled(ids.device.type) # what is trained is fp32 all the same
+        with torch.autocast(ids.device.type, self.dtype) if half else contextlib.nullcontext():
+            return self.base(input_ids=ids, use_cache=cache is not None, **kwargs).logits
 
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=0):
         """ -> [AdamW], of adapters at lr and of the rest at adam_lr """
@@ -292,7 +306,7 @@ class LM(nn.Module):
         return [torch.optim.AdamW([group for group in groups if group['params']], betas=(0.9, 0.95), weight_decay=weight_decay)]
 
     def about(self):
-        """ a line: what it is, and what memory training takes. activations by counting those of 64 tokens """
+        """ a line: what it is, and what memory training takes. activations by counting those of 512 tokens """
         weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in [*self.parameters(), *self.buffers()]}
         saved, alive = {}, [] # what backward would need, by storage. kept alive, or another tensor may get its address
         def pack(x):
@@ -300,9 +314,9 @@ class LM(nn.Module):
             alive.append(x)
             return x
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self(torch.tensor([[IN, *[0] * 60, ROW, OUT, END]], device=self.device))
+            self(torch.tensor([[IN, *[0] * 508, ROW, OUT, END]], device=self.device))
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        token = sum(n for at, n in saved.items() if at not in weights) / 64
+        token = sum(n for at, n in saved.items() if at not in weights) / 512
         return (f"{self.cfg.about()}: {trained:,} parameters are trained; memory: {sum(weights.values()) / 1e6:,.0f} MB of weights, {12 * trained / 1e6:,.0f} MB of gradients and AdamW's "
                 f"averages, {token / 1e3:,.0f} MB of activations for each 1,000 tokens of a micro batch" + (", and those of a layer that is computed again" if self.cfg.recompute else ""))
 
@@ -315,6 +329,7 @@ class LM(nn.Module):
 
     def __deepcopy__(self, memo):
         """ a copy has what is trained of its own and shares the rest """
+        memo[id(self.form)] = self.form
         memo.update({id(x): x for name, x in [*self.named_parameters(), *self.named_buffers()] if name not in self.trained})
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -361,9 +376,9 @@ def export(cfg):
     lm_cfg, data_cfg = train.configs(meta)
     if not isinstance(lm_cfg, LMConfig):
         raise ValueError(f"{cfg.run}: not a run of nanoarc finetune")
-    lm = LM(lm_cfg)
+    lm = LM(replace(lm_cfg, base_dtype='float32'))
     checkpoint.restore_model(lm, tensors, checkpoint.best_part(meta))
-    full, tokenizer = read_base(lm_cfg.base, torch.float32)
+    full, tokenizer = read_base(lm_cfg.base, torch.float32 if lm_cfg.base.endswith('.gguf') else 'auto')
     for m in lm.base.modules():
         if hasattr(m, 'merge') and hasattr(m, 'lora_A'):
             m.merge()
@@ -375,14 +390,17 @@ def export(cfg):
         del full.config.quantization_config
     full.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    lines = [f"fine-tuned from `{lm_cfg.base}` by nanoarc on `{data_cfg.data}`" + (f" and the demos of `{data_cfg.adapt}`" if data_cfg.adapt else "") + ".", "",
-             f"- {meta['step']} steps, {meta['tokens']:,} tokens, {lm_cfg.about()}",
+    name = Path(lm_cfg.base).name if Path(lm_cfg.base).exists() else lm_cfg.base # where it lies here is nobody's business
+    lines = [f"fine-tuned from `{name}` by nanoarc on `{data_cfg.data}`" + (f" and the demos of `{data_cfg.adapt}`" if data_cfg.adapt else "") + ".", "",
+             f"- {meta['step']} steps, {meta['tokens']:,} tokens, {replace(lm_cfg, base=name).about()}",
              f"- {meta['val_loss']:.4f} nats per output token on held out queries" if meta['val_loss'] is not None else "- no validation"]
     if cfg.data:
         result = solve.score(read_json(Path(cfg.run) / 'submission.json'), solve.read_fitting(cfg.data, data_cfg.max_pair, opened=True)[1])
-        lines.append(f"- {cfg.data}: {result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every output right in one of two attempts")
+        leaks = read_json(Path(cfg.run) / 'solve.json')['leaks']
+        lines.append(f"- {cfg.data}: {result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every output right in one of two attempts"
+                     + (f", TRAINED ON {len(leaks)} OF THE ANSWERS" if leaks else "") + ". what the base has read before, nobody checks: ARC-AGI-1 has been public since 2019")
     form = "".join(lm.form.text[x] for x in (FIRST, 1, 2, ROW, 3, 4, ROW, OUT, 5, ROW, END))
-    card = f"---\nbase_model: {lm_cfg.base}\ntags: [arc-agi, nanoarc]\n---\n" + "\n".join([*lines, "", "A pair is written so, demos first, the query last, and its answer is asked for behind the last marker:", "", "```", form, "```", ""])
+    card = f"---\n{f'base_model: {name}' if name == lm_cfg.base else 'library_name: transformers'}\ntags: [arc-agi, nanoarc]\n---\n" + "\n".join([*lines, "", "A pair is written so, demos first, the query last, and its answer is asked for behind the last marker:", "", "```", form, "```", ""])
     checkpoint.write_file(Path(cfg.out) / 'README.md', card.encode())
     if cfg.push_to_hub:
         from huggingface_hub import HfApi

@@ -75,8 +75,8 @@ class ModelConfig:
             raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={loss_on!r} that is cheating: add --no_prefix")
         check_kernel(self.kernel, device)
 
-    def model(self):
-        return Model(self)
+    def model(self, device):
+        return Model(self).to(device)
 
     @property
     def kinds(self):

@@ -98,7 +98,7 @@ def load_model(run, device, base=''):
     model_cfg, data_cfg = configs(meta)
     if base:
         model_cfg = replace(model_cfg, base=base)
-    model = model_cfg.model().to(device).eval()
+    model = model_cfg.model(device).eval()
     checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
     return model, data_cfg, meta['rows'], bool(meta['leaks']), model.cfg.learning_rates(meta['train']['lr'], 0)[0]
 
@@ -233,7 +233,7 @@ class Solver:
     def __init__(self, cfg, model, autocast, sampler, queries):
         """ queries: {(task, query) by number: pair of the sampler} """
         self.cfg, self.model, self.autocast, self.alone = cfg, model, autocast, []
-        self.device, self.found, self.views = model.device, {query: {} for query in queries}, []
+        self.device, self.found, self.views, self.seen = model.device, {query: {} for query in queries}, [], []
         for query, pair in queries.items():
             docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
             row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
@@ -257,6 +257,7 @@ class Solver:
     def propose(self, views):
         """ decode views, their answers become candidates """
         cfg = self.cfg
+        self.seen += views
         for samples in (0, cfg.samples) if cfg.samples > 0 else (0,):
             size = max(cfg.decode_rows // max(samples, 1), 1)
             for n, (part, args) in enumerate(self.batches(views, size)):
@@ -272,9 +273,9 @@ class Solver:
                         c.found.append((view.number, round(logp, 4)))
 
     def judge(self):
-        """ how probable are the candidates of a query under each of its views? a sole one needs no judge """
+        """ how probable are the candidates of a query under each of the views so far? a sole one needs no judge """
         best = {query: sorted(found.values(), key=lambda c: (-c.votes, -c.log_prob, grid_bytes(c.grid)))[: self.cfg.score_most] for query, found in self.found.items()}
-        asked = [x for x in self.views if len(best[x.query]) > 1]
+        asked = [x for x in self.seen if len(best[x.query]) > 1]
         scores = defaultdict(list)
         for part, args in self.batches(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1)):
             grids = [[dihedral(x.cmap[c.grid], x.dihedral) for c in best[x.query]] for x in part]
@@ -364,6 +365,8 @@ def main(cfg):
 def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
     """ a run's model on the queries of tasks -> ({(task, query) by number: list of Candidates}, queries it was trained on). of all ranks on rank 0 """
     model, data_cfg, rows, allowed, lr = load_model(cfg.run, device, cfg.base)
+    if cfg.compile and not model.blocks:
+        raise ValueError("compile: a language model of transformers is run as it is")
     leaks = find_leaks(cfg.run, corpora)
     if leaks and not (cfg.allow_leak or allowed):
         raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: {'; '.join(leaks[:3])}{'; ...' if len(leaks) > 3 else ''}. "
@@ -388,9 +391,10 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
             block.compile(dynamic=True)
         solver = Solver(cfg, net, autocast, mine, queries)
         alone += [f"{tasks[k].name} query {i}" for k, i in solver.alone]
-        for a in range(0, cfg.views, 8) if cfg.minutes > 0 else (0,):
+        edges = [0, 1, 2, 4, *range(8, cfg.views, 8), cfg.views] if cfg.minutes > 0 else [0, cfg.views]
+        for a, b in zip(edges, edges[1:]):
             if a == 0 or time.perf_counter() < deadline:
-                solver.propose([x for x in solver.views if cfg.minutes == 0 or a <= x.number < a + 8])
+                solver.propose([x for x in solver.views if a <= x.number < b])
         if cfg.select != 'votes':
             solver.judge()
         found |= {query: list(candidates.values()) for query, candidates in solver.found.items()}

