@@ -91,7 +91,7 @@ def peak_of(name, given=0.0):
 def per_token(cfg, ds):
     """ FLOPs of training on a token, padding among them, of a model (on no device) and the batches of its data """
     with torch.device('meta'):
-        model = cfg.model('cpu')
+        model = cfg.model('meta')
     loader = ds.loader(0, 1, 'cpu')
     docs = [loader.next_batch().doc.clone() for _ in range(4)]
     return sum(flops(model, doc) for doc in docs) / sum(doc.numel() for doc in docs)
@@ -118,7 +118,7 @@ def plan(args, flags):
     ds, peak = cfg.data.dataset(cfg.train.seed), peak_of(card, args.peak_tflops)
     cfg.model.n_task = len(ds.rows)
     with torch.device('meta'):
-        parameters = sum(p.numel() for p in cfg.model.model('cpu').parameters())
+        parameters = sum(p.numel() for p in cfg.model.model('meta').parameters())
     work = per_token(cfg.model, ds)
     tokens = 60 * args.train_minutes * args.mfu * peak / work
     loader = ds.loader(0, 1, 'cpu')

@@ -432,7 +432,7 @@ def test_an_export_is_a_model_of_transformers_that_gives_the_same_logits(bases, 
     original = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
     assert not torch.allclose(got, original(**tokenizer(text, return_tensors='pt', add_special_tokens=False)).logits[0, -1], atol=1e-2)
     card = (out / 'README.md').read_text()
-    assert "nats per output token" in card and "% by the official rule" in card and bases[kind] not in card and "TRAINED ON 6 OF THE ANSWERS" in card
+    assert "nats per output token" in card and "% by the official rule" in card and bases[kind] not in card and re.search(r"TRAINED ON \d OF THE ANSWERS", card)
     with pytest.raises(SystemExit):
         cli(['export', str(run), '--out', str(out)])
     assert "is there already" in capsys.readouterr().err
