@@ -24,6 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nanoarc import checkpoint, solve, train
 from nanoarc.data import END, IN, OUT, ROW, VOCAB_SIZE
@@ -41,6 +45,7 @@ class LMConfig:
     rslora: bool = True
     shrink: bool = True # keep only the rows of embedding and head that the text form needs, and train them too
     recompute: bool = False # forget activations and compute them again (gradient checkpointing): less memory, a third slower
+    shard: bool = False # under torchrun each rank holds its part of the frozen weights alone (FSDP2), for a base that fits into no single gpu
     base_dtype: str = 'auto' # of weights that are not trained: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
     base_sha256: str = '' # of its files, set when they are read first
     n_task: int = 0 # there is no task embedding
@@ -52,7 +57,7 @@ class LMConfig:
             raise ValueError(f"rank={self.rank} alpha={self.alpha} base_dtype={self.base_dtype!r}: want 0 or more, above 0, and auto, float32, bfloat16 or float16")
 
     def filled(self):
-        return replace(self, base='', recompute=False) # files may move, base_sha256 may not change
+        return replace(self, base='', recompute=False, shard=False) # files may move, base_sha256 may not change
 
     def learning_rates(self, lr, adam_lr):
         """ of the adapters, and of other weights: the rows of the vocabulary, or all """
@@ -61,9 +66,12 @@ class LMConfig:
     def about(self):
         return f"{self.base}, as {self.form} text, " + (f"LoRA of rank {self.rank}" if self.rank > 0 else "all weights trained")
 
-    def model(self, device):
+    def model(self, device, world=1):
         dtype = {'cuda': 'bfloat16' if is_recent(torch.device(device)) else 'float16'}.get(torch.device(device).type, 'float32') if self.base_dtype == 'auto' else self.base_dtype
-        return LM(replace(self, base_dtype=dtype)).to(device)
+        lm = LM(replace(self, base_dtype=dtype))
+        if self.shard and world > 1:
+            lm.share_out(torch.device(device), world)
+        return lm.to(device)
 
 # -----------------------------------------------------------------------------
 # the base
@@ -241,6 +249,15 @@ class LM(nn.Module):
         names = [name for name, m in self.base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head and name.rpartition('.')[2] not in refused and 'adapter_list' not in name]
         inject_adapter_in_model(LoraConfig(r=self.cfg.rank, lora_alpha=self.cfg.alpha, use_rslora=self.cfg.rslora, target_modules=names), self.base)
 
+    def share_out(self, device, world):
+        """ frozen weights over all ranks, a layer at a time; what is trained each rank has, as DistributedDataParallel wants it """
+        mesh, frozen = init_device_mesh(device.type, (world,)), [name for name, _ in self.named_parameters() if name not in self.trained]
+        ours = {p for p in self.parameters() if p.requires_grad}
+        for layer in max((m for m in self.base.modules() if isinstance(m, nn.ModuleList)), key=len):
+            fully_shard(layer, mesh=mesh, ignored_params=ours)
+        fully_shard(self.base, mesh=mesh, ignored_params=ours)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen + [name for name, _ in self.named_buffers()])
+
     @property
     def device(self):
         return self.table.device
@@ -307,7 +324,8 @@ class LM(nn.Module):
 
     def about(self):
         """ a line: what it is, and what memory training takes. activations by counting those of 512 tokens """
-        weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in [*self.parameters(), *self.buffers()]}
+        weights = [x.to_local() if isinstance(x, DTensor) else x for x in [*self.parameters(), *self.buffers()]]
+        weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in weights}
         saved, alive = {}, [] # what backward would need, by storage. kept alive, or another tensor may get its address
         def pack(x):
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -415,6 +433,8 @@ def main(cfg, lm_cfg, data_cfg, draw=None):
         raise ValueError("shots=0: a language model has no task embedding, it learns from the demos before the query: --shots=-1")
     if cfg.compile == 'on':
         raise ValueError("compile='on': a language model of transformers is run as it is")
+    if lm_cfg.shard and (cfg.ema > 0 or cfg.draw_every > 0):
+        raise ValueError(f"shard: ema={cfg.ema} draw_every={cfg.draw_every}: averages and pictures want a whole model on one rank, --ema=0 --draw_every=0")
     return train.main(cfg, replace(lm_cfg, base_sha256=lm_cfg.base_sha256 or hash_base(lm_cfg.base)), data_cfg, draw)
 
 if __name__ == '__main__':

@@ -75,7 +75,7 @@ class ModelConfig:
             raise ValueError(f"prefix lets a prompt see its own next tokens, with loss_on={loss_on!r} that is cheating: add --no_prefix")
         check_kernel(self.kernel, device)
 
-    def model(self, device):
+    def model(self, device, world=1):
         return Model(self).to(device)
 
     @property

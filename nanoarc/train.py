@@ -231,7 +231,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     model_cfg = replace(model_cfg, n_task=n_task)
     if cfg.resume:
         refuse_changes(meta, cfg, model_cfg)
-    model = model_cfg.model(device)
+    model = model_cfg.model(device, world)
     begun = begin_with(model, ds, cfg.init_from) if cfg.init_from and not cfg.resume else ""
     lr, adam_lr = model_cfg.learning_rates(cfg.lr, cfg.adam_lr)
     optimizers = model.optimizers(lr, adam_lr, cfg.weight_decay, cfg.ns_steps)

@@ -444,3 +444,26 @@ def test_two_ranks_are_the_same_run_as_one(bases, source, tmp_path):
     assert ranks(1, tmp_path / 'meet', run, tmp_path / 'one') == [0] and ranks(2, tmp_path / 'meet', run, tmp_path / 'two') == [0, 0]
     (_, val, one), (_, val2, two) = digest(tmp_path / 'one'), digest(tmp_path / 'two')
     assert len(one) == len(two) == 4 and np.allclose([x for _, x in one], [x for _, x in two], atol=1e-5) and abs(val - val2) < 1e-5
+
+@pytest.mark.parametrize('kind', ['llama', 'hybrid'])
+def test_frozen_weights_that_are_shared_out_over_ranks_are_the_same_run(bases, source, tmp_path, kind):
+    from test_reliability import ranks
+    def run(rank, out, *args):
+        tune(bases[kind], source, out, *args)
+    def held(rank, out):
+        lm = LMConfig(base=bases[kind], rank=4, shard=True).model('cpu', 2)
+        parts = [p.to_local().numel() if name not in lm.trained else p.numel() for name, p in lm.named_parameters()]
+        (out / f"held{rank}").write_text(f"{sum(parts)} {sum(p.numel() for name, p in lm.named_parameters() if name not in lm.trained)} {sum(p.numel() for p in lm.parameters() if p.requires_grad)}")
+    assert ranks(2, tmp_path / 'meet', held, tmp_path) == [0, 0]
+    (a, frozen, ours), (b, *_) = ([int(x) for x in (tmp_path / f"held{r}").read_text().split()] for r in range(2))
+    assert a + b == frozen + 2 * ours # each has its half
+    assert ranks(1, tmp_path / 'meet', run, tmp_path / 'one', '--max_iters=4', '--save_every=2') == [0]
+    assert ranks(2, tmp_path / 'meet', run, tmp_path / 'two', '--max_iters=4', '--shard', '--save_every=2') == [0, 0]
+    (_, val, one), (_, val2, two) = digest(tmp_path / 'one'), digest(tmp_path / 'two')
+    assert len(one) == len(two) == 4 and np.allclose([x for _, x in one], [x for _, x in two], atol=1e-5) and abs(val - val2) < 1e-5
+    for path in (checkpoint.file(tmp_path / 'two', 4), checkpoint.file(tmp_path / 'two', 4, 'sha256')):
+        path.unlink()
+    def go_on(rank, *args):
+        cli(['finetune', '--resume', str(tmp_path / 'two'), *args])
+    assert ranks(1, tmp_path / 'meet', go_on, '--no_shard') == [0] # a whole model goes on with it
+    assert abs(digest(tmp_path / 'two')[1] - val) < 1e-5
