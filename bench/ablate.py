@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import nanoarc.model
 from nanoarc import checkpoint, solve, train
 from nanoarc.data import DEMOS, ROW, ArcDataset, ArcLoader, DataConfig, Sampler, fits, hash64
 from nanoarc.model import Model, ModelConfig
@@ -172,7 +173,7 @@ def work(arm, seed, steps, out):
     blind = out / 'blind'
     run = out / arm.replace(' ', '_') / f"{seed}_{steps}"
     cfg, model_cfg, data_cfg, inputs, init = configs(arm, blind, max_iters=steps, seed=seed, log_every=max(steps // 20, 1), out_dir=str(run))
-    train.Model = solve.Model = patched(inputs, init)
+    nanoarc.model.Model = patched(inputs, init) # whatever is built from a config now
     cfg.resume = str(run) if checkpoint.steps(run) else ''
     meta = train.main(cfg, model_cfg, data_cfg)
     model, _, rows, *_ = solve.load_model(run, torch.device('cpu'))

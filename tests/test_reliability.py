@@ -614,7 +614,7 @@ def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, t
 
 def poisoned(step, what='loss'):
     """ the loss of that step is no number, or its gradient """
-    original, calls = train.Model.forward, itertools.count(1)
+    original, calls = Model.forward, itertools.count(1)
     def forward(self, *args, **kwargs):
         logits, loss = original(self, *args, **kwargs)
         if torch.is_grad_enabled() and next(calls) == 2 * step:
@@ -626,7 +626,7 @@ def poisoned(step, what='loss'):
 def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch, what):
     _, src, want, _ = whole
     out, seen = tmp_path / 'run', []
-    monkeypatch.setattr(train.Model, 'forward', poisoned(8, what)) # of which the checkpoint is due at once
+    monkeypatch.setattr(Model, 'forward', poisoned(8, what)) # of which the checkpoint is due at once
     original = ArcLoader.next_batch
     def recorded(self):
         seen.append(self.names(self.window, self.batch))
@@ -694,13 +694,13 @@ def test_one_two_four_three_ranks_are_one_run(whole, tmp_path):
 
 def stopped_run(rank, out, src, to):
     """ recorded_run to a step, where one rank alone gets a SIGTERM: all stop there """
-    original = train.Model.forward
+    original = Model.forward
     calls = itertools.count(1 + 2 * (checkpoint.steps(out) or [0])[0])
     def forward(self, *args, **kwargs):
         if torch.is_grad_enabled() and next(calls) == 2 * to and to < 24 and rank == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
-    train.Model.forward = forward
+    Model.forward = forward
     recorded_run(rank, out, src)
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
@@ -717,14 +717,14 @@ def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
 def test_a_rank_that_dies_ends_all(whole, tmp_path, how):
     def dies(rank):
         if rank == 1 and how == 'has a loss that is not finite':
-            train.Model.forward = poisoned(9)
+            Model.forward = poisoned(9)
         elif rank == 1:
-            original, calls = train.Model.forward, itertools.count()
+            original, calls = Model.forward, itertools.count()
             def forward(self, *args, **kwargs):
                 if next(calls) == 20:
                     os.kill(os.getpid(), signal.SIGKILL) if how == 'is killed' else 1 / 0
                 return original(self, *args, **kwargs)
-            train.Model.forward = forward
+            Model.forward = forward
         run(tmp_path / 'run', whole[1])
     t = time.time()
     codes = ranks(3, tmp_path, dies)
