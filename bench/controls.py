@@ -115,7 +115,7 @@ CONTROLS = [ # name, file, line, what it becomes, the test
     ("a base that nobody hashes", 'finetune.py', "hash_base(cfg.base) != cfg.base_sha256:", "False:", 'test_finetune.py::test_the_wrong_base_is_refused_by_name_and_a_moved_one_is_not'),
     ("a copy that shares all", 'finetune.py', "*self.named_buffers()] if name not in self.trained}", "*self.named_buffers()]}", 'test_finetune.py::test_a_copy_shares_what_is_not_trained'),
     ("an export without its adapters", 'finetune.py', "            m.merge()\n", "            pass\n", 'test_finetune.py::test_an_export_is_a_model_of_transformers_that_gives_the_same_logits'),
-    ("a marker that melts", 'finetune.py', "ROW: '\\n', IN: ask,", "ROW: '\\n', IN: ask + '1',", 'test_finetune.py::test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks'),
+    ("symbols that are encoded alone", 'finetune.py', "return b[len(a) :] if b[: len(a)] == a and len(b) > len(a) else self.tokens(text)", "return self.tokens(text)", 'test_finetune.py::test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks'),
     ("text targets that are their own tokens", 'text.py', "targets[r, t] = x[t + 1]", "targets[r, t] = x[t]", 'test_text.py::test_shuffled_it_is_the_same_in_plain_python'),
     ("a last batch too many of a shard", 'text.py', "(self.sizes - 1 - a * T) // G", "(self.sizes - 1) // G", 'test_text.py::test_in_sequence_it_is_the_loader_of_build_nanogpt'),
     ("every epoch of text in the same order", 'text.py', "mix(mix(mix(U(0), seed), EPOCH), epoch)", "mix(mix(mix(U(0), seed), EPOCH), U(0))", 'test_text.py::test_an_epoch_has_each_window_once_and_no_two_seeds_or_epochs_are_alike'),
