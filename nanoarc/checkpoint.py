@@ -68,6 +68,11 @@ def file(out_dir, step, kind='safetensors'):
     """ path of a checkpoint, or of its hash: kind='sha256' """
     return Path(out_dir) / 'ckpt' / f"step-{step:06d}.{kind}"
 
+def file_sha256(path):
+    """ of a file that may be larger than memory -> hex """
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 def steps(out_dir):
     """ the steps of which there is a checkpoint, newest first """
     found = [re.fullmatch(r'step-(\d+)\.sha256', path.name) for path in (Path(out_dir) / 'ckpt').glob('*')]

@@ -100,10 +100,7 @@ def hash_base(base):
     paths = [folder / gguf] if gguf else sorted([*folder.glob('*.safetensors'), *(folder / name for name in names if (folder / name).is_file())])
     if not any(path.suffix in ('.gguf', '.safetensors') for path in paths):
         raise ValueError(f"base={base!r}: no .safetensors in {folder}. other files of weights may hold code, nothing here reads them")
-    lines = []
-    for path in paths:
-        with open(path, 'rb') as f:
-            lines.append(f"{path.suffix if gguf else path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}")
+    lines = [f"{path.suffix if gguf else path.name} {checkpoint.file_sha256(path)}" for path in paths]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 def read_tokenizer(base):

@@ -157,7 +157,7 @@ class TextDataset:
                 raise ValueError(f"{path / x['name']}: {len(shard):,} tokens, the manifest says {x['tokens']:,}")
             if 'sha256' not in x and len(shard) and shard.max() >= self.vocab_size:
                 raise ValueError(f"{path / x['name']}: token {shard.max()}, without a manifest.json they are taken for GPT-2's, less than {self.vocab_size}")
-            found = file_sha256(path / x['name']) if cfg.check_shards or 'sha256' not in x else x['sha256']
+            found = checkpoint.file_sha256(path / x['name']) if cfg.check_shards or 'sha256' not in x else x['sha256']
             if found != x.get('sha256', found):
                 raise ValueError(f"{path / x['name']}: damaged or changed, its sha256 is {found[:12]}, the manifest says {x['sha256'][:12]}")
             self.shards.append(shard)
@@ -425,10 +425,6 @@ def tokenized(texts, tok, eot):
         yield from ahead.result() if ahead else ()
     yield from encode(batch)
 
-def file_sha256(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def check_disk(cfg, files, done):
     """ raises ValueError if what is to come would not fit: a token for three bytes of text, where the size of that is known """
     size = sum(path.stat().st_size * (2 if path.suffix == '.parquet' else 1) for path, _ in files)
@@ -477,7 +473,7 @@ def prepare(cfg):
             checkpoint.write_file(out / 'prepare.json', json.dumps(state).encode())
         tok = read_tokenizer((out / 'tokenizer.json').read_bytes(), out / 'tokenizer.json')
         vocab_size, eot = tok.get_vocab_size(), tok.token_to_id(cfg.eot)
-        if file_sha256(out / 'tokenizer.json') != state['tokenizer_sha256']:
+        if checkpoint.file_sha256(out / 'tokenizer.json') != state['tokenizer_sha256']:
             raise ValueError(f"{out / 'tokenizer.json'}: changed since these shards were begun")
         if eot is None or vocab_size > 2**16:
             (out / 'prepare.json').unlink() # nothing is lost

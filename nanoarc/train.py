@@ -238,6 +238,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     peaks = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema > 0 else None
+    averaged = list(zip(*((a, b) for a, b in zip(ema.parameters(), model.parameters()) if b.requires_grad))) if ema else [] # the averages, and of what
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
     for block in [*model.blocks, *(ema.blocks if ema else [])] if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
@@ -362,7 +363,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     optimizer.zero_grad(set_to_none=True)
                 scaler.update()
                 if ema: # few steps are averaged over few, as TensorFlow's ExponentialMovingAverage has it
-                    torch._foreach_lerp_(*zip(*((a, b) for a, b in zip(ema.parameters(), model.parameters()) if b.requires_grad)), 1 - min(cfg.ema, (1 + step) / (10 + step)))
+                    torch._foreach_lerp_(*averaged, 1 - min(cfg.ema, (1 + step) / (10 + step)))
                 # -----------------------------------------------------------------
                 step += 1
                 pending.append((step, place, total if scaler.is_enabled() else total + norm.detach())) # a gradient may be infinite where the loss is not
