@@ -289,7 +289,7 @@ def packed(args):
     peak = next((1e12 * x for key, x in PEAK.items() if re.search(rf"\b{key}\b", name)), float('nan'))
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     what = [name, dtype, args.sizes[0], T, args.tokens, args.head_size, commit]
-    batches = [type(b)(*(x.clone() for x in b)) for b in (loader.next_batch() for _ in range(4))]
+    batches = [train.fill_rows(type(b)(*(x.clone() for x in b)), args.tokens // T) for b in (loader.next_batch() for _ in range(4))]
     rows, out = [], Path(os.environ.get('OUT', 'out')) / 'bench_packed.jsonl'
     out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(x) for x in out.read_text().splitlines()] if out.is_file() else []

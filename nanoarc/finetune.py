@@ -195,6 +195,7 @@ def random_documents(n, seed=0):
 # the model
 
 TAKES_SEVERAL = ('falcon_h1', 'zamba2', 'granitemoehybrid', 'bamba', 'nemotron_h', 'lfm2', 'mamba2') # given several tokens behind a cache, other recurrent models forget their state, Mamba-1 for one
+PADS = (*TAKES_SEVERAL, 'jamba') # told what is filler, they keep it out of their state
 NO_OUT_PROJ = ('falcon_h1', 'mamba', 'mamba2', 'falcon_mamba', 'nemotron_h') # peft refuses these layers there: fused kernels go around the adapter
 
 class LM(nn.Module):
@@ -217,7 +218,8 @@ class LM(nn.Module):
         self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=base.config).layers) # mamba and its like: what transformers calls linear attention
         accepted = inspect.signature(base.forward).parameters
         self.cache_name, self.takes_places = 'cache_params' if 'cache_params' in accepted else 'past_key_values', 'position_ids' in accepted
-        ids = [self.form.ids.get(x, self.form.ids[ROW]) for x in range(VOCAB_SIZE)] # PAD is any token: it stands last in its row, so nobody sees it
+        self.pads = base.config.model_type in PADS if self.recurrent else self.takes_places and 'attention_mask' in accepted # may prompts of several lengths go together?
+        ids = [self.form.ids.get(x, self.form.ids[ROW]) for x in range(VOCAB_SIZE)] # PAD is any token: nobody sees it
         kept = sorted({i for part in ids for i in part}) if cfg.shrink else []
         if cfg.shrink:
             ids = [[kept.index(i) for i in part] for part in ids]
@@ -262,10 +264,11 @@ class LM(nn.Module):
     def cache(self):
         return LMCache(self)
 
-    def expand(self, idx, doc, begins):
+    def expand(self, idx, doc, begins, right=False):
         """
         (B, T) symbols, their documents or None, and does a document begin in column 0? -> (B, t) tokens, (B, t) the symbol by
-        number that each is of, (B, T) where the last one of each symbol stands, (B, t) does a document begin here
+        number that each is of, (B, T) where the last one of each symbol stands, (B, t) how many tokens of its symbol come before
+        this one, < 0 for filler, (B, t) does a document begin here. right: rows of fewer tokens end with the others, and begin later
         """
         new = torch.zeros_like(idx, dtype=torch.bool)
         new[:, 0] = begins
@@ -275,16 +278,23 @@ class LM(nn.Module):
         size = self.size[idx]
         ends = size.cumsum(1) - 1
         place = torch.arange(int(ends.max()) + 1, device=idx.device).repeat(len(idx), 1) # waits for the device
-        of = torch.searchsorted(ends, place).clamp(max=idx.size(1) - 1) # rows that are shorter end in tokens that nobody asks for
-        k = place - (ends - size + 1).gather(1, of) # the how-manieth token of its symbol it is
-        return self.table[idx.gather(1, of), k.clamp(max=self.table.size(1) - 1)], of, ends, new.gather(1, of) & (k == 0)
+        if right:
+            ends = ends + place[:, -1:] - ends[:, -1:]
+        of = torch.searchsorted(ends, place).clamp(max=idx.size(1) - 1) # otherwise rows that are shorter end in tokens that nobody asks for
+        k = place - (ends - size + 1).gather(1, of)
+        return self.table[idx.gather(1, of), k.clamp(0, self.table.size(1) - 1)], of, ends, k, new.gather(1, of) & (k == 0)
 
     def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
         n = cache.n if cache is not None else 0
-        ids, of, ends, new = self.expand(idx, doc, n == 0)
+        ids, of, ends, k, new = self.expand(idx, doc, n == 0, right=cache is not None)
         place = torch.arange(n, n + ids.size(1), device=ids.device).expand_as(ids)
-        if doc is not None and doc.max() > 0: # packed. waits for the device
-            if self.recurrent or not self.takes_places or cache is not None:
+        if cache is not None:
+            real = k >= 0 if doc is None else (k >= 0) & (doc.gather(1, of) > 0) # no filler
+            if cache.real is not None or not real.all(): # waits for the device
+                cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
+                place = (cache.real.cumsum(1) - 1).clamp(min=0)[:, n:]
+        elif doc is not None and doc.max() > 0: # packed. waits for the device
+            if self.recurrent or not self.takes_places:
                 raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into the next: --batching=bucket")
             place = place - torch.where(new, place, 0).cummax(1).values # begins anew: so transformers' attention tells documents apart
         steps = 1 if n > 0 and self.recurrent and self.base.config.model_type not in TAKES_SEVERAL else ids.size(1)
@@ -306,6 +316,8 @@ class LM(nn.Module):
                 m.training = torch.is_grad_enabled()
         if cache is not None:
             kwargs[self.cache_name], cache.n = cache.state, cache.n + ids.size(1)
+            if cache.real is not None:
+                kwargs['attention_mask'] = cache.real[:, : cache.n].long()
         half = self.dtype != torch.float32 and not torch.is_autocast_enabled(ids.device.type) # what is trained is fp32 all the same
         with torch.autocast(ids.device.type, self.dtype) if half else contextlib.nullcontext():
             return self.base(input_ids=ids, use_cache=cache is not None, **kwargs).logits
@@ -368,11 +380,12 @@ class LMCache:
 
     def __init__(self, lm):
         from transformers import DynamicCache
-        self.state, self.n = DynamicCache(config=lm.base.config), 0 # n: tokens so far
+        self.state, self.n, self.real = DynamicCache(config=lm.base.config), 0, None # tokens so far, and which of them are no filler, (B, n) or None = all
 
     def keep(self, rows):
         """ go on with these rows of the batch only, (b,) int64 """
         self.state.reorder_cache(rows)
+        self.real = self.real if self.real is None else self.real[rows]
 
 # -----------------------------------------------------------------------------
 

@@ -166,24 +166,29 @@ FORGET = -30.0 # log decay at the border of two documents: e^-30 of a state is l
 
 def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     """
-    the state space recurrence h_t = exp(a_t) h_{t-1} + x_t Bm_t^T, y_t = h_t Cm_t, in chunks of Q tokens: inside a
-    chunk it is masked attention, between chunks one state is handed on.
+    the state space recurrence h_t = exp(a_t) h_{t-1} + x_t Bm_t^T, y_t = h_t Cm_t, in n chunks of q tokens, Q at most: inside
+    the chunks, all at once, it is masked attention, from chunk to chunk one state is handed on.
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
-    None = zero -> y (B, T, nh, hs) and the last state, not up to date with want_state=False.
+    None = zero -> y (B, T, nh, hs) and the last state, None if there is one chunk and nobody wants it.
     """
-    y, chunks = [], list(zip(*(z.split(Q, 1) for z in (x, a, Bm, Cm)))) # slices would cost a whole gradient each
-    for i, (xc, ac, bc, cc) in enumerate(chunks):
-        xc, s = xc.transpose(1, 2), ac.cumsum(1).transpose(1, 2) # (B, nh, q, hs), and (B, nh, q) log decay from the chunk's start
-        future = torch.full((s.size(-1),) * 2, float('-inf'), dtype=s.dtype, device=s.device).triu(1)
-        L = (s[..., :, None] - s[..., None, :] + future).exp() # (B, nh, q, q) decay from token j to token i
-        yc = ((cc @ bc.transpose(1, 2))[:, None] * L) @ xc # (B, nh, q, hs)
-        if state is not None:
-            yc = yc + (cc[:, None] @ state.transpose(2, 3)) * s.exp()[..., None]
-        y.append(yc.transpose(1, 2))
-        if want_state or i + 1 < len(chunks):
-            new = (xc * (s[..., -1:] - s).exp()[..., None]).transpose(2, 3) @ bc[:, None] # (B, nh, hs, ns)
-            state = new if state is None else new + state * s[..., -1, None, None].exp()
-    return torch.cat(y, 1) if len(y) > 1 else y[0], state
+    T = x.size(1)
+    n = -(-T // Q)
+    q = -(-T // n)
+    if n * q > T: # more tokens that change no state
+        x, a, Bm, Cm = (F.pad(z, (0, 0) * (z.ndim - 2) + (0, n * q - T)) for z in (x, a, Bm, Cm))
+    x, s, Bm, Cm = (z.unflatten(1, (n, q)) for z in (x, a, Bm, Cm))
+    x, s = x.transpose(2, 3), s.cumsum(2).transpose(2, 3) # (B, n, nh, q, hs), and (B, n, nh, q) log decay from the chunk's start
+    future = torch.full((q, q), float('-inf'), dtype=s.dtype, device=s.device).triu(1)
+    L = (s[..., :, None] - s[..., None, :] + future).exp() # (B, n, nh, q, q) decay from token j to token i
+    y = ((Cm @ Bm.transpose(2, 3))[:, :, None] * L) @ x # (B, n, nh, q, hs)
+    if n > 1 or want_state or state is not None:
+        new = (x * (s[..., -1:] - s).exp()[..., None]).transpose(3, 4) @ Bm[:, :, None] # (B, n, nh, hs, ns) what a chunk leaves
+        keep, before = s[..., -1, None, None].exp(), []
+        for i in range(n):
+            before.append(torch.zeros_like(new[:, 0]) if state is None else state)
+            state = new[:, i] if state is None else new[:, i] + state * keep[:, i]
+        y = y + (Cm[:, :, None] @ torch.stack(before, 1).transpose(3, 4)) * s.exp()[..., None]
+    return y.transpose(2, 3).flatten(1, 2)[:, :T], state
 
 def ssd_triton(x, a, Bm, Cm):
     """
@@ -354,6 +359,7 @@ class Model(nn.Module):
     model(*batch) -> logits (B, T, vocab_size) and the loss, summed over the tokens that carry it, in nats.
     with a cache it goes on where the last call ended: first the prompts, then a token at a time, or several.
     """
+    pads = True # prompts of several lengths may go together, what fills up the shorter ones in front is a document of its own
 
     def __init__(self, cfg):
         super().__init__()
@@ -502,7 +508,7 @@ class SSMCache:
         self.conv, self.state = self.conv[rows], self.state[rows]
 
 class Cache:
-    """ decode caches of all layers, for a batch of prompts of one length. docs in every call or in none; with prefix a prompt comes in one call """
+    """ decode caches of all layers, for a batch of prompts. docs in every call or in none; with prefix a prompt comes in one call """
 
     def __init__(self, model):
         self.layers = [SSMCache() if kind == 'M' else KVCache() for _ in range(model.cfg.loops) for kind in model.cfg.kinds]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -105,29 +106,29 @@ def load_model(run, device, base=''):
 # -----------------------------------------------------------------------------
 # decoding
 
-def read_prompts(model, idx, pos, task, dihedral):
-    """ prompts as for decode -> Cache after them, (B, 1, 16) logits of the token that follows, and what else the model is told at each token """
+def read_prompts(model, idx, pos, task, dihedral, doc):
+    """ prompts as for decode -> Cache after them, (B, 16) logits of the token that follows, and what else the model is told at each token to come, {name: (B, 1)} """
     cache = model.cache()
-    extra = () if task is None else (task[:, None], dihedral[:, None]) # the same at every token
-    return cache, model(idx, None, pos, None, *(x.expand(idx.shape) for x in extra), cache=cache)[0][:, -1:], extra
+    same = {} if task is None else {'task': task[:, None], 'dihedral': dihedral[:, None]} # at every token
+    logits = model(idx, None, pos, doc, **{name: x.expand(idx.shape) for name, x in same.items()}, cache=cache)[0][:, -1]
+    return cache, logits, same if doc is None else {**same, 'doc': doc[:, -1:]}
 
 @torch.no_grad()
-def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temperature=1.0, top_p=1.0, seed=0, most=MAX_GRID + 1):
+def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, samples=0, temperature=1.0, top_p=1.0, seed=0, most=MAX_GRID + 1):
     """
-    answers to (B, T) prompts of one length, all ending in OUT, under the grammar. pos (B, T, 3), task and dihedral (B,) or None
-    -> list of (prompt, tokens up to END, log-probability, is it the greedy one).
+    answers to (B, T) prompts, all ending in OUT, under the grammar. pos (B, T, 3), task and dihedral (B,) or None. doc (B, T) is 1 on a
+    prompt and 0 on the filler before it, None = there is none -> list of (prompt, tokens up to END, log-probability, is it the greedy one).
 
     of each prompt the greedy answer, and with p_min < 1 every answer of at least that probability (what ARChitects' depth-first
     search finds, github.com/da-fr/arc-prize-2024; here all open ones take a step together, at most 1 / p_min of a prompt). samples=n: n
     drawn answers of each instead. a prompt goes through the model once, whatever branches off it.
     """
     device, found, branches = idx.device, [], p_min < 1 and samples == 0
-    cache, logits, extra = read_prompts(model, idx, pos, task, dihedral)
-    logits = logits[:, -1]
+    cache, logits, extra = read_prompts(model, idx, pos, task, dihedral, doc)
     rows = torch.arange(len(idx), device=device).repeat_interleave(max(samples, 1)) # (b,) the prompt of each open answer
     if samples > 1:
         cache.keep(rows)
-        logits, extra = logits[rows], tuple(x[rows] for x in extra)
+        logits, extra = logits[rows], {name: x[rows] for name, x in extra.items()}
     at, width = pos[:, -1].long()[rows], torch.zeros_like(rows) # where the last token stands, and the sides of the grid so far
     out, logp = torch.zeros(len(rows), 0, dtype=torch.int64, device=device), torch.zeros(len(rows), dtype=logits.dtype, device=device)
     greedy, generator = torch.full_like(rows, samples == 0, dtype=torch.bool), torch.Generator(device).manual_seed(seed)
@@ -151,8 +152,8 @@ def decode(model, idx, pos, task=None, dihedral=None, p_min=1.0, samples=0, temp
             break
         if not torch.equal(parent, every): # some left, or branched
             cache.keep(parent)
-            extra = tuple(x[parent] for x in extra)
-        logits = model(token[:, None], None, at[:, None], None, *extra, cache=cache)[0][:, -1]
+            extra = {name: x[parent] for name, x in extra.items()}
+        logits = model(token[:, None], pos=at[:, None], **extra, cache=cache)[0][:, -1]
     else:
         found += zip(rows.tolist(), out.tolist(), logp.tolist(), greedy.tolist()) # cut short
     return found
@@ -164,21 +165,21 @@ def draw(scores, temperature, top_p, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 @torch.no_grad()
-def score_answers(model, idx, pos, answers, task=None, dihedral=None):
+def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     """
     (B, T) prompts as for decode, and of each a list of grids -> list of B lists of the log-probability of each grid, under
     the grammar. a prompt goes through the model once.
     """
     device = idx.device
-    cache, first, extra = read_prompts(model, idx, pos, task, dihedral)
+    cache, first, extra = read_prompts(model, idx, pos, task, dihedral, doc)
     rows = torch.tensor([b for b, grids in enumerate(answers) for _ in grids], device=device)
     written = [write_answer(grid) for grids in answers for grid in grids]
     n = max(len(tokens) for tokens, *_ in written)
     tokens, at, width = (torch.from_numpy(np.stack([np.pad(x[i], [(0, n - len(x[i]))] + [(0, 0)] * (x[i].ndim - 1), constant_values=PAD if i == 0 else 0) for x in written])).to(device) for i in range(3))
     cache.keep(rows)
-    logits = first[rows]
+    logits = first[rows, None]
     if n > 1:
-        more = model(tokens[:, :-1], None, at[:, 1:], None, *(x[rows].expand(len(rows), n - 1) for x in extra), cache=cache)[0]
+        more = model(tokens[:, :-1], pos=at[:, 1:], **{name: x[rows].expand(-1, n - 1) for name, x in extra.items()}, cache=cache)[0]
         logits = torch.cat([logits, more], 1) # (b, n, 16), of the token at each place
     legal = grammar(at.flatten(0, 1), width.flatten()).view_as(logits) | (tokens == PAD)[..., None]
     scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
@@ -241,49 +242,69 @@ class Solver:
             if sampler.cfg.shots != 0 and (docs.pairs >= 0).sum(1).min() == 1:
                 self.alone.append(query)
 
-    def batches(self, views, size):
-        """ views of one prompt length, at most `size` together, as (views, the arguments of the model) """
-        by_length = defaultdict(list)
-        for x in views: # and of as many pairs: to a language model each may be a few tokens more
-            by_length[len(x.idx), int((x.idx == IN).sum())].append(x)
-        for _, group in sorted(by_length.items()):
-            for j in range(0, len(group), size):
-                part = group[j : j + size]
-                args = [torch.from_numpy(np.stack(x)).to(self.device) for x in zip(*((x.idx, x.pos) for x in part))]
-                if self.model.cfg.n_task > 0:
-                    args += [torch.tensor([x.row for x in part], device=self.device), torch.tensor([x.dihedral for x in part], dtype=torch.uint8, device=self.device)]
-                yield part, args
+    def each(self, views, size, f):
+        """
+        f of batches of at most `size` views of like lengths -> (views, what f makes of them) each. f(views, the arguments of decode by name).
+        shorter prompts get filler before them, where the model can tell; and what a gpu has no memory for is tried again in halves.
+        """
+        def kind(x): # of as many pairs: to a language model each may be a few tokens more
+            return len(x.idx), int((x.idx == IN).sum())
+        views = sorted(views, key=kind)
+        for rest in [views] if self.model.pads else [list(group) for _, group in groupby(views, kind)]:
+            while rest:
+                part, found = rest[:size], None
+                with contextlib.suppress(torch.OutOfMemoryError) if len(part) > 1 else contextlib.nullcontext(), self.autocast():
+                    found = f(part, self.arguments(part))
+                if found is None:
+                    size = len(part) // 2
+                    torch.cuda.empty_cache()
+                else:
+                    yield part, found
+                    rest = rest[size:]
 
-    def propose(self, views):
-        """ decode views, their answers become candidates """
+    def arguments(self, views):
+        """ of decode, by name """
+        T = len(views[-1].idx) # the longest
+        filler = np.array([T - len(x.idx) for x in views])
+        args = {'idx': np.stack([np.pad(x.idx, (n, 0), constant_values=PAD) for x, n in zip(views, filler)]), 'pos': np.stack([np.pad(x.pos, ((n, 0), (0, 0))) for x, n in zip(views, filler)])}
+        if filler.any():
+            args['doc'] = (np.arange(T) >= filler[:, None]).astype(np.int32)
+        if self.model.cfg.n_task > 0:
+            args |= {'task': np.array([x.row for x in views]), 'dihedral': np.array([x.dihedral for x in views], np.uint8)}
+        return {name: torch.from_numpy(x).to(self.device) for name, x in args.items()}
+
+    def propose(self, views, deadline=float('inf')):
+        """ decode views, their answers become candidates. no batch is begun after the deadline, of time.perf_counter """
         cfg = self.cfg
-        self.seen += views
         for samples in (0, cfg.samples) if cfg.samples > 0 else (0,):
-            size = max(cfg.decode_rows // max(samples, 1), 1)
-            for n, (part, args) in enumerate(self.batches(views, size)):
-                with self.autocast():
-                    answers = decode(self.model, *args, p_min=cfg.p_min, samples=samples, temperature=cfg.temperature, top_p=cfg.top_p,
-                                     seed=int(hash64(cfg.seed, n, len(self.views), part[0].number, part[0].query[0])) >> 1)
-                for b, tokens, logp, greedy in answers:
+            def answers(part, args):
+                seed = int(hash64(cfg.seed, len(self.views), *part[0].query, part[0].number)) >> 1
+                return decode(self.model, **args, p_min=cfg.p_min, samples=samples, temperature=cfg.temperature, top_p=cfg.top_p, seed=seed)
+            for part, found in self.each(views, max(cfg.decode_rows // max(samples, 1), 1), answers):
+                if samples == 0:
+                    self.seen += part
+                for b, tokens, logp, greedy in found:
                     view = part[b]
                     grid = undo(decode_grid(tokens[:-1]), view.dihedral, view.cmap)
                     c = self.found[view.query].setdefault(grid_bytes(grid), Candidate(grid))
                     c.votes += greedy or samples > 0
                     if all(v != view.number for v, _ in c.found): # drawn again
                         c.found.append((view.number, round(logp, 4)))
+                if time.perf_counter() > deadline:
+                    return
 
     def judge(self):
         """ how probable are the candidates of a query under each of the views so far? a sole one needs no judge """
         best = {query: sorted(found.values(), key=lambda c: (-c.votes, -c.log_prob, grid_bytes(c.grid)))[: self.cfg.score_most] for query, found in self.found.items()}
         asked = [x for x in self.seen if len(best[x.query]) > 1]
         scores = defaultdict(list)
-        for part, args in self.batches(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1)):
-            grids = [[dihedral(x.cmap[c.grid], x.dihedral) for c in best[x.query]] for x in part]
-            with self.autocast():
-                for x, logps in zip(part, score_answers(self.model, args[0], args[1], grids, *args[2:])):
-                    scores[x.query].append(logps)
-        for query, logps in scores.items():
-            for c, x in zip(best[query], np.mean(logps, 0)):
+        def logps(part, args):
+            return score_answers(self.model, answers=[[dihedral(x.cmap[c.grid], x.dihedral) for c in best[x.query]] for x in part], **args)
+        for part, found in self.each(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1), logps):
+            for x, y in zip(part, found):
+                scores[x.query].append(y)
+        for query, found in scores.items():
+            for c, x in zip(best[query], np.mean(found, 0)):
                 c.score = round(float(x), 4)
 
 def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
@@ -393,8 +414,8 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
         alone += [f"{tasks[k].name} query {i}" for k, i in solver.alone]
         edges = [0, 1, 2, 4, *range(8, cfg.views, 8), cfg.views] if cfg.minutes > 0 else [0, cfg.views]
         for a, b in zip(edges, edges[1:]):
-            if a == 0 or time.perf_counter() < deadline:
-                solver.propose([x for x in solver.views if a <= x.number < b])
+            if a == 0 or time.perf_counter() < deadline: # the first one answers every query
+                solver.propose([x for x in solver.views if a <= x.number < b], deadline if a > 0 else float('inf'))
         if cfg.select != 'votes':
             solver.judge()
         found |= {query: list(candidates.values()) for query, candidates in solver.found.items()}

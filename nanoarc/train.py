@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoarc import checkpoint, view
-from nanoarc.data import Batch, DataConfig
+from nanoarc.data import PAD, Batch, DataConfig
 from nanoarc.model import ModelConfig, is_recent
 from nanoarc.sources import with_earlier
 
@@ -127,12 +128,22 @@ class Signals:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
+def fill_rows(batch, n):
+    """ a Batch, if it has fewer than n rows, with empty ones: a compiler is to see one shape """
+    n -= len(batch.idx)
+    if n <= 0:
+        return batch
+    batch = Batch(*(x if x is None else F.pad(x, (0, 0) * (x.ndim - 1) + (0, n), value=y) for x, y in zip(batch, (PAD, -100, 0, -1, 0, 0))))
+    if batch.doc is not None: # many small documents: one large one would cost the attention more
+        batch.doc[-n:] -= torch.arange(batch.doc.size(1), dtype=batch.doc.dtype, device=batch.doc.device) // 128
+    return batch
+
 @torch.no_grad()
-def evaluate(model, ds, device, autocast, rank=0, world=1):
-    """ mean loss over the held out queries, nats per output token, or None if nothing is held out """
+def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
+    """ mean loss over the held out queries, nats per output token, or None if nothing is held out. rows: of a batch at least, see fill_rows """
     total, tokens = 0.0, 0
     for batch in ds.val_batches(rank, world):
-        batch = Batch(*(x if x is None else x.to(device) for x in batch))
+        batch = fill_rows(Batch(*(x if x is None else x.to(device) for x in batch)), rows)
         with autocast():
             total += float(model(*batch)[1]) # waits for the device
         tokens += int((batch.targets != -100).sum())
@@ -242,6 +253,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
     for block in [*model.blocks, *(ema.blocks if ema else [])] if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
+    rows = -(-max(data_cfg.batch_tokens // data_cfg.block_size, 1) // world) if compiled and data_cfg.batching != 'bucket' else 0 # of a batch, then all have as many
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     with checkpoint.lock(out_dir) if rank == 0 else contextlib.nullcontext():
@@ -333,7 +345,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     save()
                 if evals: # after the save, so that a resumed run comes by here again
                     with timed('validating and drawing'):
-                        val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
+                        val_loss = evaluate(ema or model, ds, device, autocast, rank, world, rows)
                     log.row(step, max_iters, val_loss=val_loss, done=step / max_iters if max_iters and val_loss is not None else None)
                 if draws and step > start:
                     with timed('validating and drawing'):
@@ -349,7 +361,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                     net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up their gradients once a step
                     tokens += loader.tokens()
                     with timed('waiting for data'):
-                        batch = loader.next_batch()
+                        batch = fill_rows(loader.next_batch(), rows)
                     with autocast():
                         _, loss = net(*batch)
                     scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged
@@ -378,7 +390,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
                 log.print(f"stopped by signal {stop} after step {step}, --resume {out_dir} goes on")
                 sys.exit(0 if stop == signal.SIGTERM else 128 + stop)
             seconds = time.perf_counter() - clock
-            val_loss = evaluate(ema or model, ds, device, autocast, rank, world)
+            val_loss = evaluate(ema or model, ds, device, autocast, rank, world, rows)
             log.row(step, max_iters, val_loss=val_loss, done=1.0 if val_loss is not None else None)
             meta = save()
             if cfg.draw_every > 0:

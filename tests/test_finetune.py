@@ -135,7 +135,7 @@ def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented
     while n < 1000:
         batch = loader.next_batch()
         for part, kept in ((lm, None), (shrunk, torch.tensor(shrunk.kept))):
-            ids, of, ends, _ = part.expand(batch.idx, batch.doc, True)
+            ids, of, ends, *_ = part.expand(batch.idx, batch.doc, True)
             for b in range(len(ids)):
                 symbols = batch.idx[b][batch.doc[b] >= 0].tolist()
                 text = "".join(lm.form.text[x] for x in [FIRST, *symbols[1:]])
@@ -202,6 +202,23 @@ def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
         cache.keep(rows)
         got += [lm(more[rows][:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 7))]
     assert (torch.cat(got, 1) - want[rows]).abs().max() < 1e-4 * want.abs().max()
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+@pytest.mark.parametrize('kind', CLASSES)
+def test_prompts_of_several_lengths_go_together(kind, form):
+    """ two pairs, and one pair with filler before it: in chat form rows of one length in symbols are not of one length in tokens """
+    lm, more = tiny_lm(kind, form), torch.randint(0, 10, (8, 6))
+    long, short = prompts(), prompts(seed=1)[:, 16:]
+    n = long.size(1) - short.size(1)
+    doc = torch.ones(8, long.size(1), dtype=torch.int32)
+    doc[4:, :n] = 0
+    cache, rows = lm.cache(), torch.tensor([2, 7, 5, 0])
+    got = [lm(torch.cat([long, F.pad(short, (n, 0), value=14)]), doc=doc, cache=cache)[0][rows, -1:]]
+    cache.keep(rows)
+    got += [lm(more[rows, a:b], doc=doc[rows, a:b] * 0 + 1, cache=cache)[0] for a, b in ((0, 1), (1, 2), (2, 5), (5, 6))]
+    want = torch.cat([lm(torch.cat([x, y], 1))[0][:, -7:] for x, y in ((long, more[:4]), (short, more[4:]))])[rows]
+    assert ((torch.cat(got, 1) - want).abs().max() < 1e-5 * want.abs().max()) == lm.pads == (kind != 'mamba') # which has no mask for its state
 
 @pytest.mark.parametrize('kind', CLASSES)
 def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):

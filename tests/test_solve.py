@@ -217,6 +217,23 @@ def test_decoding_together_equals_one_by_one(mixer, how):
                 out.append(int(token))
             assert out == tokens and abs(total - logp) < 1e-9
 
+@pytest.mark.parametrize('mixer', ['A', 'M', 'MA', 'MS'])
+@pytest.mark.parametrize('more', [{}, {'prefix': False}, {'rope_bases': (100.0,)}])
+def test_filler_before_a_shorter_prompt_changes_nothing(mixer, more):
+    model = sharp_model(mixer, window=5, **more)
+    args, lengths = prompts(model, 6, 9), (9, 4, 7, 2, 9, 8)
+    doc = torch.ones(6, 9, dtype=torch.int32)
+    for b, n in enumerate(lengths):
+        doc[b, : 9 - n] = 0
+    filled = args[0].masked_fill(doc == 0, data.PAD), args[1].masked_fill(doc[..., None] == 0, 0), *args[2:], doc
+    for how in ({}, {'p_min': 0.02}):
+        together = sorted(solve.decode(model, *filled, most=40, **how))
+        alone = sorted((b, *x[1:]) for b, n in enumerate(lengths) for x in solve.decode(model, *(x[b : b + 1, 9 - n :] for x in args[:2]), *(x[b : b + 1] for x in args[2:]), most=40, **how))
+        assert [x[:2] + x[3:] for x in together] == [x[:2] + x[3:] for x in alone] and np.allclose([x[2] for x in together], [x[2] for x in alone], atol=1e-10)
+    grids = [[np.full((2, 3), b, np.uint8), np.eye(b % 3 + 1, dtype=np.uint8)] for b in range(6)]
+    alone = [solve.score_answers(model, *(x[b : b + 1, 9 - n :] for x in args[:2]), grids[b : b + 1], *(x[b : b + 1] for x in args[2:]))[0] for b, n in enumerate(lengths)]
+    assert np.allclose(solve.score_answers(model, *filled[:2], grids, *filled[2:]), alone, atol=1e-9)
+
 @pytest.mark.parametrize('mixer', ['A', 'MA'])
 def test_an_answer_scored_is_as_probable_as_an_answer_decoded(mixer, monkeypatch):
     small_world(monkeypatch)
@@ -254,6 +271,36 @@ def test_a_judge_asks_each_candidate_under_every_view_in_its_own_colors_and_orie
                 idx.append(t)
                 pos.append(data.next_pos(pos[-1], torch.tensor(t)))
         assert abs(total / len(solver.views) - c.score) < 1e-3
+
+def test_candidates_are_the_same_whatever_goes_together_and_if_memory_runs_out(tiny_run, monkeypatch):
+    model, data_cfg, rows, *_ = solve.load_model(tiny_run[0], torch.device('cpu'))
+    sampler = Sampler([(read_source(tiny_run[1], opened=False), 1)], data_cfg, rows)
+    queries = {(k, 0): int(sampler.tables.first[k] + sampler.tables.n_demos[k]) for k in range(3)}
+    def solved(**how):
+        solver = solve.Solver(solve.SolveConfig(**{'views': 6, 'p_min': 0.1, 'score_most': 2, **how}), model, contextlib.nullcontext, sampler, queries)
+        solver.propose(solver.views)
+        solver.judge()
+        assert len({len(x.idx) for x in solver.views}) > 2
+        return {(query, key): (c.votes, sorted(c.found), c.score) for query, found in solver.found.items() for key, c in found.items()}
+    want, tried = solved(), []
+    def same(found):
+        return found.keys() == want.keys() and all(a[0] == b[0] and [x[0] for x in a[1]] == [x[0] for x in b[1]] and np.allclose([x[1] for x in a[1]], [x[1] for x in b[1]], atol=1e-3)
+                                                   and (a[2] is b[2] is None or abs(a[2] - b[2]) < 1e-3) for a, b in zip(found.values(), (want[key] for key in found)))
+    assert same(solved(decode_rows=2)) and same(solved(decode_rows=1)) # the latter without any filler
+    monkeypatch.setattr(model, 'pads', False, raising=False)
+    assert same(solved())
+    monkeypatch.undo()
+    for name in ('decode', 'score_answers'):
+        def limited(model, idx, *args, f=getattr(solve, name), **kwargs):
+            tried.append(len(idx))
+            if len(idx) > 3:
+                raise torch.OutOfMemoryError
+            return f(model, idx, *args, **kwargs)
+        monkeypatch.setattr(solve, name, limited)
+    assert same(solved()) and max(tried) == 18 and 0 < tried.count(18) <= 2 and min(tried) >= 1
+    monkeypatch.setattr(solve, 'decode', lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError): # of one view: there is nothing to halve
+        solved()
 
 # -----------------------------------------------------------------------------
 # the whole
