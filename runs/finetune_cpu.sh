@@ -21,7 +21,7 @@ else
         --eval_every 100000 --save_every 50 --log_every 10 --draw_every 0 --out_dir "$OUT" "$@"
 fi
 echo "== solving 34 evaluation tasks, answers unseen"
-nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL --views "${VIEWS:-4}" --p_min 1 --together 34
+nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL --views "${VIEWS:-8}" --p_min 0.1 --minutes "${SOLVE_MINUTES:-5}" --together 34
 echo "== scoring"
 nanoarc score "$OUT/submission.json" arc1/evaluation $SMALL | tee "$OUT/score.txt" | sed '$d'
 python - "$OUT" $SECONDS <<'EOF2'
