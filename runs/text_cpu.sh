@@ -43,7 +43,7 @@ EOF
 fi
 echo "== token shards"
 nanoarc text prepare --dataset "$OUT/docstrings.jsonl" --train_bpe 4096 --shard_tokens 200000 --out_dir "$OUT/shards" | tail -1
-if ls "$OUT"/run/ckpt/*.sha256 > /dev/null 2>&1; then
+if began "$OUT/run"; then
     nanoarc train --resume "$OUT/run"
 else
     echo "== training a hybrid on them, 3 minutes"
@@ -74,7 +74,7 @@ echo "== tasks: from its blocks, and from scratch"
 for seed in 1 2; do
     for from in text scratch; do
         run="$OUT/arc-$from-$seed"
-        ls "$run"/ckpt/*.sha256 > /dev/null 2>&1 || nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --max_pair 100 --minutes 0 --max_iters "$ITERS" --seed $seed --mixer MA \
+        began "$run" > /dev/null || nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --max_pair 100 --minutes 0 --max_iters "$ITERS" --seed $seed --mixer MA \
             --draw_every 0 --eval_every 150 $([ $from = text ] && echo "--init_from $OUT/run") --out_dir "$run" | grep -e "blocks" -e "validation:" -e "nats" || true
     done
 done

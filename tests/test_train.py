@@ -12,8 +12,8 @@ from conftest import TINY
 
 from nanoarc import checkpoint, train
 from nanoarc.cli import main as cli
-from nanoarc.data import DataConfig
-from nanoarc.model import ModelConfig
+from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
+from nanoarc.model import Model, ModelConfig
 from nanoarc.train import TrainConfig, get_lr
 from nanoarc.view import read_metrics, run_frame
 
@@ -369,3 +369,15 @@ def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monk
     monkeypatch.setattr(solve, 'decode', lambda model, idx, pos, task, d, most: [(0, [3, 4, 10, 5, 6, 10, 7], 0.0, True)]) # cut in its third row
     solve.draw_val(model, ds, "")
     assert [attempts[0]['attempt_1'].tolist() for _, attempts in drawn[-1]] == [[[3, 4], [5, 6]]] * 2
+
+@pytest.mark.parametrize('mixer', ['MA', 'S'])
+def test_batches_are_filled_up_for_a_compiler(toy, mixer):
+    """ with empty rows, in small documents, which change nothing """
+    ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=512, batch_tokens=2048))
+    model, batch = Model(ModelConfig(mixer=mixer, depth=2, n_task=4)), ArcLoader(ds).next_batch()
+    batch = Batch(*(x[:3].clone() for x in batch))
+    full = train.fill_rows(batch, 5)
+    assert all(len(x) == 5 and torch.equal(x[:3], y) for x, y in zip(full, batch)) and (full.targets[3:] == -100).all() and full.doc[3:].unique().tolist() == [-4, -3, -2, -1]
+    assert torch.allclose(model(*full)[1], model(*batch)[1], rtol=1e-6) and train.fill_rows(batch, 3) is batch and train.fill_rows(batch, 0) is batch
+    text = Batch(batch.idx, batch.targets, None, None, None, None)
+    assert [x if x is None else len(x) for x in train.fill_rows(text, 4)] == [4, 4, None, None, None, None]
