@@ -100,18 +100,21 @@ def long_batch(B, T, device):
     return idx, idx.roll(-1, 1), pos, torch.zeros(B, T, dtype=torch.int32, device=device)
 
 @torch.no_grad()
-def decode_speed(model, B, T, autocast, tokens=32):
-    """ tokens/s of B prompts of T tokens that are gone on with """
-    from nanoarc.model import Cache
-    idx, _, pos, _ = long_batch(B, T, next(model.parameters()).device)
-    cache = Cache(model)
+def decode_speed(model, B, T, autocast, tokens=32, filler=False):
+    """ tokens/s of B prompts of T tokens that are gone on with. filler: half of them are half as long """
+    device = model.device
+    idx, _, pos, doc = long_batch(B, T, device)
+    doc = (torch.arange(T, device=device) >= T // 2 * (torch.arange(B, device=device)[:, None] % 2)).int() if filler else None
+    told = {'task': torch.zeros_like(idx), 'dihedral': torch.zeros_like(idx)} if model.cfg.n_task > 0 else {}
+    last = {name: x[:, -1:] for name, x in {**told, **({'doc': doc} if filler else {})}.items()}
+    cache = model.cache()
     with autocast():
-        model(idx, None, pos, cache=cache)
+        model(idx, pos=pos, doc=doc, **told, cache=cache)
         for i in range(tokens + 4):
             if i == 4:
                 sync()
                 start = time.perf_counter()
-            model(idx[:, :1], None, pos[:, -1:], cache=cache)
+            model(idx[:, :1], pos=pos[:, -1:], **last, cache=cache)
         sync()
     return B * tokens / (time.perf_counter() - start)
 
@@ -278,17 +281,27 @@ def quickstart(args):
     print(f"\nthe matmul ceiling is {summary['ceiling_gflop_s']:.0f} GFLOP/s, the step does {summary['now']['gflop_s']:.0f}: {summary['now']['gflop_s'] / summary['ceiling_gflop_s']:.0%}")
     return summary
 
-def show_kernels(run, batches, device):
-    """ where the time of a step goes: its dearest kernels, and for how much of it the device has anything to do """
+def show_kernels(what, n, f, device):
+    """ where the time of n steps of f() goes: their dearest kernels, and for how much of it the device has anything to do """
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == 'cuda')) as p:
-        seconds = sum(run.seconds([batch]) for batch in batches)
+        start = time.perf_counter()
+        f()
+        sync()
+        seconds = time.perf_counter() - start
     events = [e for e in p.key_averages() if device.type != 'cuda' or (e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)] # kernels, not the calls that launch them
     key = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
     busy = sum(getattr(e, key) for e in events) / 1e6
-    print(f"a step takes {1e3 * seconds / len(batches):.1f} ms under the profiler, the device is at work for {busy / seconds:.0%} of it; the rest is waiting for python")
-    for e in sorted(events, key=lambda e: -getattr(e, key))[:15]:
-        print(f"  {getattr(e, key) / 1e3 / len(batches):8.2f} ms  {e.count / len(batches):6.0f} times  {e.key[:110]}")
+    print(f"{what} takes {1e3 * seconds / n:.1f} ms under the profiler, the device is at work for {busy / seconds:.0%} of it; the rest is waiting for python")
+    for e in sorted(events, key=lambda e: -getattr(e, key))[:12]:
+        print(f"  {getattr(e, key) / 1e3 / n:8.2f} ms  {e.count / n:6.0f} times  {e.key[:110]}")
+
+def decoding(model, device, autocast, T=256, steps=32):
+    """ what a step of decoding takes, by the number of prompts of several lengths; then the kernels of the last """
+    model.eval()
+    for B in (64, 512, 2048) if device.type == 'cuda' else (8, 64):
+        print(f"decoding {B} prompts of up to {T} tokens: {1e3 * B / decode_speed(model, B, T, autocast, steps, filler=True):.1f} ms a step")
+    show_kernels(f"a step of decoding {B} prompts, their reading among it,", steps + 4, lambda: decode_speed(model, B, T, autocast, steps, filler=True), device)
 
 def packed(args):
     """ packed rows from the loader, mixers and kernels in turn """
@@ -320,7 +333,8 @@ def packed(args):
             with open(out, 'a') as f:
                 f.write(json.dumps(row) + "\n")
             if args.profile:
-                show_kernels(run, batches, device)
+                show_kernels("a training step", len(batches), lambda: [run.step([batch]) for batch in batches], device)
+                decoding(run.model, device, autocast)
             del run
         rows.append(row)
     print(f"{name}, {dtype}, {args.sizes[0]}, rows of {T}, {args.tokens} tokens a step, {commit}; matmul ceiling {top / 1e12:.2f} TFLOP/s, peak {peak / 1e12:.0f}")
