@@ -267,7 +267,7 @@ class Solver:
         T = len(views[-1].idx) # the longest
         filler = np.array([T - len(x.idx) for x in views])
         args = {'idx': np.stack([np.pad(x.idx, (n, 0), constant_values=PAD) for x, n in zip(views, filler)]), 'pos': np.stack([np.pad(x.pos, ((n, 0), (0, 0))) for x, n in zip(views, filler)])}
-        if filler.any():
+        if filler.any() or self.cfg.compile: # compiled for both it would be compiled too often
             args['doc'] = (np.arange(T) >= filler[:, None]).astype(np.int32)
         if self.model.cfg.n_task > 0:
             args |= {'task': np.array([x.row for x in views]), 'dihedral': np.array([x.dihedral for x in views], np.uint8)}
@@ -411,6 +411,8 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
         mine, net = sampler, model
         if cfg.ttt_steps > 0:
             net, mine = with_training(cfg, model, cfg.ttt_lr or lr / 5, corpora, sorted(group), data_cfg, rows, device)
+        if cfg.compile:
+            torch._dynamo.config.cache_size_limit = 64 # kinds of blocks x prompts, steps and whole answers x sizes that happen to equal another one
         for block in net.blocks if cfg.compile and (j == 0 or net is not model) else ():
             block.compile(dynamic=True)
         solver = Solver(cfg, net, autocast, mine, queries)
