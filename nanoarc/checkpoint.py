@@ -2,7 +2,7 @@
 the only code that writes or reads training state.
 
     out_dir/ckpt/step-000123.safetensors   weights, optimizer; everything else as json in its metadata
-    out_dir/ckpt/step-000123.sha256        its hash, as `sha256sum -c` reads it. written last: without it there is no checkpoint
+    out_dir/ckpt/step-000123.sha256        its hash, as `sha256sum -c` reads it. written last: without it there is none
     out_dir/lock                           the process that trains here
 
 a file is written under another name, synced and then renamed, so a crash at any moment leaves the old one or the new
@@ -18,9 +18,10 @@ from pathlib import Path
 
 from safetensors.torch import load as parse_tensors, save as dump_tensors
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2 # checkpoints on disk
-WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json' # by write_file, into the directory of a run
+# what write_file writes into the directory of a run
+WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json'
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """
@@ -45,8 +46,8 @@ def write_file(path, data):
 @contextlib.contextmanager
 def lock(out_dir):
     """
-    while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a save
-    that was killed left behind is removed. raises ValueError that names the process that holds it.
+    while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a
+    save that was killed left behind is removed. raises ValueError that names the process that holds it.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -83,24 +84,37 @@ def signed(data, path):
     return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
 
 def save(out_dir, step, model, optimizers, meta, ema=None):
-    """ state of model, optimizers and perhaps averaged weights, and meta (a dict of json values), as the newest checkpoint. prunes older ones """
-    tensors = {f"{part}.{name}": x.detach().cpu().contiguous() for part, net in (('model', model), ('ema', ema)) if net is not None
-               for name, x in net.state_dict().items()}
+    """
+    state of model, optimizers and perhaps averaged weights, and meta (a dict of json values), as the newest checkpoint.
+    prunes older ones
+    """
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    if ema is not None:
+        for name, x in ema.state_dict().items():
+            tensors[f"ema.{name}"] = x
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, x in state.items():
-                tensors[f"optim.{names[id(p)]}.{key}"] = x.detach().cpu().contiguous()
+                tensors[f"optim.{names[id(p)]}.{key}"] = x
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     data = dump_tensors(tensors, metadata={'nanoarc': json.dumps({'format': FORMAT, 'step': step, **meta})})
-    out_dir, path = Path(out_dir), file(out_dir, step)
+    path = file(out_dir, step)
     write_file(path, data)
     write_file(file(out_dir, step, 'sha256'), signed(data, path))
-    keep = [step, *(x for x in steps(out_dir) if x < step)][:KEEP] # a later one is damaged: we hold the lock, and began with the newest that is whole
+    prune(out_dir, step)
+
+def prune(out_dir, step):
+    """ keep this checkpoint and the ones before it, KEEP in all """
+    # a later one is damaged: we hold the lock, and began with the newest that is whole
+    older = [x for x in steps(out_dir) if x < step]
+    keep = [step, *older][:KEEP]
     for x in steps(out_dir):
         if x not in keep:
             file(out_dir, x, 'sha256').unlink() # first: what is left is no checkpoint
-    for path in (out_dir / 'ckpt').glob('step-*.safetensors'): # also what a save that was killed has left
-        if path not in [file(out_dir, x) for x in keep]:
+    kept = [file(out_dir, x) for x in keep]
+    for path in (Path(out_dir) / 'ckpt').glob('step-*.safetensors'): # also what a save that was killed has left
+        if path not in kept:
             path.unlink()
 
 def load(out_dir):
@@ -120,30 +134,39 @@ def load(out_dir):
             continue
         found = signed(data, path)
         if found != want:
-            errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want[:12].decode('ascii', 'backslashreplace')}")
+            want = want[:12].decode('ascii', 'backslashreplace')
+            errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
             continue
         for error in errors:
             print(f"warning: {error}, going back to {path}")
-        n = int.from_bytes(data[:8], 'little') # safetensors: the header's length, then the header
-        meta = json.loads(json.loads(data[8 : 8 + n])['__metadata__']['nanoarc'])
+        meta = read_meta(data)
         if meta['format'] != FORMAT:
             raise ValueError(f"{path}: format differs (saved {meta['format']}, this version reads {FORMAT})")
         return parse_tensors(data), meta
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
+
+def read_meta(data):
+    """ bytes of a checkpoint -> what was saved beside the tensors. a safetensors file begins with its header's length """
+    n = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8 : 8 + n])
+    return json.loads(header['__metadata__']['nanoarc'])
 
 def best_part(meta):
     """ the weights of a checkpoint that validation and solve use: 'ema', averaged, where there are any, or 'model' """
     return 'ema' if meta['train']['ema'] > 0 else 'model'
 
 def restore_model(model, tensors, part='model'):
-    """ weights into the model, strictly; part='ema': the averaged ones. raises ValueError that names what does not fit """
+    """ weights into the model, strictly; part='ema': the averaged ones. raises ValueError that names what differs """
     want = model.state_dict()
     have = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-    wrong = [name for name in want.keys() | have.keys() if name not in want or name not in have or want[name].shape != have[name].shape]
+    wrong = []
+    for name in sorted(want.keys() | have.keys()):
+        saved = list(have[name].shape) if name in have else 'none'
+        now = list(want[name].shape) if name in want else 'none'
+        if saved != now:
+            wrong.append(f"{name}: saved {saved}, now {now}")
     if wrong:
-        name = sorted(wrong)[0]
-        raise ValueError(f"the checkpoint's weights do not fit this model: {len(wrong)} differ, first {name}: "
-                         f"saved {list(have[name].shape) if name in have else 'none'}, now {list(want[name].shape) if name in want else 'none'}")
+        raise ValueError(f"the checkpoint's weights do not fit this model: {len(wrong)} differ, first {wrong[0]}")
     model.load_state_dict(have)
 
 def restore_optimizers(model, optimizers, tensors):
@@ -151,6 +174,9 @@ def restore_optimizers(model, optimizers, tensors):
     for optimizer in optimizers:
         mine = {id(p) for group in optimizer.param_groups for p in group['params']}
         for name, p in model.named_parameters():
-            state = {key.rpartition('.')[2]: x for key, x in tensors.items() if key.startswith(f"optim.{name}.")}
-            if id(p) in mine and state: # a step counter stays on the cpu unless the optimizer is fused on a gpu
-                optimizer.state[p] = {key: x.to(p.device) for key, x in state.items()}
+            state = {}
+            for key, x in tensors.items():
+                if key.startswith(f"optim.{name}."):
+                    state[key.rpartition('.')[2]] = x.to(p.device)
+            if id(p) in mine and state:
+                optimizer.state[p] = state

@@ -1,35 +1,31 @@
 """
-grids -> corpus -> samples -> batches. a task of two demos, the first being
+corpus -> documents -> rows -> batches.
 
-    input 1 2   output 3      as one document of shots=0:    IN  1 2 ROW 3 4 ROW  OUT  3 ROW 5 ROW  END
-          3 4          5      what carries loss (targets):                        3  ROW 5 ROW END  .
+a document is one token sequence: at shots=0 a single pair, otherwise a few demos of a task and then the pair asked
+about. a row is T tokens of a batch and holds one or several documents.
 
-each grid row is closed by ROW, so that the shape of a grid survives. the stream of documents is a pure function of
-(seed, t): document t is found by hashing counters, so there is no random state to save, no epoch to run dry, and
-resuming at step 10^9 costs what step 0 costs. what runs once a document is compiled by numba, the rest is numpy.
+the stream of documents is a pure function of (seed, t): document t is found by hashing counters. so there is no random
+state to save, no epoch to run dry, and resuming at step 10^9 costs what step 0 costs. loops over documents and tokens
+are compiled by numba, all else is numpy.
 """
 import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, vectorize
 
-from nanoarc.sources import MAX_SIDE, grid_bytes, guard, read_sources, trained_lines, walk
+from nanoarc.corpus import guard, trained_lines, walk
+from nanoarc.grids import END, IN, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE
+from nanoarc.jit import jit, ufunc
+from nanoarc.sources import read_sources
 
-# tokens: 0..9 are the colors
-ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14 # 15 is unused
-VOCAB_SIZE = 16
-MAX_GRID = MAX_SIDE * (MAX_SIDE + 1) # tokens of the largest grid
-MAX_PAIR = 1 + MAX_GRID + 1 + MAX_GRID + 1 # IN rows OUT rows END
-MAX_SHOTS = 127 # z = 2 * shots + 1 must fit a byte
-WINDOW = 4096 # documents planned together
-FORMAT = 2 # of the loader's state, goes up when the same state would mean other batches
+WINDOW = 4096 # documents that are planned together
+FORMAT = 3 # of the loader's state, goes up when the same state would mean other batches
 
 class Batch(NamedTuple):
     """ what a model is given. `x, y = batch[:2]` is enough for a plain nanoGPT """
@@ -40,36 +36,59 @@ class Batch(NamedTuple):
     task: torch.Tensor # (B, T) int32 row of the task embedding, or None if shots != 0
     dihedral: torch.Tensor # (B, T) uint8, or None if shots != 0
 
+LOSS_ON = ('query', 'outputs', 'all')
+BATCHING = ('bucket', 'pack', 'pad')
+COLORS = ('auto', 'domain', 'nonzero', 'all', 'none')
+
 @dataclass
 class DataConfig:
-    data: str = 'arc1/training' # sources whose demos and answered queries are trained on, e.g. 'arc1/training*2+my/dir'
+    # sources whose demos and answered queries are trained on, e.g. 'arc1/training*2+my/dir'
+    data: str = 'arc1/training'
     adapt: str = '' # sources whose demos alone are trained on, their answers stay closed
-    shots: int = 0 # demos before the target: 0 = none (a learned task embedding instead), -1 = all that fit, k = up to k
-    max_pair: int = 0 # leave out tasks with a demo of more tokens than this, in its longer orientation. 0 = off
+    # demos before the target: 0 = none (a learned task embedding instead), -1 = all that fit, k = up to k
+    shots: int = 0
+    # leave out tasks with a demo of more tokens than this, in its longer orientation. 0 = off
+    max_pair: int = 0
     block_size: int = 2048 # the most tokens of a document. longer ones lose demos, never cells
-    batching: str = 'bucket' # 'bucket' = similar lengths together (best on cpu) | 'pack' = rows of block_size full of documents (best on gpu) | 'pad' = a document a row of block_size
-    batch_tokens: int = 2048 # tokens of a micro batch, padding included, over all ranks. at least one document
-    loss_on: str = 'query' # 'query' = the target's output | 'outputs' = and the context's, but the first | 'all' = every token
-    colors: str = 'auto' # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' | 'auto' = domain at shots=0, else nonzero
+    # 'bucket' = similar lengths together (best on cpu) | 'pack' = rows of block_size full of documents (best on gpu) |
+    # 'pad' = a document a row of block_size
+    batching: str = 'bucket'
+    # tokens of a micro batch, padding included, over all ranks. at least one document
+    batch_tokens: int = 2048
+    # 'query' = the target's output | 'outputs' = and the context's, but the first | 'all' = every token
+    loss_on: str = 'query'
+    # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' |
+    # 'auto' = domain at shots=0, else nonzero
+    colors: str = 'auto'
     p_identity: float = 0.2 # share of the documents that keep their colors
-    val_tasks: int = 32 # so many tasks of data have their queries held out for the validation loss, at most half of them
+    # so many tasks of data have their queries held out for the validation loss, at most half of them
+    val_tasks: int = 32
     deal: int = 10 # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
     on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and say so
-    allow_leak: bool = False # train on pairs of data that are queries of adapt, and say so in checkpoint and score
+    # train on pairs of data that are queries of adapt, and say so in checkpoint and score
+    allow_leak: bool = False
     drop_overlap: bool = False # leave out the tasks of data that hold such pairs
 
-    def dataset(self, seed):
-        return ArcDataset(self, seed)
-
-LOSS_ON, BATCHING, COLORS_MODES = ('query', 'outputs', 'all'), ('bucket', 'pack', 'pad'), ('auto', 'domain', 'nonzero', 'all', 'none')
+    def check(self):
+        """ raises ValueError that names the setting """
+        for name, known in (('loss_on', LOSS_ON), ('colors', COLORS), ('batching', BATCHING)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: want one of {', '.join(known)}")
+        for name, least in (('block_size', 1), ('batch_tokens', 1), ('shots', -1), ('val_tasks', 0), ('max_pair', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: want at least {least}")
+        if not 0 <= self.p_identity <= 1:
+            raise ValueError(f"p_identity={self.p_identity}: want a share of 0..1")
 
 # -----------------------------------------------------------------------------
-# counter-based randomness
+# counter-based randomness: a hash of a few numbers in place of a generator with a state
 
-U = np.uint64 # numba, like numpy 1, makes float64 of uint64 and int64: every constant is wrapped
-DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = (U(i) for i in range(7)) # one tag for each thing that is drawn
+U = np.uint64 # numba makes float64 of uint64 and int64, so every constant beside a uint64 is wrapped
 
-@vectorize(['uint64(uint64, uint64)'], cache=True)
+# what is drawn, a tag each, so that equal numbers mean different draws
+DIHEDRAL, COLOR_MAP, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = map(U, range(7))
+
+@ufunc('uint64(uint64, uint64)')
 def mix(h, x):
     """ one more integer into a hash: the finalizer of splitmix64 (Steele et al. 2014) """
     h = (h ^ x) + U(0x9e3779b97f4a7c15)
@@ -79,120 +98,65 @@ def mix(h, x):
 
 def hash64(*parts):
     """ non-negative integers or arrays of them, broadcast -> uint64 """
-    return reduce(mix, (np.asarray(x, dtype=U) for x in parts), U(0))
+    h = U(0)
+    for x in parts:
+        h = mix(h, np.asarray(x, dtype=U))
+    return h
 
-@vectorize(['uint64(uint64, uint64, uint64)'], cache=True)
+@ufunc('uint64(uint64, uint64, uint64)')
 def bijection(i, n, key):
     """
-    a keyed permutation of 0..n-1 evaluated at i, n < 2^52. nothing is stored, so it costs the same for any n: a feistel
-    network of 4 rounds (Luby and Rackoff 1988) over the next even number of bits, walked until it lands inside.
+    where a shuffle of 0..n-1 puts i, n < 2^52. each key is another shuffle. nothing is stored, so it costs the same for
+    any n: a feistel network of 4 rounds (Luby and Rackoff 1988) shuffles the numbers of an even number of bits, the
+    fewest that hold n, and is repeated until it lands below n.
     """
-    half = U(1)
+    half = U(1) # bits of each half
     while U(1) << (half + half) < n:
         half += U(1)
-    mask, h = (U(1) << half) - U(1), mix(U(0), key)
+    mask = (U(1) << half) - U(1)
+    h = mix(U(0), key)
     while True:
         left, right = i >> half, i & mask
         for k in range(4):
             left, right = right, left ^ (mix(mix(h, U(k)), right) & mask)
         i = left << half | right
-        if i < n: # at worst 1 time in 4, since n fills at least a quarter of the square
+        if i < n: # at worst 1 time in 4, since n is more than a quarter of all these numbers
             return i
 
 # -----------------------------------------------------------------------------
-# grids and tokens
-
-def dihedral(grid, d):
-    """ the d-th of the 8 symmetries of the square: transpose if d >= 4, then np.rot90 d % 4 times """
-    return np.rot90(grid.T if d >= 4 else grid, int(d) % 4)
-
-def undo_dihedral(grid, d):
-    """ the inverse of dihedral """
-    grid = np.rot90(grid, -int(d) % 4)
-    return grid.T if d >= 4 else grid
-
-def next_pos(pos, token):
-    """
-    (..., 3) row, col, z of a token and the (...) token after it -> where that one stands. works for numpy and torch.
-    a cell and END stand one to the right, ROW opens the next row, OUT and IN start a grid: so every cell stands at
-    (0, +1) from the token that predicts it, and z counts grids down to 0 for the last input and 1 for its output.
-    """
-    r, c, z = pos[..., 0], pos[..., 1], pos[..., 2]
-    inside = (token != IN) & (token != OUT) # True counts as 1
-    row = (r + (token == ROW)) * inside
-    col = (c + 1) * (inside & (token != ROW))
-    z = z + 1 * (token == OUT) - 3 * (token == IN)
-    return torch.stack([row, col, z], -1) if torch.is_tensor(pos) else np.stack([row, col, z], -1)
-
-def decode_grid(tokens):
-    """ tokens of one grid, from its first cell to its last ROW -> (H, W) uint8. raises ValueError if they are no grid """
-    rows = [[]]
-    for x in tokens:
-        if x == ROW:
-            rows.append([])
-        elif 0 <= x <= 9:
-            rows[-1].append(x)
-        else:
-            raise ValueError(f"token {x} inside a grid")
-    lens = {len(row) for row in rows[:-1]}
-    if rows[-1] or len(lens) != 1 or not 1 <= len(rows) - 1 <= MAX_SIDE or not 1 <= len(rows[0]) <= MAX_SIDE:
-        raise ValueError(f"rows of lengths {[len(row) for row in rows]} are no grid")
-    return np.array(rows[:-1], dtype=np.uint8)
-
-def grammar(pos, width):
-    """
-    which tokens may follow, inside an answer. pos (B, 3) of the last token and width (B,) of the first row, 0 while it
-    is open, both int64 -> (B, 16) bool. ROW at col W only, cells before it, END after a ROW, no side over 30.
-    """
-    r, c = pos[:, :1], pos[:, 1:2] # (B, 1) rows closed so far, cells in this row
-    width = torch.where(width == 0, MAX_SIDE, width)[:, None]
-    token = torch.arange(VOCAB_SIZE, device=pos.device)
-    cell = (token < ROW) & (c < width) & (r < MAX_SIDE)
-    row = (token == ROW) & (c > 0) & ((c == width) | (r == 0))
-    return cell | row | ((token == END) & (c == 0) & (r > 0))
-
-# -----------------------------------------------------------------------------
-# the kernels: compiled once, then cached on disk. they hold no lock, so another thread may run meanwhile
+# the kernels
 
 class Tables(NamedTuple):
-    """ what the kernels know of a corpus: K tasks, P pairs, in few and narrow arrays: in a large one each look is a cache miss """
-    cells: np.ndarray # as in sources.Corpus
-    grid: np.ndarray # (2P,) int64 where each grid begins in cells << 16 | height << 8 | width. no sides: the answer is not known
-    first: np.ndarray # as in sources.Corpus
+    """ what the kernels know of K tasks and their P pairs. pair p is the grids 2p and 2p + 1 """
+    cells: np.ndarray # these six as in corpus.Corpus
+    off: np.ndarray
+    h: np.ndarray
+    w: np.ndarray
+    first: np.ndarray
     n_demos: np.ndarray
     pair_task: np.ndarray # (P,) int32
-    need: np.ndarray # (2, P) int16 tokens that a pair may take, upright and turned
-    usable: np.ndarray # (P,) bool, a demo that may stand in a context
+    tokens: np.ndarray # (2, P) int32 tokens of a pair, upright and turned
+    answer: np.ndarray # (2, P) int32 those of its output, END among them. 0 = not known
+    need: np.ndarray # (2, P) int32 tokens that a pair may take, once its answer is known
+    usable: np.ndarray # (P,) bool: a demo that may stand before a target
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
-    place: np.ndarray # (31, 3 * MAX_GRID) uint8 row, col, 0 of each token of a grid of 30 rows, by its width
-    depth: np.ndarray # (256, 3 * MAX_GRID) uint8 0, 0, z of as many tokens, by z
 
 class Documents(NamedTuple):
     """ a plan of n documents, nothing of them written yet """
     pairs: np.ndarray # (n, 1 + most) int32: column 0 is the target, column k the pair k steps before it, -1 = none
-    drawn: np.ndarray # (n, most) int32 the demos that were drawn for the context, in order, those that found no room too. -1 = none
-    tight: np.ndarray # (n,) bool: some found none
     dihedral: np.ndarray # (n,) uint8
-    cmap: np.ndarray # (n, 10) uint8 color map
-    length: np.ndarray # (n,) int64 tokens, of the prompt where the answer is not known
+    cmap: np.ndarray # (n, 10) uint8: what each color becomes
+    length: np.ndarray # (n,) int64 tokens. where the answer is not known, of the prompt
     loss_tokens: np.ndarray # (n,) int64 tokens that carry loss
 
-@njit(cache=True, nogil=True)
-def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap, ranks, colors):
+@jit
+def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap):
     """
-    -> dihedral, and cmap (10,) is filled. without replacement: 8 visits of a pair see each dihedral once, and its color
-    maps are all permutations of the domain, in steps that have no factor in common with their number. ranks (8,) uint64
-    and colors (10,) int64 are scratch.
+    -> the symmetry of a visit to a pair, and cmap (10,) is filled. without replacement: 8 visits see each symmetry
+    once, n! visits each permutation of the n colors in its domain.
     """
-    h, d = mix(mix(h_dihedral, pair), visit // U(8)), 0
-    for k in range(8):
-        ranks[k] = mix(h, U(k))
-    for k in range(8): # the dihedral whose hash has so many below it
-        below = 0
-        for other in range(8):
-            below += ranks[other] < ranks[k]
-        d = k if below == np.int64(visit % U(8)) else d
+    colors = np.empty(10, np.int64)
     n, total = 0, U(1)
     for x in range(10):
         cmap[x] = x
@@ -200,507 +164,489 @@ def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap, ranks, colors)
             colors[n] = x
             n += 1
             total *= U(n)
-    h = mix(h_colors, pair)
-    code = (visit % total * (U(1) + h % total // U(210) * U(210)) + (h >> U(32))) % total # 210 has every prime of 10 factorial
-    for j in range(n): # fisher-yates: the digits of code say what to swap
+    # a number below n! is a permutation: its digits say with which color behind it each one is swapped
+    code = bijection(visit % total, total, mix(mix(h_colors, pair), visit // total))
+    for j in range(n):
         a, b = colors[j], colors[j + np.int64(code % U(n - j))]
         cmap[a], cmap[b] = cmap[b], cmap[a]
         code //= U(n - j)
-    return d
+    return bijection(visit % U(8), U(8), mix(mix(h_dihedral, pair), visit // U(8)))
 
-@njit(cache=True, nogil=True)
-def subset_sums(drawn, n, need, room, reach):
-    """ bit t of row j of reach will say whether some of the first j of n drawn demos need t tokens together, for t <= room """
-    reach[0] = 0
-    reach[0, 0] = 1
-    for j in range(n):
-        word, bit = need[drawn[j]] // 64, U(need[drawn[j]] % 64)
-        reach[j + 1] = reach[j]
-        for w in range(word, room // 64 + 1):
-            reach[j + 1, w] |= reach[j, w - word] << bit
-            if w > word and bit > 0:
-                reach[j + 1, w] |= reach[j, w - word - 1] >> (U(64) - bit)
-
-@njit(cache=True, nogil=True)
-def has(bits, t):
-    """ is bit t set in an array of uint64? """
-    return (bits[t // 64] >> U(t % 64)) & U(1) > 0
-
-@njit(cache=True, nogil=True)
-def take(drawn, n, need, total, reach, pairs):
-    """ those drawn demos that need `total` tokens together, the first drawn preferred, behind the target in pairs -> how many """
-    pairs[1:], shots = -1, 0
-    for j in range(n - 1, -1, -1):
-        if not has(reach[j], total): # not without this one
-            total -= need[drawn[j]]
-            shots += 1
-            pairs[shots] = drawn[j]
-    pairs[1 : shots + 1] = pairs[1 : shots + 1][::-1].copy() # as they were drawn
-    return shots
-
-@njit(cache=True, nogil=True)
-def tokens_of(grid, turned):
-    """ an entry of Tables.grid -> tokens that it takes, a ROW a row """
-    h, w = grid >> 8 & 255, grid & 255
-    return h * w + (w if turned else h)
-
-@njit(cache=True, nogil=True)
-def measure(tab, pairs, shots, context, turned, loss_on):
-    """ a document of a target and so many tokens of context -> its tokens, and how many of them carry loss """
-    loss, p = 0, pairs[0]
-    length = context + 2 + tokens_of(tab.grid[2 * p], turned) # IN and OUT
-    for k in range(max(shots, 1) if loss_on == 1 else 1): # not the first pair, unless it is alone
-        if tab.grid[2 * pairs[k] + 1] & 255:
-            loss += tokens_of(tab.grid[2 * pairs[k] + 1], turned) + 1 # and END
-    if tab.grid[2 * p + 1] & 255:
-        length += tokens_of(tab.grid[2 * p + 1], turned) + 1
-    return length, length - 1 if loss_on == 2 else loss
-
-@njit(cache=True, nogil=True)
-def is_turned(d):
-    """ does dihedral d make (W, H) of (H, W)? """
-    return (d // 4 + d) % 2
-
-@njit(cache=True, nogil=True)
-def plan_documents(tab, target, visit, order, as_is, seed, p_identity, n_demos, most, block_size, loss_on):
+@jit
+def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, block_size, loss_on):
     """
-    (n,) target pairs, how often each was visited before, hashes that order their contexts, and whether to take them as
-    they are, without augment and in the order of the file -> the fields of Documents. the context is drawn from the other
-    demos of the task, of which there are n_demos at the most, `most` at the most; if they do not all find room in
-    block_size, it is those of them that fill it best.
+    (n,) target pairs, how often each was visited before, and hashes that order their contexts -> Documents.
+    the context is the other demos of the task in a drawn order, each that still finds room in block_size, `most` of
+    them. as_is (n,): no augment, and the order of the file.
     """
     n = len(target)
-    pairs, drawn, tight = np.full((n, 1 + most), -1, np.int32), np.full((n, most), -1, np.int32), np.zeros(n, np.bool_)
-    dihedral, cmap, length, loss_tokens = np.zeros(n, np.uint8), np.empty((n, 10), np.uint8), np.zeros(n, np.int64), np.zeros(n, np.int64)
-    ranks, colors = np.empty(8, np.uint64), np.empty(10, np.int64)
-    keys, queue = np.empty(n_demos, np.uint64), np.empty(n_demos, np.int64)
-    reach = np.empty((most + 1, block_size // 64 + 1), np.uint64)
-    h_dihedral, h_colors, h_identity = mix(mix(U(0), seed), DIHEDRAL), mix(mix(U(0), seed), COLORS), mix(mix(U(0), seed), IDENTITY)
+    pairs = np.full((n, 1 + most), -1, np.int32)
+    dihedral = np.zeros(n, np.uint8)
+    cmap = np.empty((n, 10), np.uint8)
+    length = np.zeros(n, np.int64)
+    loss_tokens = np.zeros(n, np.int64)
+    h_dihedral = mix(mix(U(0), seed), DIHEDRAL)
+    h_colors = mix(mix(U(0), seed), COLOR_MAP)
+    h_identity = mix(mix(U(0), seed), IDENTITY)
     for i in range(n):
-        p, shots, total = target[i], 0, 0
+        p = target[i]
         task = tab.pair_task[p]
         if not as_is[i]:
-            dihedral[i] = draw_augment(U(p), visit[i], h_dihedral, h_colors, tab.domain[task], cmap[i], ranks, colors)
+            dihedral[i] = draw_augment(U(p), visit[i], h_dihedral, h_colors, tab.domain[task], cmap[i])
         if as_is[i] or np.float64(mix(mix(h_identity, U(p)), visit[i])) < p_identity * 2.0**64:
-            for x in range(10):
-                cmap[i, x] = x
+            cmap[i] = np.arange(10)
+        turned = (dihedral[i] // 4 + dihedral[i]) % 2 # as grids.is_turned
         pairs[i, 0] = p
+        length[i] = tab.tokens[turned, p]
+        loss_tokens[i] = tab.answer[turned, p]
         if most > 0:
-            for j in range(tab.n_demos[task]): # insertion sort, tasks have few demos
-                key, at = U(j) if as_is[i] else mix(order[i], U(j)), j
-                while at > 0 and keys[at - 1] > key and tab.n_demos[task] <= 64:
-                    keys[at], queue[at] = keys[at - 1], queue[at - 1]
-                    at -= 1
-                keys[at], queue[at] = key, tab.first[task] + j
-            if tab.n_demos[task] > 64:
-                queue[: tab.n_demos[task]] = tab.first[task] + np.argsort(keys[: tab.n_demos[task]])
-            need = tab.need[is_turned(dihedral[i])]
-            room = max(block_size - need[p], 0)
-            for j in range(tab.n_demos[task]):
-                if shots < most and queue[j] != p and tab.usable[queue[j]] and need[queue[j]] <= room:
-                    drawn[i, shots] = pairs[i, shots + 1] = queue[j]
-                    total += need[queue[j]]
+            demos = np.arange(tab.n_demos[task])
+            if not as_is[i]:
+                demos = np.argsort(mix(order[i], demos.astype(U)))
+            room = block_size - tab.need[turned, p]
+            shots = 0
+            for j in demos:
+                q = tab.first[task] + j
+                if shots < most and q != p and tab.usable[q] and tab.need[turned, q] <= room:
                     shots += 1
-            if total > room: # not all find it: those that fill it best
-                tight[i], total = True, room
-                subset_sums(drawn[i], shots, need, total, reach)
-                while not has(reach[shots], total):
-                    total -= 1
-                shots = take(drawn[i], shots, need, total, reach, pairs[i])
-        length[i], loss_tokens[i] = measure(tab, pairs[i], shots, total, is_turned(dihedral[i]), loss_on)
-    return pairs, drawn, tight, dihedral, cmap, length, loss_tokens
+                    pairs[i, shots] = q
+                    room -= tab.need[turned, q]
+                    length[i] += tab.tokens[turned, q]
+            if loss_on == 'outputs':
+                for k in range(1, shots): # not the first pair: nothing stands before it
+                    loss_tokens[i] += tab.answer[turned, pairs[i, k]]
+        if loss_on == 'all':
+            loss_tokens[i] = length[i] - 1
+    return Documents(pairs, dihedral, cmap, length, loss_tokens)
 
-@njit(cache=True, nogil=True)
-def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, tokens, idx, targets, pos, doc, task, dihedral):
+@jit
+def write_grid(tab, g, d, cmap, z, idx, pos, at):
+    """ grid number g, turned by d and recolored, into a row of T tokens from `at` on -> where it ends """
+    cell, down, right, H, W = walk(tab.off[g], np.int64(tab.h[g]), np.int64(tab.w[g]), d)
+    for r in range(H):
+        for c in range(W):
+            idx[at + c] = cmap[tab.cells[cell + c * right]]
+            pos[at + c, 0], pos[at + c, 1], pos[at + c, 2] = r, c + 1, z
+        idx[at + W] = ROW
+        pos[at + W, 0], pos[at + W, 1], pos[at + W, 2] = r + 1, 0, z
+        cell += down
+        at += W + 1
+    return at
+
+@jit
+def write_document(tab, docs, i, loss_on, idx, targets, pos, at):
+    """ document i into a row of T tokens from `at` on -> where it ends """
+    start = at
+    shots = (docs.pairs[i] >= 0).sum() - 1
+    for k in range(shots, -1, -1): # the target comes last
+        p, begin = docs.pairs[i, k], at
+        idx[at] = IN
+        pos[at, 0], pos[at, 1], pos[at, 2] = 0, 0, 2 * k
+        at = write_grid(tab, 2 * p, docs.dihedral[i], docs.cmap[i], 2 * k, idx, pos, at + 1)
+        out = at
+        idx[at] = OUT
+        pos[at, 0], pos[at, 1], pos[at, 2] = 0, 0, 2 * k + 1
+        at += 1
+        if tab.h[2 * p + 1] > 0: # otherwise the answer is not known, and a prompt ends here
+            at = write_grid(tab, 2 * p + 1, docs.dihedral[i], docs.cmap[i], 2 * k + 1, idx, pos, at)
+            idx[at] = END
+            pos[at, 0], pos[at, 1], pos[at, 2] = pos[at - 1, 0], 1, 2 * k + 1
+            at += 1
+        targets[begin:at] = -100
+        if k == 0 or (loss_on == 'outputs' and k < shots):
+            targets[out : at - 1] = idx[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
+    if loss_on == 'all':
+        targets[start : at - 1] = idx[start + 1 : at]
+    return at
+
+@jit
+def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, idx, targets, pos, doc, task, dihedral):
     """
-    rows r0..r1-1, row r being the documents row_docs[row_start[r] : row_start[r+1]] one after another, into the (B, T)
-    arrays of a Batch, pos as (B, 3 * T); rows past r1 stay empty. pos, doc, task and dihedral may have no elements: then
-    they are not wanted. tokens is (T,) uint8 scratch: a pair is put together there, then widened and colored in one go.
+    rows r0..r1-1 into the (B, T) arrays of a Batch, pos (B, T, 3). row r is the documents
+    row_docs[row_start[r] : row_start[r + 1]] one after another. rows of the batch past these stay empty.
+    task and dihedral may have no elements: then they are not wanted.
     """
-    for b in range(idx.shape[0]):
-        x, y, at, seen = idx[b], targets[b], 0, 0
-        last = row_start[r0 + b + 1] if r0 + b < r1 else row_start[r0 + b]
-        for j in range(row_start[r0 + b], last if len(tab.cells) > 2**23 else 0): # in DRAM: ask for the first lines of all pairs at once, then wait once
-            for k in range(docs.pairs.shape[1]):
-                if docs.pairs[row_docs[j], k] < 0:
-                    break
-                a = tab.grid[2 * docs.pairs[row_docs[j], k]] >> 16
-                for m in range(4):
-                    seen += tab.cells[np.uintp(min(a + 64 * m, len(tab.cells) - 1))]
-        tokens[0] = seen & 1 # or the compiler would see that nobody looks
-        for j in range(row_start[r0 + b], last):
-            n_doc = row_docs[j]
-            start, shots, d = at, 0, docs.dihedral[n_doc]
-            while shots + 1 < docs.pairs.shape[1] and docs.pairs[n_doc, shots + 1] >= 0:
-                shots += 1
-            color = U(0xfedcba) << U(40) # 4 bits a token: what it becomes. past the colors each is itself
-            for c in range(10):
-                color |= U(docs.cmap[n_doc, c]) << U(4 * c)
-            for k in range(shots, -1, -1):
-                p, begin, out = docs.pairs[n_doc, k], at, at
-                known = tab.grid[2 * p + 1] & 255 > 0
-                for side in range(2):
-                    z = np.uint8(2 * k + side)
-                    out, tokens[at] = at, IN + side # IN or OUT
-                    if pos.size > 0:
-                        pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = 0, 0, z
-                    at += 1
-                    if side == 1 and not known: # a prompt ends here
-                        break
-                    g = tab.grid[2 * p + side]
-                    a, row, col, H, W = walk(g >> 16, g >> 8 & 255, g & 255, d)
-                    if pos.size > 0:
-                        where, place, depth = pos[b, 3 * at :], tab.place[W], tab.depth[z]
-                        for m in range(3 * H * (W + 1)):
-                            where[m] = place[m] + depth[m]
-                    for r in range(H): # an unsigned index spares the test for a negative one
-                        i = a
-                        for c in range(W):
-                            tokens[np.uintp(at + c)] = tab.cells[np.uintp(i)]
-                            i += col
-                        tokens[np.uintp(at + W)] = ROW
-                        a += row
-                        at += W + 1
-                if known:
-                    tokens[at] = END
-                    if pos.size > 0:
-                        pos[b, 3 * at], pos[b, 3 * at + 1], pos[b, 3 * at + 2] = H, 1, z
-                    at += 1
-                wide, narrow = x[begin:at], tokens[begin:at]
-                for m in range(len(wide)):
-                    wide[m] = np.int64(color >> (U(narrow[m]) << U(2)) & U(15))
-                y[begin:at] = -100
-                if known and (k == 0 or (loss_on == 1 and k < shots)):
-                    y[out : at - 1] = x[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
-            if loss_on == 2:
-                y[start : at - 1] = x[start + 1 : at]
-            if doc.size > 0:
-                doc[b, start:at] = j - row_start[r0 + b]
-            if task.size > 0:
-                task[b, start:at] = tab.row[tab.pair_task[p]]
-                dihedral[b, start:at] = d
-        x[at:], y[at:] = PAD, -100
-        if pos.size > 0:
-            pos[b, 3 * at :] = 0
-        if doc.size > 0:
-            doc[b, at:] = -1
+    for b in range(len(idx)):
+        at = 0
+        if b < r1 - r0:
+            first, last = row_start[r0 + b], row_start[r0 + b + 1]
+            for j in range(first, last):
+                i, start = row_docs[j], at
+                at = write_document(tab, docs, i, loss_on, idx[b], targets[b], pos[b], at)
+                doc[b, start:at] = j - first
+                if task.size > 0:
+                    task[b, start:at] = tab.row[tab.pair_task[docs.pairs[i, 0]]]
+                    dihedral[b, start:at] = docs.dihedral[i]
+        idx[b, at:], targets[b, at:], pos[b, at:], doc[b, at:] = PAD, -100, 0, -1
         if task.size > 0:
-            task[b, at:] = 0
-            dihedral[b, at:] = 0
+            task[b, at:], dihedral[b, at:] = 0, 0
 
-@njit(cache=True, nogil=True)
-def counting_sort(key, n):
-    """ (m,) keys in 0..n-1 -> (m,) their stable order, and (n + 1,) where each key begins in it """
-    start, order = np.zeros(n + 1, np.int64), np.empty(len(key), np.int64)
-    for x in key:
-        start[x + 1] += 1
-    start = start.cumsum()
-    at = start.copy()
-    for i in range(len(key)):
-        order[at[key[i]]] = i
-        at[key[i]] += 1
-    return order, start
-
-@njit(cache=True, nogil=True)
-def best_fit(tab, docs, order, T, loss_on):
-    """
-    -> (n,) the row of T tokens that each document goes to, in this order: the fullest that has room. one that is tight
-    has lost demos already; it may lose more, if it then fills a row to within 1 in 512. docs is changed then.
-    """
-    newest, before = np.full(T + 1, -1), np.empty(len(order), np.int64) # by room left: the newest row, and for each row the one before
-    count = np.zeros(T // 64 + 1, np.int64) # of rows by room // 64, so that a search may leap
-    reach = np.empty((docs.drawn.shape[1] + 1, T // 64 + 1), np.uint64)
-    row, n_rows, most = np.empty(len(order), np.int64), 0, 0
-    for i in order:
-        if docs.tight[i] and docs.length[i] < T - T // 512:
-            turned, p, n = is_turned(docs.dihedral[i]), docs.pairs[i, 0], (docs.drawn[i] >= 0).sum()
-            need = tab.need[turned]
-            subset_sums(docs.drawn[i], n, need, T - need[p], reach)
-            best, room, at = T // 512 + 1, most, 0
-            while room > need[p] and best > 0:
-                if newest[room] >= 0:
-                    for left in range(min(best, room - need[p])):
-                        if has(reach[n], room - need[p] - left):
-                            best, at = left, room
-                            break
-                room -= 1 if count[room // 64] else room % 64 + 1
-            if at > 0:
-                total = at - need[p] - best
-                shots = take(docs.drawn[i], n, need, total, reach, docs.pairs[i])
-                docs.length[i], docs.loss_tokens[i] = measure(tab, docs.pairs[i], shots, total, turned, loss_on)
-        room = docs.length[i]
-        while room <= most and newest[room] < 0:
-            room += 1 if count[room // 64] else 64 - room % 64
-        if room <= most:
-            r = newest[room]
-            newest[room] = before[r]
-            count[room // 64] -= 1
-        else:
-            r, room = n_rows, T
+@jit
+def best_fit(length, T):
+    """ (n,) lengths, the longest first -> (n,) the row of T tokens that each goes to: the fullest with room """
+    row = np.empty(len(length), np.int64)
+    room = np.empty(len(length), np.int64) # left in each row
+    n_rows = 0
+    for i in range(len(length)):
+        best = n_rows # a new row, unless there is one with room
+        for r in range(n_rows):
+            if room[r] >= length[i] and (best == n_rows or room[r] < room[best]):
+                best = r
+        if best == n_rows:
+            room[best] = T
             n_rows += 1
-        room -= docs.length[i]
-        row[i], before[r], newest[room], most = r, newest[room], r, max(most, room)
-        count[room // 64] += 1
+        room[best] -= length[i]
+        row[i] = best
     return row
 
-@njit(cache=True, nogil=True)
+@jit
 def cut_buckets(width, batch_tokens):
-    """ (n,) ascending widths -> where each batch ends: at most batch_tokens, no row 1/16 wider than another, at least one row """
-    ends, start, n = np.empty(len(width), np.int64), 0, 0
-    for end in range(1, len(width) + 1): # grow until one more row would be too many
-        if end == len(width) or (end - start + 1) * width[end] > batch_tokens or 16 * width[end] > 17 * width[start]:
+    """
+    (n,) ascending widths -> where each batch of them ends. a batch has at least one row, at most batch_tokens tokens,
+    and no row that is 1/16 wider than another.
+    """
+    ends = np.empty(len(width), np.int64)
+    start, n = 0, 0
+    for end in range(1, len(width) + 1):
+        full = True
+        if end < len(width): # would one more row be too many?
+            full = (end - start + 1) * width[end] > batch_tokens or 16 * width[end] > 17 * width[start]
+        if full:
             ends[n] = end
-            start, n = end, n + 1
+            start = end
+            n += 1
     return ends[:n]
 
-@njit(cache=True, nogil=True)
+@jit
 def has_context(tab, long, block_size):
     """ -> (P,) bool: is there another usable demo of its task that fits before the pair, whatever the orientation? """
-    out = np.zeros(len(long), np.bool_)
-    for p in range(len(out)):
-        a = tab.first[tab.pair_task[p]]
-        for q in range(a, a + tab.n_demos[tab.pair_task[p]]):
+    found = np.zeros(len(long), np.bool_)
+    for p in range(len(long)):
+        first = tab.first[tab.pair_task[p]]
+        for q in range(first, first + tab.n_demos[tab.pair_task[p]]):
             if q != p and tab.usable[q] and long[p] + long[q] <= block_size:
-                out[p] = True
-                break
-    return out
+                found[p] = True
+    return found
 
 # -----------------------------------------------------------------------------
+# documents in rows, rows in batches
 
 class Rows(NamedTuple):
     """ documents laid out in rows, and rows in batches """
     docs: Documents
-    row_start: np.ndarray # (rows + 1,) int64: row r holds the documents row_docs[row_start[r] : row_start[r+1]]
+    row_start: np.ndarray # (rows + 1,) int64: row r holds the documents row_docs[row_start[r] : row_start[r + 1]]
     row_docs: np.ndarray # (n,) int64
     batches: np.ndarray # (batches, 3) int64: first row, last row + 1, T
     loss_tokens: np.ndarray # (batches,) int64
 
+def alone(docs):
+    """ Documents -> Rows, a document a row, in no batches """
+    n = len(docs.length)
+    return Rows(docs, np.arange(n + 1), np.arange(n), np.zeros((0, 3), np.int64), np.zeros(0, np.int64))
+
+def even_batches(n_rows, B, T):
+    """ -> (batches, 3) of about B rows each. all of like size: no rank is to go without work because one is a rest """
+    n = -(-n_rows // B)
+    edges = np.arange(n + 1) * n_rows // n
+    return np.stack([edges[:-1], edges[1:], np.full(n, T)], 1)
+
+def bucket_widths(length, T):
+    """
+    (n,) lengths -> (n,) widths of rows, a little longer, of which there are few: 16 of them from a power of two to the
+    next, at least 4 apart. so a compiler sees few shapes. none is over T, where a learned position would end.
+    """
+    step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4)
+    width = np.ceil(length / step) * step
+    return np.minimum(width, np.maximum(length, T)).astype(np.int64)
+
+def pair_tokens(h, w):
+    """
+    (2P,) sides of grids -> (2, P) int32 tokens of each pair, upright and turned, and those of its output alone, 0 where
+    that is not known. a grid takes its cells and a ROW a row; IN, OUT and END come to it.
+    """
+    cells = np.multiply(h, w, dtype=np.int32)
+    rows = np.stack([h, w]) # turned, a grid has as many rows as it had columns
+    grids = cells + rows # (2, 2P)
+    answer = np.where(h[1::2] > 0, grids[:, 1::2] + 1, 0)
+    return 1 + grids[:, ::2] + 1 + answer, answer
+
+def joined(arrays, sizes):
+    """ arrays of places in other arrays of these sizes -> one of the places in those, joined """
+    base = np.cumsum([0] + sizes[:-1])
+    return np.concatenate([x + n for x, n in zip(arrays, base)])
+
 class Sampler:
     """
-    corpora, and what a config makes of them: lengths, color domains, contexts. plans documents and writes them. the
-    corpora, a list of (Corpus, repeat), are joined: task k and pair p count through all of them.
+    corpora, and what a config makes of them: lengths, color domains, contexts. it plans documents and writes them.
+    sources is a list of (Corpus, repeat). they are joined: task k and pair p count through all of them.
 
-    rows: {task key: row of the task embedding}, to look tasks up in a trained model, -1 where it has none; None numbers
-    them as they come. tasks with equal demos share one row.
+    rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1.
+    None: rows are numbered as the tasks come. tasks with equal demos share one row.
     """
 
-    def __init__(self, corpora, cfg, rows=None):
-        for name, known in (('loss_on', LOSS_ON), ('colors', COLORS_MODES), ('batching', BATCHING)):
-            if getattr(cfg, name) not in known:
-                raise ValueError(f"{name}={getattr(cfg, name)!r}: want one of {', '.join(known)}")
-        if cfg.block_size < 1 or cfg.batch_tokens < 1:
-            raise ValueError(f"block_size={cfg.block_size} batch_tokens={cfg.batch_tokens}: want at least 1")
-        if cfg.shots < -1:
-            raise ValueError(f"shots={cfg.shots}: want -1, 0 or a number of demos")
-        self.corpora, self.cfg = [c for c, _ in corpora], cfg
-        def join(name):
-            xs = [getattr(c, name) for c in self.corpora]
-            return xs[0] if len(xs) == 1 else np.concatenate(xs) # no copy of one, it may be mapped from a large file
-        cells, h, w, n_demos, self.hash, self.key = (join(name) for name in ('cells', 'h', 'w', 'n_demos', 'hash', 'key'))
-        base = np.cumsum([0] + [len(c.cells) for c in self.corpora])
-        grid = np.concatenate([c.off + n for c, n in zip(self.corpora, base)]) << 16 | h.astype(np.int64) << 8 | w
-        first = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.first) for c in self.corpora]))])
+    def __init__(self, sources, cfg, rows=None):
+        cfg.check()
+        self.cfg = cfg
+        self.corpora = [c for c, _ in sources]
+        sizes = [len(c) for c in self.corpora]
+        self.part = np.repeat(np.arange(len(sizes)), sizes) # (K,) number of its corpus
+        self.repeat = np.repeat([repeat for _, repeat in sources], sizes) # (K,)
+        self.hash, self.key = self.join('hash'), self.join('key')
+        self.is_demo = np.concatenate([c.is_demo() for c in self.corpora]) # (P,)
+        h, w, n_demos = self.join('h'), self.join('w'), self.join('n_demos')
+        self.known = h[1::2] > 0 # (P,)
+        off = joined([c.off for c in self.corpora], [len(c.cells) for c in self.corpora])
+        first = joined([c.first[:-1] for c in self.corpora], [len(c.hash) for c in self.corpora])
+        first = np.append(first, len(self.hash))
         pair_task = np.repeat(np.arange(len(n_demos), dtype=np.int32), np.diff(first))
-        self.is_demo = np.concatenate([c.is_demo() for c in self.corpora])
-        self.repeat = np.repeat([repeat for _, repeat in corpora], [len(c) for c in self.corpora]) # (K,)
-        self.part = np.repeat(np.arange(len(corpora)), [len(c) for c in self.corpora]) # (K,) which corpus it is from
-        # what fits must not depend on answers that we may not see: such a query reserves room for the task's longest output
-        self.known, size = h[1::2] > 0, np.multiply(h, w, dtype=np.int32)
-        output = np.where(self.is_demo, size[1::2] + np.maximum(h[1::2], w[1::2]), 0)
-        reserve = np.where(self.known, 0, np.maximum.reduceat(output, first[:-1])[pair_task])
-        need = pair_tokens(h, w) + reserve
-        # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no part, so
-        # that a hidden one cannot change a view
-        mode = cfg.colors if cfg.colors != 'auto' else 'domain' if cfg.shots == 0 else 'nonzero'
-        domain = np.full(len(n_demos), {'none': 0, 'all': 1023}.get(mode, 1022), np.uint16) # 1022: all but color 0
+        tokens, answer = pair_tokens(h, w)
+        # what fits must not depend on an answer that we may not see: it counts as long as the task's longest output
+        longest = np.maximum.reduceat(np.where(self.is_demo, answer.max(0), 0), first[:-1]) # (K,)
+        need = tokens + np.where(self.known, 0, longest[pair_task])
+        domain = self.color_domains(first)
+        if rows is None:
+            rows = {}
+            if cfg.shots == 0:
+                for key in dict.fromkeys(self.key.tolist()):
+                    rows[key.decode()] = len(rows)
+        self.rows = rows
+        row = np.array([rows.get(key.decode(), -1) for key in self.key.tolist()], np.int32)
+        self.most = min(int(n_demos.max()), MAX_SHOTS) # demos before a target
+        if cfg.shots >= 0:
+            self.most = min(self.most, cfg.shots)
+        self.tables = Tables(self.join('cells'), off, h, w, first, n_demos, pair_task, tokens, answer, need,
+                             self.is_demo.copy(), domain, row)
+
+    def join(self, name):
+        """ an array of all corpora. no copy of one, it may be mapped from a large file """
+        arrays = [getattr(c, name) for c in self.corpora]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def color_domains(self, first):
+        """ (K + 1,) where the pairs of each task begin -> (K,) uint16 sets of the colors that augments may exchange """
+        mode = self.cfg.colors
+        if mode == 'auto':
+            mode = 'domain' if self.cfg.shots == 0 else 'nonzero'
+        colors = {'none': [], 'all': range(10), 'nonzero': range(1, 10), 'domain': range(1, 10)}[mode]
+        domain = np.full(len(first) - 1, sum(1 << x for x in colors), np.uint16)
         if mode == 'domain':
-            colors = join('colors')
-            seen = np.bitwise_or.reduceat(colors[::2], first[:-1])
-            made = np.bitwise_or.reduceat(np.where(self.is_demo, colors[1::2], 0), first[:-1])
-            domain &= ~(made & ~seen)
-        row = np.full(len(n_demos), -1, np.int32)
-        if rows is None and cfg.shots == 0:
-            keys, at, same = np.unique(self.key, return_index=True, return_inverse=True)
-            row[:] = np.argsort(np.argsort(at))[same] # in order of appearance
-            rows = {keys[i].decode(): n for n, i in enumerate(np.argsort(at))}
-        elif rows:
-            row[:] = [rows.get(key.decode(), -1) for key in self.key]
-        self.rows = rows or {}
-        self.n_demos = int(n_demos.max())
-        self.most = min(self.n_demos, MAX_SHOTS, cfg.shots if cfg.shots >= 0 else MAX_SHOTS)
-        self.tables = Tables(cells, grid, first, n_demos, pair_task, need.astype(np.int16), self.is_demo.copy(), domain, row, *places())
+            # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no
+            # part, so that a hidden one cannot change a view
+            sets = self.join('colors')
+            in_inputs = np.bitwise_or.reduceat(sets[::2], first[:-1])
+            in_outputs = np.bitwise_or.reduceat(np.where(self.is_demo, sets[1::2], 0), first[:-1])
+            domain &= ~(in_outputs & ~in_inputs)
+        return domain
 
     def grid(self, g):
         """ grid number g as a (H, W) uint8 view """
-        x = int(self.tables.grid[g])
-        h, w = x >> 8 & 255, x & 255
-        return self.tables.cells[x >> 16 : (x >> 16) + h * w].reshape(h, w)
+        t = self.tables
+        h, w = int(t.h[g]), int(t.w[g])
+        return t.cells[t.off[g] : t.off[g] + h * w].reshape(h, w)
 
     def task(self, k):
         """ task number k, counted through all corpora, as a Task """
-        return self.corpora[self.part[k]].task(int((self.part[:k] == self.part[k]).sum()))
+        before = np.searchsorted(self.part, self.part[k]) # tasks of the corpora before its own
+        return self.corpora[self.part[k]].task(int(k - before))
 
     def plan(self, target, visit, order, as_is, seed, p_identity=0.0):
         """ see plan_documents; arrays of n or scalars -> Documents """
         n = len(target)
-        visit, order, as_is = (np.broadcast_to(np.asarray(x, dtype), n).copy() for x, dtype in ((visit, U), (order, U), (as_is, bool)))
-        return Documents(*plan_documents(self.tables, np.asarray(target, np.int64), visit, order, as_is, U(seed), float(p_identity),
-                                         self.n_demos, self.most, self.cfg.block_size, LOSS_ON.index(self.cfg.loss_on)))
+        visit = np.full(n, visit, U)
+        order = np.full(n, order, U)
+        as_is = np.full(n, as_is, bool)
+        target = np.asarray(target, np.int64)
+        return plan_documents(self.tables, target, visit, order, as_is, U(seed), float(p_identity),
+                              self.most, self.cfg.block_size, self.cfg.loss_on)
 
     def lay_out(self, docs, batching, key):
-        """
-        Documents -> Rows. bucket: widths are rounded up to 16 a power of two, at least 4 apart, so that a compiler sees
-        few shapes. key: hash by which rows of 'pack' and all batches are shuffled, None = leave them.
-        """
+        """ Documents -> Rows. key: the hash by which rows and batches are shuffled, neighbours are alike otherwise """
         n, T = len(docs.length), self.cfg.block_size
-        order, start = np.arange(n), np.arange(n + 1) # a document a row
-        if batching == 'bucket':
-            step = np.maximum(2.0 ** (np.floor(np.log2(docs.length)) - 4), 4)
-            width = np.minimum(np.ceil(docs.length / step) * step, np.maximum(docs.length, T)).astype(np.int64) # a learned position ends at block_size
-            order = counting_sort(width, width.max() + 1)[0]
-            ends = cut_buckets(width[order], self.cfg.batch_tokens)
-            T = width[order[ends - 1]]
+        B = max(self.cfg.batch_tokens // T, 1)
+        row_docs, row_start = np.arange(n), np.arange(n + 1) # a document a row
+        if batching == 'pad':
+            batches = even_batches(n, B, T)
+        elif batching == 'bucket':
+            width = bucket_widths(docs.length, T)
+            row_docs = np.argsort(width, kind='stable')
+            ends = cut_buckets(width[row_docs], self.cfg.batch_tokens)
+            batches = np.stack([np.append(0, ends[:-1]), ends, width[row_docs[ends - 1]]], 1)
         else:
-            if batching == 'pack': # the longest first, but last what fills a row alone or may shrink to fill another
-                last = docs.tight & (docs.length >= T - T // 16)
-                order = counting_sort(T + np.where(last, docs.length, -docs.length), 2 * T + 1)[0]
-                row = best_fit(self.tables, docs, order, T, LOSS_ON.index(self.cfg.loss_on))
-                rank = np.argsort(mix(mix(key, ROWS), np.arange(row.max() + 1, dtype=U))) # neighbours are alike otherwise
-                order, start = counting_sort(np.argsort(rank)[row], len(rank))
-            B, R = max(self.cfg.batch_tokens // T, 1), len(start) - 1
-            n = -(-R // B) # batches, of even size: no rank is to go without because one is a rest
-            ends = np.arange(1, n + 1) * R // n
-        batches = np.stack([np.concatenate([[0], ends[:-1]]), ends, np.broadcast_to(T, len(ends))], 1)
-        if key is not None:
-            batches = batches[np.argsort(mix(key, np.arange(len(batches), dtype=U)))]
-        loss = np.concatenate([[0], np.cumsum(docs.loss_tokens[order])])[start]
-        return Rows(docs, start, order, batches, loss[batches[:, 1]] - loss[batches[:, 0]])
+            longest_first = np.argsort(-docs.length, kind='stable')
+            row = np.empty(n, np.int64)
+            row[longest_first] = best_fit(docs.length[longest_first], T)
+            shuffle = np.argsort(hash64(key, ROWS, np.arange(row.max() + 1)))
+            place = np.empty_like(shuffle)
+            place[shuffle] = np.arange(len(shuffle)) # of each row
+            row_docs = np.argsort(place[row], kind='stable')
+            row_start = np.append(0, np.cumsum(np.bincount(place[row])))
+            batches = even_batches(len(shuffle), B, T)
+        batches = batches[np.argsort(hash64(key, np.arange(len(batches))))]
+        loss = np.append(0, np.cumsum(docs.loss_tokens[row_docs]))[row_start] # before each row
+        return Rows(docs, row_start, row_docs, batches, loss[batches[:, 1]] - loss[batches[:, 0]])
 
     def write(self, rows, r0, r1, T, buffers=None, loss_on=None):
         """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
-        buffers = buffers or Buffers(max(r1 - r0, 1) * T, self.cfg.shots == 0)
-        batch, arrays = buffers.shaped(max(r1 - r0, 1), T)
-        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, LOSS_ON.index(loss_on or self.cfg.loss_on), np.empty(T, np.uint8), *arrays)
+        B = max(r1 - r0, 1)
+        tasked = self.cfg.shots == 0
+        buffers = buffers or Buffers(B * T, tasked)
+        batch = buffers.shaped(B, T)
+        task, dihedral = np.empty((0, 0), np.int32), np.empty((0, 0), np.uint8)
+        if tasked:
+            task, dihedral = batch.task.numpy(), batch.dihedral.numpy()
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, loss_on or self.cfg.loss_on,
+                   batch.idx.numpy(), batch.targets.numpy(), batch.pos.numpy(), batch.doc.numpy(), task, dihedral)
         return batch
 
-def places():
-    """ -> place and depth of Tables: tokens of one grid differ in row and col alone, so pos is a sum of two tables """
-    place, depth = np.zeros((MAX_SIDE + 1, 3 * MAX_GRID), np.uint8), np.zeros((256, 3 * MAX_GRID), np.uint8)
-    for W in range(1, MAX_SIDE + 1):
-        r, c = np.divmod(np.arange(MAX_SIDE * (W + 1)), W + 1)
-        place[W, : 3 * len(r)] = np.stack([r + (c == W), (c + 1) * (c < W), 0 * r], 1).ravel() # ROW opens the next row
-    depth[:, 2::3] = np.arange(256)[:, None]
-    return place, depth
-
-def pair_tokens(h, w):
-    """ (2P,) sides of grids -> (2, P) int32 tokens of pairs with an answer, upright and turned: IN, OUT, END, cells, a ROW a row """
-    size = np.multiply(h, w, dtype=np.int32)
-    return np.stack([3 + size[::2] + size[1::2] + x[::2] + x[1::2] for x in (h, w)])
-
 class Buffers:
-    """ memory for Batches of at most n tokens, one at a time. xy: for idx and targets alone """
+    """ memory for a Batch of at most n tokens. tasked: with task and dihedral. xy: idx and targets alone """
 
     def __init__(self, n, tasked, xy=False, pin=False):
-        kinds = ((1, torch.int64), (1, torch.int64), (3, torch.uint8), (1, torch.int32), (1, torch.int32), (1, torch.uint8)) # as in Batch
-        wanted = [True, True, not xy, not xy, tasked and not xy, tasked and not xy]
-        self.n, self.views, self.copied = n, {}, None # on cuda: an event, that the copy out of here is done
-        self.flat = [torch.empty(k * n if want else 0, dtype=dtype, pin_memory=pin) for (k, dtype), want in zip(kinds, wanted)]
+        def empty(shape, dtype, wanted):
+            return torch.empty(shape, dtype=dtype, pin_memory=pin) if wanted else None
+        self.n = n
+        self.copied = None # on cuda: an event, that the copy out of here is done
+        self.flat = Batch(empty(n, torch.int64, True), empty(n, torch.int64, True),
+                          empty((n, 3), torch.uint8, not xy), empty(n, torch.int32, not xy),
+                          empty(n, torch.int32, tasked and not xy), empty(n, torch.uint8, tasked and not xy))
 
     def shaped(self, B, T):
-        """ -> (Batch of B rows of T, the same as numpy arrays (B, T) with pos (B, 3 * T); what is not wanted has no element) """
-        if (B, T) not in self.views: # a few shapes come again and again
-            xs = [x[: k * B * T].view(B, k * T) if len(x) else x.view(0, 0) for x, k in zip(self.flat, (1, 1, 3, 1, 1, 1))]
-            shown = [x if len(x) else None for x in xs]
-            self.views[B, T] = Batch(*(x.view(B, T, 3) if i == 2 and x is not None else x for i, x in enumerate(shown))), [x.numpy() for x in xs]
-        return self.views[B, T]
+        """ -> Batch of B rows of T """
+        parts = []
+        for x in self.flat:
+            parts.append(x if x is None else x[: B * T].view(B, T, *x.shape[1:]))
+        return Batch(*parts)
 
 def split(n, rank, world):
     """ which of n rows are a rank's: first, last + 1. every row is some rank's, whatever the number of ranks """
     return n * rank // world, n * (rank + 1) // world
 
+# -----------------------------------------------------------------------------
+# the stream
+
 class ArcDataset(torch.utils.data.Dataset):
     """
-    the stream: document t for any t >= 0, a pure function of (seed, t). each trainable pair is the target once an epoch
-    (n times where its source is repeated *n), its context is the other demos of its task and never a query.
+    the stream of documents. each trainable pair is the target once an epoch (n times where its source is repeated *n),
+    its context is the other demos of its task and never a query. the demos of `adapt` are targets too. its answers stay
+    closed: all that is kept of one is a hash, for the leak guard.
 
-    ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not iterate);
-    len(ds) = targets x epochs; DataLoader wants collate_fn=ds.collate. the demos of `adapt`
-    are targets too, its answers stay closed (all that is kept of one is a hash, for the leak guard). skipped pairs are counted in num_held (a validation query, verbatim
-    or as an augment of it in another task), num_long (do not fit block_size) and num_alone (no context, where shots != 0),
-    skipped tasks in num_tasks_out (over max_pair) and num_dropped (drop_overlap). leaks: what allow_leak let pass.
+    ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not
+    iterate). len(ds) = targets x epochs. torch's DataLoader wants collate_fn=ds.collate.
+
+    what is left out is counted: num_tasks_out (tasks over max_pair), num_dropped (tasks, by drop_overlap); of pairs
+    num_held (a validation query, or an augment of one), num_long (over block_size), num_alone (without context,
+    where shots != 0). leaks: what allow_leak let pass.
+
     sources: in place of cfg.data and cfg.adapt, two lists of (Corpus, repeat).
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
-    vocab_size, tokenizer_sha256, files = VOCAB_SIZE, 'grids', {} # its tokens, and what training keeps beside the checkpoint: {name: bytes}
+    vocab_size = VOCAB_SIZE
+    tokenizer_sha256 = 'grids' # what its tokens mean
+    files = {} # {name: bytes} that training keeps beside the checkpoint
 
     def __init__(self, cfg, seed=1337, epochs=1, sources=None):
-        if cfg.val_tasks < 0 or cfg.max_pair < 0 or type(seed) is not int or not 0 <= seed < 2**64 or not 0 <= cfg.p_identity <= 1:
-            raise ValueError(f"val_tasks={cfg.val_tasks} max_pair={cfg.max_pair} seed={seed} p_identity={cfg.p_identity}: want no negative number, "
-                             "a seed of 64 bits, a share of 0..1")
+        cfg.check()
+        if type(seed) is not int or not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed}: want a seed of 64 bits")
         self.cfg, self.seed, self.epochs = cfg, seed, epochs
-        data, adapt = sources or (read_sources(cfg.data, True, cfg.on_bad, cfg.deal), read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal))
+        if sources is None:
+            data = read_sources(cfg.data, True, cfg.on_bad, cfg.deal)
+            adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
+        else:
+            data, adapt = sources
         if len(data + adapt) == 0:
             raise ValueError("nothing to train on: data and adapt are both empty")
-        n_read = sum(len(c) for c, _ in data + adapt)
-        text = repr([(c.sha256, repeat, i < len(data)) for i, (c, repeat) in enumerate(data + adapt)])
-        self.corpus_sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.bad = [error for c, _ in data + adapt for error in c.bad]
-        data, adapt = ([(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in part] for part in (data, adapt))
-        self.num_tasks_out = n_read - sum(len(c) for c, _ in data + adapt)
+        parts = [(c.sha256, repeat, True) for c, repeat in data] + [(c.sha256, repeat, False) for c, repeat in adapt]
+        self.corpus_sha256 = hashlib.sha256(repr(parts).encode()).hexdigest()
+        data, adapt = self.leave_out(data, adapt)
+        self.sampler = Sampler(data + adapt, cfg)
+        self.rows = self.sampler.rows # {task key: row of the task embedding}, {} in context
+        self.choose_targets(len(data))
+
+    def leave_out(self, data, adapt):
+        """ two lists of (Corpus, repeat) -> the same without tasks that are too large or overlap, and counts them """
+        cfg = self.cfg
+        self.bad = [error for c, _ in data + adapt for error in c.bad] # what quarantine left out
+        self.n_read = sum(len(c) for c, _ in data + adapt)
+        data = [(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in data]
+        adapt = [(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in adapt]
+        self.num_tasks_out = self.n_read - sum(len(c) for c, _ in data + adapt)
         data, self.num_dropped, self.leaks = guard(data, adapt, cfg.drop_overlap, cfg.allow_leak)
-        data, adapt = ([(c, repeat) for c, repeat in part if len(c) > 0] for part in (data, adapt))
-        nothing = (f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {n_read} tasks {self.num_tasks_out} are over "
-                   f"max_pair={cfg.max_pair} and {self.num_dropped} overlap")
+        data = [(c, repeat) for c, repeat in data if len(c) > 0]
+        adapt = [(c, repeat) for c, repeat in adapt if len(c) > 0]
         if len(data + adapt) == 0:
-            raise ValueError(nothing)
-        self.sampler = s = Sampler(data + adapt, cfg)
-        self.rows = s.rows # {task key: row of the task embedding}, {} in context
-        t, in_data = s.tables, s.part < len(data) # (K,)
-        task = t.pair_task
-        # hold out the queries of some tasks of data. chosen by content, so that each seed is judged on the same ones
-        query = s.known & ~s.is_demo & in_data[task] # (P,)
-        keys, at = np.unique(s.key[np.unique(task[query])], return_index=True)
-        n = min(cfg.val_tasks, len(keys) // 2)
-        val = query & np.isin(task, np.unique(task[query])[at[:n]])
-        held, by_hash = val.copy(), {}
-        for p in np.flatnonzero(val):
-            by_hash.setdefault(int(s.hash[p]), []).append(p)
-        for p in np.flatnonzero(np.isin(s.hash, np.array(list(by_hash), U)) & s.known): # the same pair elsewhere
-            held[p] |= any(s.key[task[p]] != s.key[task[q]] or self.same_pair(p, q) for q in by_hash[int(s.hash[p])])
+            raise ValueError(self.nothing())
+        return data, adapt
+
+    def nothing(self):
+        """ what to say if nothing is left """
+        cfg = self.cfg
+        return (f"nothing to train on in data={cfg.data!r} adapt={cfg.adapt!r}: of {self.n_read} tasks "
+                f"{self.num_tasks_out} are over max_pair={cfg.max_pair} and {self.num_dropped} overlap")
+
+    def choose_targets(self, n_data):
+        """ which pairs are validated on, and which are trained on. the first n_data corpora are those of data """
+        s, t, cfg = self.sampler, self.sampler.tables, self.cfg
+        in_data = s.part[t.pair_task] < n_data # (P,) as all masks here
+        val, held = self.hold_out(s.known & ~s.is_demo & in_data)
         t.usable[held] = False
-        # what is trained on
-        can = s.known & (s.is_demo | in_data[task])
         long = t.need.max(0)
-        short, near = long <= cfg.block_size, has_context(t, long, cfg.block_size) if cfg.shots != 0 else np.ones(len(task), bool)
-        self.num_held, self.num_long, self.num_alone = (int(x.sum()) for x in (can & held, can & ~held & ~short, can & ~held & short & ~near))
-        pairs = np.flatnonzero(can & ~held & short & near)
-        if len(pairs) == 0:
-            raise ValueError(f"{nothing}, then {self.num_held} pairs are held out, {self.num_long} over block_size={cfg.block_size}, {self.num_alone} without context")
+        short = long <= cfg.block_size
+        near = np.ones(len(long), bool)
+        if cfg.shots != 0:
+            near = has_context(t, long, cfg.block_size)
+        can = s.known & (s.is_demo | in_data)
+        self.num_held = int((can & held).sum())
+        self.num_long = int((can & ~held & ~short).sum())
+        self.num_alone = int((can & ~held & short & ~near).sum())
         self.val_pairs = np.flatnonzero(val & short & near)
-        times = s.repeat[task[pairs]]
-        self.targets = np.repeat(pairs, times).astype(np.int32) # small: the larger the corpus, the more a look costs
-        self.copy = (np.arange(len(self.targets)) - np.repeat(np.cumsum(times) - times, times)).astype(np.int32) # which of the repeats
-        self.trained = (t.usable | np.isin(np.arange(len(task)), pairs)) & in_data[task] # (P,) pairs whose output may be seen, adapt's apart
+        chosen = can & ~held & short & near
+        if not chosen.any():
+            raise ValueError(f"{self.nothing()}, then {self.num_held} pairs are held out, {self.num_long} over "
+                             f"block_size={cfg.block_size}, {self.num_alone} without context")
+        pairs = np.flatnonzero(chosen)
+        times = s.repeat[t.pair_task[pairs]]
+        self.targets = np.repeat(pairs, times).astype(np.int32)
+        before = np.repeat(np.cumsum(times) - times, times)
+        self.copy = (np.arange(len(self.targets)) - before).astype(np.int32) # which of the repeats of its pair
+        self.trained = (t.usable | chosen) & in_data # pairs whose output may be seen, adapt's apart
+
+    def hold_out(self, query):
+        """
+        (P,) answered queries -> (P,) those of val_tasks tasks, for validation, chosen by content so that each seed is
+        judged on the same ones; and (P,) pairs that may not be trained on for that: these, and all augments of them.
+        """
+        s, task = self.sampler, self.sampler.tables.pair_task
+        first_of = {} # {key: the first task of that key}
+        for k in np.unique(task[query]):
+            first_of.setdefault(s.key[k], k)
+        keys = sorted(first_of)[: min(self.cfg.val_tasks, len(first_of) // 2)]
+        val = query & np.isin(task, [first_of[key] for key in keys])
+        held = np.isin(s.hash, s.hash[val]) & s.known
+        return val, held
+
+    @property
+    def batch_rows(self):
+        """ rows of a global batch, where all batches have one shape. 0 = shapes differ """
+        return 0 if self.cfg.batching == 'bucket' else max(self.cfg.batch_tokens // self.cfg.block_size, 1)
 
     def loader(self, rank=0, world=1, device='cpu'):
         return ArcLoader(self, rank, world, device)
 
     def about(self):
         """ a line of counts: what is here, and what is not """
-        return (f"{len(self.sampler.key)} tasks, {len(self)} documents an epoch, {len(self.val_pairs)} validation queries; left out: {self.num_tasks_out} tasks over max_pair, "
-                f"{self.num_dropped} overlapping, {len(self.bad)} malformed; pairs: {self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
-
-    def same_pair(self, p, q):
-        """ are these two pairs the same to the last cell? """
-        return all(grid_bytes(self.sampler.grid(2 * p + i)) == grid_bytes(self.sampler.grid(2 * q + i)) for i in range(2))
+        tasks, queries = len(self.sampler.key), len(self.val_pairs)
+        return (f"{tasks} tasks, {len(self)} documents an epoch, {queries} validation queries; left out: "
+                f"{self.num_tasks_out} tasks over max_pair, {self.num_dropped} overlapping, {len(self.bad)} malformed; "
+                f"pairs: {self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
 
     def trained_on(self):
         """ a line for each pair of data whose output may be trained on, by which solve knows. adapt is exempt """
         return trained_lines(self.sampler.corpora, self.trained)
 
     def __reduce__(self):
-        """ to a worker process go the settings, it reads the files itself: a packed corpus is mapped there too, not copied """
+        """ to a worker process go the settings, it reads the files itself: a packed corpus is mapped there too """
         return reopen, (type(self), self.cfg, self.seed, self.epochs, self.corpus_sha256)
 
     def __len__(self):
@@ -709,8 +655,8 @@ class ArcDataset(torch.utils.data.Dataset):
     def __getitem__(self, t):
         if t < 0: # the stream has no end to count from
             raise IndexError(f"document {t}: want t >= 0")
-        rows = Rows(self.plan(np.array([t], U)), np.array([0, 1]), np.array([0]), None, None)
-        return Batch(*(x if x is None else x[0] for x in self.sampler.write(rows, 0, 1, self.cfg.block_size)))
+        batch = self.sampler.write(alone(self.plan(np.array([t], U))), 0, 1, self.cfg.block_size)
+        return Batch(*(x if x is None else x[0] for x in batch))
 
     def collate(self, items):
         """ list of ds[t] -> Batch, for torch's DataLoader(ds, collate_fn=ds.collate) """
@@ -722,29 +668,33 @@ class ArcDataset(torch.utils.data.Dataset):
         epoch, i = np.divmod(t, n)
         i = bijection(i, n, hash64(self.seed, EPOCH, epoch)).astype(np.int64)
         target = self.targets[i]
-        visit = epoch * self.sampler.repeat[self.sampler.tables.pair_task[target]].astype(U) + self.copy[i].astype(U)
-        return self.sampler.plan(target, visit, hash64(self.seed, DEMOS, t), False, self.seed, self.cfg.p_identity)
+        times = self.sampler.repeat[self.sampler.tables.pair_task[target]]
+        visit = epoch * times.astype(U) + self.copy[i].astype(U)
+        order = hash64(self.seed, DEMOS, t)
+        return self.sampler.plan(target, visit, order, False, self.seed, self.cfg.p_identity)
 
     def plan_window(self, window):
-        """ window number -> Rows of the documents of that window, batches shuffled """
+        """ window number -> Rows of the documents of that window """
         t = U(window) * U(WINDOW) + np.arange(WINDOW, dtype=U)
         return self.sampler.lay_out(self.plan(t), self.cfg.batching, hash64(self.seed, BATCHES, window))
 
     def val_batches(self, rank=0, world=1):
-        """ the validation set as Batches of at most batch_tokens, the same each time: as it is, no augment, demos in order """
+        """ the validation set as Batches, the same each time: no augment, demos in order, in rows as in training """
         if len(self.val_pairs) == 0:
             return
-        rows = self.sampler.lay_out(self.sampler.plan(self.val_pairs, 0, 0, True, 0), self.cfg.batching, U(0)) # in rows as in training, for compilers
-        for r0, r1, T in rows.batches:
+        docs = self.sampler.plan(self.val_pairs, 0, 0, True, 0)
+        rows = self.sampler.lay_out(docs, self.cfg.batching, U(0))
+        for r0, r1, T in rows.batches.tolist():
             a, b = split(r1 - r0, rank, world)
-            yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query') # whatever is trained on, so that runs compare
+            yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query') # always, so that runs compare
 
 def fits(corpus, max_pair):
-    """ which tasks of a Corpus have no demo of more than max_pair tokens in its longer orientation -> (tasks,) bool. 0 = all """
+    """ -> (tasks,) bool: has no demo of more than max_pair tokens in its longer orientation. 0 = all """
     if max_pair == 0:
         return np.ones(len(corpus), bool)
-    long = pair_tokens(corpus.h, corpus.w).max(0)
-    return np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1]) <= max_pair
+    long = pair_tokens(corpus.h, corpus.w)[0].max(0)
+    longest = np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1])
+    return longest <= max_pair
 
 def reopen(cls, cfg, seed, epochs, corpus_sha256):
     """ an ArcDataset in another process. raises ValueError if the files have changed since """
@@ -754,85 +704,108 @@ def reopen(cls, cfg, seed, epochs, corpus_sha256):
     return ds
 
 # -----------------------------------------------------------------------------
+# the loader
 
 class ArcLoader:
     """
-    batches without end: next_batch(), state_dict(), load_state_dict(). a window of 4096 consecutive documents is planned
-    alone, cut into batches, and these shuffled. every rank plans the whole global batch and writes its own rows, so the
-    world size is not part of the state. a thread keeps the next batch ready (prefetch). the tensors of a batch are valid
-    until the second next call. xy: only idx and targets are made.
+    batches without end: next_batch(), state_dict(), load_state_dict(). a window of 4096 consecutive documents is
+    planned alone, cut into batches, and these shuffled. every rank plans the whole global batch and writes its own
+    rows, so the world size is not part of the state. a thread keeps the next batch ready (prefetch). the tensors of a
+    batch are valid until the second next call.
     """
 
-    def __init__(self, dataset, rank=0, world=1, device='cpu', prefetch=True, xy=False):
+    def __init__(self, dataset, rank=0, world=1, device='cpu', prefetch=True):
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        self.ds, self.rank, self.world, self.device, self.prefetch, self.xy = dataset, rank, world, torch.device(device), prefetch, xy
-        self.window, self.batch = 0, 0 # the batch that comes next
-        self.ring, self.turn = [], 0 # buffers: one is with the user, one was, one is being written
-        self.plan = lru_cache(maxsize=2)(dataset.plan_window)
-        self.pid, self.pool, self.ready = None, None, None # of the thread; what it works on, as (place, future)
+        self.ds, self.rank, self.world = dataset, rank, world
+        self.device, self.prefetch = torch.device(device), prefetch
+        self.window, self.batch = 0, 0 # the place of the batch that comes next
+        self.plan_window = lru_cache(maxsize=2)(dataset.plan_window)
+        self.start()
+
+    def start(self):
+        """ the thread and what belongs to it """
+        self.pid = os.getpid()
         self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(1, 'nanoarc-loader') if self.prefetch else None
+        self.ready = None # (place, future) of the batch that it works on
+        self.ring = [None] * 3 # buffers: one is with the user, one was before, one is being written
+        self.turn = 0 # the buffers for the next batch
+
+    def check_process(self):
+        """ a forked process has no thread, and who knows who holds the lock there """
+        if self.pid != os.getpid():
+            self.start()
 
     def rows(self, window):
         """ window number -> Rows. two threads ask, one plans """
-        if self.pid != os.getpid(): # the first call, or a forked process, where the thread is not and who knows what the lock is
-            self.pid, self.lock, self.ready, self.ring = os.getpid(), threading.Lock(), None, [None] * 3
-            self.pool = ThreadPoolExecutor(1, 'nanoarc-loader') if self.prefetch else None
+        self.check_process()
         with self.lock:
-            return self.plan(window)
+            return self.plan_window(window)
 
     def after(self, window, batch):
-        """ the place in the stream of batches after (window, batch) """
-        return (window, batch + 1) if batch + 1 < len(self.rows(window).batches) else (window + 1, 0)
+        """ the place of the batch after this one """
+        if batch + 1 < len(self.rows(window).batches):
+            return window, batch + 1
+        return window + 1, 0
+
+    def mine(self, window, batch):
+        """ of a global batch -> Rows of its window, this rank's first row and last row + 1, T """
+        rows = self.rows(window)
+        r0, r1, T = rows.batches[batch].tolist()
+        a, b = split(r1 - r0, self.rank, self.world)
+        return rows, r0 + a, r0 + b, T
 
     def loss_tokens(self, n=1):
-        """ how many tokens carry loss in the next n global batches. known from the plan, so ranks need not ask each other """
+        """ tokens that carry loss in the next n global batches. the plan knows: ranks need not ask each other """
         place, total = (self.window, self.batch), 0
         for _ in range(n):
-            total += int(self.rows(place[0]).loss_tokens[place[1]])
+            window, batch = place
+            total += int(self.rows(window).loss_tokens[batch])
             place = self.after(*place)
         return total
 
     def tokens(self):
         """ of the next global batch, padding included: what all ranks work on """
-        r0, r1, T = self.rows(self.window).batches[self.batch]
-        return int((r1 - r0) * T)
+        r0, r1, T = self.rows(self.window).batches[self.batch].tolist()
+        return (r1 - r0) * T
 
     def names(self, window, batch, n=1):
         """ ids of the tasks in this rank's rows of the n global batches from a place on """
-        names, s = set(), self.ds.sampler
+        s, numbers = self.ds.sampler, set()
         for _ in range(n):
-            rows = self.rows(window)
-            r0, r1, _ = (int(x) for x in rows.batches[batch])
-            a, b = split(r1 - r0, self.rank, self.world)
-            docs = rows.row_docs[rows.row_start[r0 + a] : rows.row_start[r0 + b]]
-            names.update(s.tables.pair_task[rows.docs.pairs[docs, 0]].tolist())
+            rows, r0, r1, _ = self.mine(window, batch)
+            docs = rows.row_docs[rows.row_start[r0] : rows.row_start[r1]]
+            numbers.update(s.tables.pair_task[rows.docs.pairs[docs, 0]].tolist())
             window, batch = self.after(window, batch)
-        return sorted(s.task(k).name for k in names)
+        return sorted(s.task(k).name for k in numbers)
 
     def write(self, place, turn):
-        """ -> Batch on the cpu: this rank's rows of the global batch at a place, in buffers number turn of the ring """
-        rows = self.rows(place[0])
-        r0, r1, T = (int(x) for x in rows.batches[place[1]])
-        a, b = split(r1 - r0, self.rank, self.world)
+        """ -> Batch on the cpu: this rank's rows of the global batch at a place, in buffers `turn` of the ring """
+        rows, r0, r1, T = self.mine(*place)
         buffers = self.ring[turn]
-        if buffers is None or buffers.n < max(b - a, 1) * T:
-            n = max((b - a) * T, T, self.ds.cfg.batch_tokens // self.world)
-            buffers = self.ring[turn] = Buffers(n, self.ds.cfg.shots == 0, self.xy, pin=self.device.type == 'cuda')
+        if buffers is None or buffers.n < max(r1 - r0, 1) * T:
+            n = max((r1 - r0) * T, T, self.ds.cfg.batch_tokens // self.world)
+            buffers = self.ring[turn] = Buffers(n, self.ds.cfg.shots == 0, pin=self.device.type == 'cuda')
         if buffers.copied is not None: # on cuda: the copy out of here may still be on its way
             buffers.copied.synchronize()
-        return self.ds.sampler.write(rows, r0 + a, r0 + b, T, buffers)
+        return self.ds.sampler.write(rows, r0, r1, T, buffers)
 
     def next_batch(self):
         """ -> Batch on self.device, this rank's rows of the next global batch """
-        place = self.window, self.batch
-        self.rows(self.window)
-        turn, ready = self.turn, self.ready
-        batch = ready[1].result() if ready else None # waits for the thread, it must not write on
-        if ready is None or ready[0] != place: # nothing is on its way, or someone went elsewhere
+        self.check_process()
+        place, turn = (self.window, self.batch), self.turn
+        batch = None
+        if self.ready is not None:
+            at, future = self.ready
+            written = future.result() # waits for the thread
+            if at == place: # otherwise somebody has loaded another state meanwhile
+                batch = written
+        if batch is None:
             batch = self.write(place, turn)
-        self.window, self.batch = following = self.after(*place)
+        self.window, self.batch = self.after(*place)
         self.turn = (turn + 1) % 3
-        if self.pool:
+        if self.pool is not None:
+            following = self.window, self.batch
             self.ready = following, self.pool.submit(self.write, following, self.turn)
         if self.device.type == 'cpu':
             return batch
@@ -843,46 +816,62 @@ class ArcLoader:
         return batch
 
     def state_dict(self):
-        """ all there is to resume by, a small dict of json values: the place, and what must be the same for it to mean the same """
-        cfg = {key: x for key, x in asdict(self.ds.cfg).items() if key not in ('data', 'adapt', 'on_bad')} # files may move, corpus_sha256 may not change
-        return {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed, 'corpus_sha256': self.ds.corpus_sha256, **cfg}
+        """ all there is to resume by, a dict of json values: the place, and what must be the same for it to be one """
+        state = {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed}
+        state['corpus_sha256'] = self.ds.corpus_sha256
+        for name, x in asdict(self.ds.cfg).items():
+            if name not in ('data', 'adapt', 'on_bad'): # files may move, corpus_sha256 may not change
+                state[name] = x
+        return state
 
     def load_state_dict(self, state):
         """ go to a saved place. raises ValueError that names the fields if it was a place in another stream """
         now = self.state_dict()
-        wrong = [key for key in {**now, **state} if key not in ('window', 'batch') and (key not in now or key not in state or state[key] != now[key])]
+        saved = {**asdict(type(self.ds.cfg)()), **state} # a setting that is newer than the saved state had its default
+        wrong = []
+        for name in {**now, **state}:
+            if name not in ('window', 'batch') and saved.get(name) != now.get(name):
+                was, is_now = str(saved.get(name))[:12], str(now.get(name))[:12]
+                wrong.append(f"{name} differs (saved {was}, now {is_now})")
         if wrong:
-            raise ValueError("resume refused: " + "; ".join(f"{key} differs (saved {str(state.get(key))[:12]}, now {str(now.get(key))[:12]})" for key in wrong))
+            raise ValueError("resume refused: " + "; ".join(wrong))
         self.window, self.batch = state['window'], state['batch']
 
 class ArcStream(torch.utils.data.IterableDataset):
     """
-    an ArcLoader for torch's DataLoader(ArcStream(ds), batch_size=None, num_workers=n) and torchdata's StatefulDataLoader,
-    which saves and resumes it. worker w of n makes the batches w, w + n, ...: in all the same ones in the same order. each
-    new iterator begins anew, or where load_state_dict said; a resumed run wants as many workers as before.
+    an ArcLoader for torch's DataLoader(ArcStream(ds), batch_size=None, num_workers=n) and torchdata's
+    StatefulDataLoader, which saves and resumes it. worker w of n makes the batches w, w + n, ...: in all the same ones
+    in the same order. each new iterator begins anew, or where load_state_dict said; a resumed run wants as many workers
+    as before.
     """
 
     def __init__(self, dataset, rank=0, world=1):
-        self.args, self.start, self.place = (dataset, rank, world), {}, {} # where the next iterator begins, and where this one is
+        self.args = dataset, rank, world
+        self.start = {} # where the next iterator begins, {} = at the beginning
+        self.place = {} # where this one is
 
     def __iter__(self):
         self.start, self.place = {}, self.start # at once, a generator would wait for its first batch
         return self.batches(dict(self.place))
 
     def batches(self, start):
-        worker = torch.utils.data.get_worker_info()
-        n, skip = (worker.num_workers, worker.id) if worker else (1, 0)
-        loader, saved = ArcLoader(*self.args, prefetch=False), start.pop('workers', 1)
+        info = torch.utils.data.get_worker_info()
+        worker, n = (info.id, info.num_workers) if info else (0, 1)
+        loader = ArcLoader(*self.args, prefetch=False)
+        skip = worker # batches of the workers before this one
+        saved = start.pop('workers', 1)
         if start:
             if saved not in (1, n):
                 raise ValueError(f"resume refused: workers differs (saved {saved}, now {n})")
             loader.load_state_dict(start)
-            skip = skip if saved == 1 else n - 1 # the place after a batch of this worker, or of a process without others
+            if saved > 1: # the place is that after a batch of this very worker
+                skip = n - 1
         while True:
             for _ in range(skip):
                 loader.window, loader.batch = loader.after(loader.window, loader.batch)
             skip = n - 1
-            batch = Batch(*(x if x is None else x.clone() for x in loader.next_batch())) # the next one comes before this is used
+            batch = loader.next_batch()
+            batch = Batch(*(x if x is None else x.clone() for x in batch)) # the next one comes before this one is used
             self.place = {**loader.state_dict(), 'workers': n}
             yield batch
 
@@ -891,5 +880,8 @@ class ArcStream(torch.utils.data.IterableDataset):
         return self.start or self.place
 
     def load_state_dict(self, state):
-        """ where the next iterator begins: a state of this or of an ArcLoader. raises ValueError there, if it is a place in another stream """
+        """
+        where the next iterator begins: a state of this or of an ArcLoader. raises ValueError there, if it is a place in
+        another stream
+        """
         self.start = state or {}

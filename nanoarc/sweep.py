@@ -1,5 +1,6 @@
 """
-a search for settings by Optuna: `nanoarc sweep SPACE.toml --trials 100`. judged by val nats; no answer of an evaluation task is opened.
+a search for settings by Optuna: `nanoarc sweep SPACE.toml --trials 100`. judged by val nats; no answer of an evaluation
+task is opened.
 
     [fixed]                                     what a --config file of `nanoarc train` takes, the same in all trials
     data = 'arc1/training'
@@ -8,9 +9,10 @@ a search for settings by Optuna: `nanoarc sweep SPACE.toml --trials 100`. judged
     mixer = ['MA', 'A']                         choices
     lr = {low = 1e-3, high = 2e-2, log = true}  a range, of integers if the setting is one; `step` for a grid
 
-a trial is a run in out_dir/trial-0000, trained in a process of its own: what goes wrong there is recorded and the search goes on. if its
-worker dies, another one, or the same command again, goes on with it from its checkpoint. processes with the same out_dir, or the
-same --storage, work on one study. out_dir gets report.html, history.png, importance.png and best.toml, for `nanoarc train --config`.
+a trial is a run in out_dir/trial-0000, trained in a process of its own: what goes wrong there is recorded and the search
+goes on. if its worker dies, another one, or the same command again, goes on with it from its checkpoint. processes with
+the same out_dir, or the same --storage, work on one study. out_dir gets report.html, history.png, importance.png and
+best.toml, for `nanoarc train --config`.
 """
 import base64
 import contextlib
@@ -21,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 import warnings
@@ -37,14 +38,17 @@ import tyro
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-from nanoarc import checkpoint, train, view
-from nanoarc.cli import Run, apply_values
+from nanoarc import checkpoint
 from nanoarc.data import DataConfig
-from nanoarc.model import ModelConfig
+from nanoarc.model import ModelConfig, width_lr
+from nanoarc.run import Run, Signals, apply_values, read_metrics
 from nanoarc.sources import BUNDLED
+from nanoarc.train import TrainConfig
+from nanoarc.view import pyplot
 
 GRACE = 3 # heartbeats that a worker may miss
-MEASURE = 'data', 'val_tasks', 'max_pair', 'block_size', 'on_bad', 'deal', 'seed' # decide on what is validated: val nats compare only where these are fixed
+# these decide on what is validated: val nats compare only where they are fixed
+MEASURE = 'data', 'val_tasks', 'max_pair', 'block_size', 'on_bad', 'deal', 'seed'
 OWN = 'out_dir' # each trial has one
 
 @dataclass
@@ -57,72 +61,124 @@ class SweepConfig:
     heartbeat: int = 10 # seconds between a worker's signs of life. a trial that misses three is taken over
     keep: bool = False # keep the checkpoints of trials that ended, not their metrics alone
 
-def all_values(base):
-    """ Run -> {name: value} """
-    return {**asdict(base.train), **asdict(base.model), **asdict(base.data)}
+    def check(self):
+        """ raises ValueError that names the setting """
+        for name, least in (('trials', 0), ('jobs', 1), ('heartbeat', 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: want at least {least}")
 
 class Failed(Exception):
     """ of one trial """
 
+# -----------------------------------------------------------------------------
+# the space
+
+def all_values(run):
+    """ Run -> {name: value} """
+    return {**asdict(run.train), **asdict(run.model), **asdict(run.data)}
+
 def read_space(path):
-    """ a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError that names file and key """
+    """ a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError with file and key """
     try:
         tables = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
     fixed, search = tables.pop('fixed', {}), tables.pop('search', {})
-    if tables or type(fixed) is not dict or type(search) is not dict or not search:
-        raise ValueError(f"{path}: {'unknown ' + ', '.join(tables) if tables else 'nothing to search'}, want the tables [fixed] and [search]")
-    base = apply_values(Run(train.TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
-    now = all_values(base)
+    if tables:
+        raise ValueError(f"{path}: unknown {', '.join(tables)}, want the tables [fixed] and [search]")
+    if type(fixed) is not dict or type(search) is not dict or not search:
+        raise ValueError(f"{path}: nothing to search, want the tables [fixed] and [search]")
+    run = apply_values(Run(TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
     for name, x in search.items():
-        where = f"{path}: [search]"
-        values = x if type(x) is list else [x.get('low'), x.get('high')] if type(x) is dict and set(x) <= {'low', 'high', 'log', 'step'} else []
-        if None in values or not values:
-            raise ValueError(f"{where}: {name} = {x!r}, want a list of choices or a range like {{low = 1, high = 8}}, with log = true or step = 2 if you like")
-        for value in values:
-            apply_values(base, {name: value}, where)
-        if name in fixed or name in MEASURE:
-            raise ValueError(f"{where}: {name} {'is in [fixed] too' if name in fixed else 'decides what is validated on, it belongs into [fixed]'}")
-        if type(x) is dict:
-            if type(now[name]) not in (int, float):
-                raise ValueError(f"{where}: {name} = {x!r}, a range of {type(now[name]).__name__} there is not, want a list of choices")
-            try:
-                (optuna.distributions.IntDistribution if type(now[name]) is int else optuna.distributions.FloatDistribution)(**x)
-            except (TypeError, ValueError) as e:
-                raise ValueError(f"{where}: {name}: {e}") from None
+        check_search(name, x, fixed, run, f"{path}: [search]")
     if OWN in fixed or OWN in search:
         raise ValueError(f"{path}: {OWN}: each trial has its own, want --{OWN} of the sweep")
-    if base.data.val_tasks < 1:
-        raise ValueError(f"{path}: [fixed]: val_tasks = {base.data.val_tasks}, want some to judge by")
-    return fixed, search, base
+    if run.data.val_tasks < 1:
+        raise ValueError(f"{path}: [fixed]: val_tasks = {run.data.val_tasks}, want some to judge by")
+    return fixed, search, run
 
-def first_trial(search, base):
-    """ what is searched as the defaults have it, where all of it lies in the space, else {}: the first trial, to compare with """
-    lrs = dict(zip(('lr', 'adam_lr'), base.model.learning_rates(base.train.lr, base.train.adam_lr)))
-    now = {**all_values(base), **asdict(base.model.filled()), **lrs}
-    inside = [now[name] in x if type(x) is list else x['low'] <= now[name] <= x['high'] for name, x in search.items()]
-    return {name: now[name] for name in search} if all(inside) else {}
+def check_search(name, x, fixed, run, where):
+    """ one setting of [search]. raises ValueError """
+    values = []
+    if type(x) is list:
+        values = x
+    elif type(x) is dict and set(x) <= {'low', 'high', 'log', 'step'}:
+        values = [x.get('low'), x.get('high')]
+    if not values or None in values:
+        raise ValueError(f"{where}: {name} = {x!r}, want a list of choices or a range like {{low = 1, high = 8}}, "
+                         "with log = true or step = 2 if you like")
+    for value in values:
+        apply_values(run, {name: value}, where)
+    if name in fixed:
+        raise ValueError(f"{where}: {name} is in [fixed] too")
+    if name in MEASURE:
+        raise ValueError(f"{where}: {name} decides what is validated on, it belongs into [fixed]")
+    if type(x) is dict:
+        kind = type(all_values(run)[name])
+        if kind not in (int, float):
+            raise ValueError(f"{where}: {name} = {x!r}, a range of {kind.__name__} there is not, "
+                             "want a list of choices")
+        ranges = optuna.distributions
+        try:
+            (ranges.IntDistribution if kind is int else ranges.FloatDistribution)(**x)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{where}: {name}: {e}") from None
 
-def suggest(trial, search, base):
-    """ a value for everything that is searched. lists, which no database column holds, travel as json """
+def first_trial(search, run):
+    """ what is searched as the defaults have it, the first trial, to compare with. {} if that is not in the space """
+    model = run.model.resolved()
+    lr = width_lr(model.n_embd)
+    now = {**all_values(run), **asdict(model), 'lr': run.train.lr or lr, 'adam_lr': run.train.adam_lr or lr}
+    first = {}
+    for name, x in search.items():
+        first[name] = now[name]
+        if type(x) is list and now[name] not in x:
+            return {}
+        if type(x) is dict and not x['low'] <= now[name] <= x['high']:
+            return {}
+    return first
+
+def to_param(x):
+    """ a value as a database column can hold it: lists travel as json """
+    return json.dumps(list(x)) if type(x) in (list, tuple) else x
+
+def from_param(x, choices):
+    """ the inverse. choices: the list or range that it is from """
+    has_lists = type(choices) is list and type(choices[0]) is list
+    return json.loads(x) if has_lists else x
+
+def suggest(trial, search, run):
+    """ a value for everything that is searched """
     found = {}
     for name, x in search.items():
         if type(x) is list:
-            value = trial.suggest_categorical(name, [json.dumps(v) if type(v) is list else v for v in x])
-            found[name] = json.loads(value) if type(x[0]) is list else value
+            param = trial.suggest_categorical(name, [to_param(value) for value in x])
+            found[name] = from_param(param, x)
+        elif type(all_values(run)[name]) is int:
+            found[name] = trial.suggest_int(name, **x)
         else:
-            found[name] = (trial.suggest_int if type(all_values(base)[name]) is int else trial.suggest_float)(name, **x)
+            found[name] = trial.suggest_float(name, **x)
     return found
 
 def absolute(spec):
     """ sources as DataConfig has them, found from any directory """
-    parts = [spec] if os.path.exists(spec) else spec.split('+')
-    return "+".join(os.path.abspath(p.strip()) if os.path.exists(p.strip().partition('*')[0]) and p.strip().partition('/')[0] not in BUNDLED else p.strip() for p in parts)
+    parts = []
+    for part in [spec] if os.path.exists(spec) else spec.split('+'):
+        part = part.strip()
+        is_path = os.path.exists(part.partition('*')[0]) and part.partition('/')[0] not in BUNDLED
+        parts.append(os.path.abspath(part) if is_path else part)
+    return "+".join(parts)
+
+def with_absolute(values):
+    return {name: absolute(x) if name in ('data', 'adapt') else x for name, x in values.items()}
 
 def to_toml(values):
     """ a flat dict -> the lines of a --config file """
-    return "".join(f"{name} = {json.dumps(absolute(x) if name in ('data', 'adapt') else x, ensure_ascii=False)}\n" for name, x in values.items())
+    lines = [f"{name} = {json.dumps(x, ensure_ascii=False)}\n" for name, x in with_absolute(values).items()]
+    return "".join(lines)
+
+# -----------------------------------------------------------------------------
+# the study
 
 @contextlib.contextmanager
 def alone(out_dir):
@@ -131,113 +187,172 @@ def alone(out_dir):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
-def open_study(cfg, out_dir, fixed, search, base):
-    """ the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them). raises ValueError if it has another space """
-    url, name = cfg.storage or f"sqlite:///{out_dir / 'study.db'}", Path(cfg.space).stem
+def open_storage(cfg, out_dir):
+    """ the database. raises ValueError """
+    url = cfg.storage or f"sqlite:///{out_dir / 'study.db'}"
+    options = {'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {}
+    try:
+        return optuna.storages.RDBStorage(url, heartbeat_interval=cfg.heartbeat, grace_period=GRACE * cfg.heartbeat,
+                                          heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                                          engine_kwargs=options)
+    except (ImportError, ValueError, sqlalchemy.exc.SQLAlchemyError) as e:
+        raise ValueError(f"the database of the study: {str(e).splitlines()[0]}") from None
+
+def open_study(cfg, out_dir, fixed, search, run):
+    """
+    the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them). raises
+    ValueError if it has another space
+    """
     with alone(out_dir):
-        try:
-            storage = optuna.storages.RDBStorage(url, heartbeat_interval=cfg.heartbeat, grace_period=GRACE * cfg.heartbeat, heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-                                                 engine_kwargs={'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {})
-            study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3, n_min_trials=3))
-        except (ImportError, ValueError, sqlalchemy.exc.SQLAlchemyError) as e:
-            raise ValueError(f"the database of the study: {str(e).splitlines()[0]}") from None
+        storage = open_storage(cfg, out_dir)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3, n_min_trials=3)
+        study = optuna.create_study(storage=storage, study_name=Path(cfg.space).stem, load_if_exists=True, pruner=pruner)
         space = study.user_attrs.get('space')
         if space is None:
-            study.set_user_attr('settings', {name: absolute(x) if name in ('data', 'adapt') else x for name, x in fixed.items()})
+            study.set_user_attr('settings', with_absolute(fixed))
             study.set_user_attr('space', {'fixed': fixed, 'search': search})
-            if first := first_trial(search, base):
-                study.enqueue_trial({name: json.dumps(list(x)) if type(x) in (list, tuple) else x for name, x in first.items()})
-        elif wrong := [f"[{part}] {key}" for part, now in (('fixed', fixed), ('search', search)) for key in {**now, **space[part]} if now.get(key) != space[part].get(key)]:
+            first = first_trial(search, run)
+            if first:
+                study.enqueue_trial({name: to_param(x) for name, x in first.items()})
+            return study, study.user_attrs['settings']
+        wrong = []
+        for part, now in (('fixed', fixed), ('search', search)):
+            for key in {**now, **space[part]}:
+                if now.get(key) != space[part].get(key):
+                    wrong.append(f"[{part}] {key}")
+        if wrong:
             raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
     return study, study.user_attrs['settings']
 
 def by_run(study):
     """ {name of a run: its trial}, of one that was taken over the last """
-    return {t.user_attrs['run']: t for t in study.get_trials(deepcopy=False) if 'run' in t.user_attrs and 'extra' not in t.user_attrs}
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        if 'run' in trial.user_attrs and 'extra' not in trial.user_attrs:
+            found[trial.user_attrs['run']] = trial
+    return found
 
 def last_line(path, code):
     """ why a trial failed: what its process said last """
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
     said = [line for line in path.read_text(errors='replace').splitlines() if line.strip()]
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else said[-1].removeprefix("nanoarc: ") if said else f"exit code {code}"
+    return said[-1].removeprefix("nanoarc: ") if said else f"exit code {code}"
 
-def run_trial(trial, study, cfg, out_dir, fixed, search, base, signals):
-    """ train it, or the rest of it -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
-    trial.set_user_attr('run', name := trial.user_attrs.get('run', f"trial-{trial.number:04d}"))
-    if sorted(by_run(study)).index(name) >= cfg.trials: # another worker has begun the last one in this moment
-        trial.set_user_attr('extra', True)
-        raise Failed("one too many")
-    run, values, told, prune = out_dir / name, {**fixed, **suggest(trial, search, base)}, set(), False
-    args = ['--resume', str(run)]
-    if not checkpoint.steps(run):
-        checkpoint.write_file(run / 'settings.toml', to_toml(values).encode())
-        args = ['--config', str(run / 'settings.toml'), '--out_dir', str(run)]
-    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
-    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(max(torch.get_num_threads() // cfg.jobs, 1))}
-    with open(run / 'output.txt', 'ab') as f:
-        child = subprocess.Popen([sys.executable, '-m', 'nanoarc.sweep', *args], stdin=subprocess.PIPE, stdout=f, stderr=f, env=env)
-    with child: # it ends when its stdin does
-        while child.poll() is None:
-            for row in view.read_metrics(run):
-                if 'done' in row and (tenth := int(10 * row['done'])) not in told: # of the run: trials differ in steps, they compare by their share of the time
-                    told.add(tenth)
-                    trial.report(row['val_loss'], tenth)
-                    prune = prune or (tenth < 10 and trial.should_prune())
-            if prune or signals.got:
-                child.send_signal(signal.SIGTERM)
-                break
-            time.sleep(0.2)
-    rows = [row for row in view.read_metrics(run) if row.get('done') == 1]
-    if child.returncode == 0 and rows:
-        return rows[-1]['val_loss']
-    if signals.got: # whoever comes next goes on with it
-        study.tell(trial, state=TrialState.FAIL)
-        RetryHeartbeatStaleTrialCallback()(study, study.trials[trial.number])
-        raise SystemExit
-    if prune:
-        raise optuna.TrialPruned
-    trial.set_user_attr('error', "stopped from outside" if child.returncode == 0 else last_line(run / 'output.txt', child.returncode))
-    raise Failed
+class Sweep:
+    """ a worker: what it knows of the study """
 
-def main(cfg):
-    """ work on a study until it has its trials -> path of the report. raises ValueError for what a user can mend, SystemExit after a signal """
-    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if cfg.trials < 0 or cfg.jobs < 1 or cfg.heartbeat < 1:
-        raise ValueError(f"trials={cfg.trials} jobs={cfg.jobs} heartbeat={cfg.heartbeat}: want 0 or more, at least 1 and 1")
-    fixed, search, base = read_space(cfg.space)
-    out_dir = Path(cfg.out_dir or f"out/{Path(cfg.space).stem}").resolve()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    study, fixed = open_study(cfg, out_dir, fixed, search, base)
+    def __init__(self, cfg, signals):
+        self.cfg, self.signals = cfg, signals
+        self.fixed, self.search, self.run = read_space(cfg.space)
+        self.out_dir = Path(cfg.out_dir or f"out/{Path(cfg.space).stem}").resolve()
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.study, self.fixed = open_study(cfg, self.out_dir, self.fixed, self.search, self.run)
 
-    def left():
+    def left(self):
         """ trials that nobody has begun, or that wait to be gone on with """
-        found = by_run(study)
-        return max(cfg.trials - len(found), 0) + sum(t.state == TrialState.WAITING for t in found.values())
+        found = by_run(self.study)
+        waiting = sum(trial.state == TrialState.WAITING for trial in found.values())
+        return max(self.cfg.trials - len(found), 0) + waiting
 
-    def ended(study, trial):
-        run, best = trial.user_attrs['run'], [t.value for t in by_run(study).values() if t.state == TrialState.COMPLETE]
-        how = {TrialState.COMPLETE: f"{trial.value or 0:.4f} nats", TrialState.PRUNED: "pruned", TrialState.FAIL: f"failed: {trial.user_attrs.get('error')}"}[trial.state]
+    def wait_for_others(self):
+        """ trials that somebody else is at: if there is no sign of life they are taken over """
+        others = [name for name, trial in by_run(self.study).items() if trial.state == TrialState.RUNNING]
+        if others:
+            seconds = GRACE * self.cfg.heartbeat
+            print(f"{', '.join(others)}: at work elsewhere, or its worker died. waiting {seconds} s for a sign of life",
+                  flush=True)
+            until = time.monotonic() + seconds + 2
+            while time.monotonic() < until and not self.signals.got:
+                time.sleep(0.2)
+            optuna.storages.fail_stale_trials(self.study)
+
+    def begin(self, trial, run):
+        """ a trial, or the rest of it -> its process, which ends when its stdin does """
+        args = ['--resume', str(run)]
+        values = {**self.fixed, **suggest(trial, self.search, self.run)}
+        if not checkpoint.steps(run):
+            checkpoint.write_file(run / 'settings.toml', to_toml(values).encode())
+            args = ['--config', str(run / 'settings.toml'), '--out_dir', str(run)]
+        path = [str(Path(__file__).parent.parent)]
+        if os.environ.get('PYTHONPATH'):
+            path.append(os.environ['PYTHONPATH'])
+        threads = max(torch.get_num_threads() // self.cfg.jobs, 1)
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'OMP_NUM_THREADS': str(threads),
+               'NANOARC_ENDS_WITH_STDIN': '1'}
+        with open(run / 'output.txt', 'ab') as f:
+            return subprocess.Popen([sys.executable, '-m', 'nanoarc', 'train', *args], stdin=subprocess.PIPE, stdout=f,
+                                    stderr=f, env=env)
+
+    def objective(self, trial):
+        """ train a trial -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
+        name = trial.user_attrs.get('run', f"trial-{trial.number:04d}")
+        trial.set_user_attr('run', name)
+        if sorted(by_run(self.study)).index(name) >= self.cfg.trials: # another worker has begun the last one meanwhile
+            trial.set_user_attr('extra', True)
+            raise Failed("one too many")
+        run = self.out_dir / name
+        told, prune = set(), False
+        with self.begin(trial, run) as child:
+            while child.poll() is None:
+                for row in read_metrics(run):
+                    # trials differ in steps, they compare by their share of the time
+                    tenth = int(10 * row.get('done', 0))
+                    if 'done' in row and tenth not in told:
+                        told.add(tenth)
+                        trial.report(row['val_loss'], tenth)
+                        prune = prune or (tenth < 10 and trial.should_prune())
+                if prune or self.signals.got:
+                    child.send_signal(signal.SIGTERM)
+                    break
+                time.sleep(0.2)
+        rows = [row for row in read_metrics(run) if row.get('done') == 1]
+        if child.returncode == 0 and rows:
+            return rows[-1]['val_loss']
+        if self.signals.got: # whoever comes next goes on with it
+            self.study.tell(trial, state=TrialState.FAIL)
+            RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+            raise SystemExit
+        if prune:
+            raise optuna.TrialPruned
+        error = "stopped from outside"
+        if child.returncode != 0:
+            error = last_line(run / 'output.txt', child.returncode)
+        trial.set_user_attr('error', error)
+        raise Failed
+
+    def ended(self, study, trial):
+        """ what is said of a trial """
+        run = trial.user_attrs['run']
         if 'extra' not in trial.user_attrs:
-            print(f"{run} {how}" + (f", best {min(best):.4f}" if best else "") + f"; {', '.join(f'{name}={x:.4g}' if type(x) is float else f'{name}={x}' for name, x in trial.params.items())}", flush=True)
-        if trial.state != TrialState.FAIL and not cfg.keep:
-            shutil.rmtree(out_dir / run / 'ckpt', ignore_errors=True)
-        if left() == 0:
+            text = f"{run} {how_it_ended(trial)}"
+            best = [t.value for t in by_run(study).values() if t.state == TrialState.COMPLETE]
+            if best:
+                text += f", best {min(best):.4f}"
+            params = [f"{name}={number(x)}" for name, x in trial.params.items()]
+            print(f"{text}; {', '.join(params)}", flush=True)
+        if trial.state != TrialState.FAIL and not self.cfg.keep:
+            shutil.rmtree(self.out_dir / run / 'ckpt', ignore_errors=True)
+        if self.left() == 0:
             study.stop()
 
-    with train.Signals() as signals:
-        if cfg.trials and (others := [name for name, t in by_run(study).items() if t.state == TrialState.RUNNING]):
-            print(f"{', '.join(others)}: at work elsewhere, or its worker died. waiting {GRACE * cfg.heartbeat} s for a sign of life", flush=True)
-            until = time.monotonic() + GRACE * cfg.heartbeat + 2
-            while time.monotonic() < until and not signals.got:
-                time.sleep(0.2)
-            optuna.storages.fail_stale_trials(study)
+def sweep(cfg):
+    """ work on a study until it has its trials -> path of the report. raises ValueError, and SystemExit after a signal """
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    cfg.check()
+    with Signals() as signals:
+        work = Sweep(cfg, signals)
+        if cfg.trials > 0:
+            work.wait_for_others()
         try:
-            with contextlib.suppress(SystemExit): # of run_trial, after a signal
-                if left() and cfg.trials and not signals.got:
-                    study.optimize(lambda trial: run_trial(trial, study, cfg, out_dir, fixed, search, base, signals), n_trials=left(), n_jobs=cfg.jobs, catch=Failed, callbacks=[ended])
+            if cfg.trials > 0 and work.left() and not signals.got:
+                with contextlib.suppress(SystemExit): # of a trial, after a signal
+                    work.study.optimize(work.objective, n_trials=work.left(), n_jobs=cfg.jobs, catch=Failed,
+                                        callbacks=[work.ended])
         finally:
-            with alone(out_dir):
-                path = report(study, out_dir, fixed, search)
+            with alone(work.out_dir):
+                path = report(work.study, work.out_dir, work.fixed, work.search)
         if signals.got:
             print(f"stopped by signal {signals.got}, the same command goes on", flush=True)
             sys.exit(0 if signals.got == signal.SIGTERM else 128 + signals.got)
@@ -246,45 +361,71 @@ def main(cfg):
 # -----------------------------------------------------------------------------
 # the report
 
+def number(x):
+    """ a value of a setting as text """
+    return f"{x:.4g}" if type(x) is float else str(x)
+
+def how_it_ended(trial):
+    if trial.state == TrialState.COMPLETE:
+        return f"{trial.value:.4f} nats"
+    if trial.state == TrialState.PRUNED:
+        return f"pruned at {10 * (trial.last_step or 0)}%"
+    if trial.state == TrialState.FAIL:
+        return f"failed: {trial.user_attrs.get('error', 'its worker died')}"
+    return trial.state.name.lower()
+
+def last_value(trial):
+    """ val nats of a trial, of one that has not ended the last ones, None = there are none """
+    if trial.value is not None:
+        return trial.value
+    return trial.intermediate_values.get(trial.last_step)
+
 def report(study, out_dir, fixed, search):
     """ best.toml, history.png, importance.png, and report.html with both and all trials in it -> its path """
-    trials = sorted(by_run(study).items(), key=lambda x: (x[1].state != TrialState.COMPLETE, x[1].value if x[1].value is not None else x[1].intermediate_values.get(x[1].last_step, 1e9)))
-    done = [(name, t) for name, t in trials if t.state == TrialState.COMPLETE]
-    pictures = []
+    def order(item):
+        _, trial = item
+        nats = last_value(trial)
+        return trial.state != TrialState.COMPLETE, 1e9 if nats is None else nats
+    trials = sorted(by_run(study).items(), key=order) # the best first
+    done = [trial for _, trial in trials if trial.state == TrialState.COMPLETE]
+    about = f"{len(trials)} trials, {len(done)} complete"
     if done:
-        values = {name: json.loads(x) if type(search[name][0] if type(search[name]) is list else 0) is list else x for name, x in done[0][1].params.items()}
-        checkpoint.write_file(out_dir / 'best.toml', f"# {done[0][0]} of {study.study_name}: {done[0][1].value:.4f} val nats\n{to_toml({**fixed, **values})}".encode())
-    plt, plots = view.pyplot(), optuna.visualization.matplotlib
-    if len(done) > 1:
-        judge = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=min(max(5 / len(done), 0.1), 0.5)) # of what the best are made, at least 5 of them
-        for name, draw in (('history', lambda: plots.plot_optimization_history(study, target_name="val nats")), ('importance', lambda: plots.plot_param_importances(study, evaluator=judge))):
-            figure = draw().figure
-            figure.set_size_inches(8, 4.5)
-            figure.savefig(out_dir / f"{name}.png", dpi=110, bbox_inches='tight')
-            plt.close(figure)
-            pictures.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode((out_dir / f"{name}.png").read_bytes()).decode()}">')
-    lines = []
-    for name, t in trials:
-        how = {TrialState.PRUNED: f"pruned at {10 * (t.last_step or 0)}%", TrialState.FAIL: f"failed: {t.user_attrs.get('error', 'its worker died')}"}.get(t.state, t.state.name.lower())
-        nats = t.value if t.value is not None else t.intermediate_values.get(t.last_step)
-        cells = [name, "" if nats is None else f"{nats:.4f}", how, *(f"{x:.4g}" if type(x) is float else str(x) for x in (t.params.get(key, "") for key in search))]
-        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{escape(x)}</th>" for x in ('trial', 'val nats', 'how it ended', *search))
-    about = f"{len(trials)} trials, {len(done)} complete" + (f", the best {done[0][1].value:.4f} val nats by {done[0][0]}" if done else "")
-    checkpoint.write_file(out_dir / 'report.html', (f'<!doctype html><meta charset="utf-8"><title>{escape(study.study_name)}</title><style>body{{font:14px sans-serif;margin:2em}}td,th{{padding:2px 10px;text-align:left}}'
-                          f'img{{max-width:100%}}tr:nth-child(2){{font-weight:bold}}</style><h1>{escape(study.study_name)}</h1><p>{escape(about)}</p>{"".join(pictures)}<table><tr>{head}</tr>{"".join(lines)}</table>'
-                          f'<h2>the same in all trials</h2><pre>{escape(to_toml(fixed))}</pre>').encode())
+        name, best = trials[0]
+        about += f", the best {best.value:.4f} val nats by {name}"
+        values = {key: from_param(x, search[key]) for key, x in best.params.items()}
+        text = f"# {name} of {study.study_name}: {best.value:.4f} val nats\n{to_toml({**fixed, **values})}"
+        checkpoint.write_file(out_dir / 'best.toml', text.encode())
+    rows = [['trial', 'val nats', 'how it ended', *search]]
+    for name, trial in trials:
+        nats = last_value(trial)
+        params = [number(trial.params.get(key, "")) for key in search]
+        rows.append([name, "" if nats is None else f"{nats:.4f}", how_it_ended(trial), *params])
+    lines = ""
+    for row in rows:
+        lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+    pictures = draw_study(study, out_dir, len(done)) if len(done) > 1 else ""
+    title = escape(study.study_name)
+    page = ('<!doctype html><meta charset="utf-8"><title>' + title + '</title><style>body{font:14px sans-serif;'
+            'margin:2em}td{padding:2px 10px;text-align:left}img{max-width:100%}tr:first-child,tr:nth-child(2)'
+            '{font-weight:bold}</style>'
+            f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'
+            f'<h2>the same in all trials</h2><pre>{escape(to_toml(fixed))}</pre>')
+    checkpoint.write_file(out_dir / 'report.html', page.encode())
     print(f"{about}: {out_dir / 'report.html'}")
     return out_dir / 'report.html'
 
-def work(args):
-    """ a trial, in a process of its own: `nanoarc train`, that SIGTERMs itself when the sweep which began it is no more """
-    from nanoarc.cli import main as cli
-    def watch():
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-    threading.Thread(target=watch, daemon=True).start()
-    cli(['train', *args])
-
-if __name__ == '__main__':
-    work(sys.argv[1:])
+def draw_study(study, out_dir, n_done):
+    """ history.png and importance.png -> both as html """
+    plots = optuna.visualization.matplotlib
+    # of what the best are made, at least 5 of them
+    judge = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=min(max(5 / n_done, 0.1), 0.5))
+    axes = {'history': plots.plot_optimization_history(study, target_name="val nats"),
+            'importance': plots.plot_param_importances(study, evaluator=judge)}
+    html = ""
+    for name, ax in axes.items():
+        path = out_dir / f"{name}.png"
+        ax.figure.set_size_inches(8, 4.5)
+        ax.figure.savefig(path, dpi=110, bbox_inches='tight')
+        pyplot().close(ax.figure)
+        html += f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    return html

@@ -1,6 +1,6 @@
 """
-text: token shards of any corpus, a loader of them with the promises of the ARC loader, HellaSwag, samples. a directory
-of shards, as build-nanogpt (.npy) and llm.c and modded-nanogpt (.bin) have it:
+text: token shards of any corpus, and a loader of them with the promises of the ARC loader. a directory of shards, as
+build-nanogpt (.npy) and llm.c and modded-nanogpt (.bin) have it:
 
     edufineweb_val_000000.npy     uint16 tokens, document after document, each begun by the end-of-text token.
     edufineweb_train_000001.npy   .bin: 256 int32 first (magic, version, number of tokens), then the same tokens
@@ -18,13 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from numba import carray, njit, types
-from numba.extending import intrinsic
 
-from nanoarc import checkpoint, solve, train
-from nanoarc.data import EPOCH, ArcLoader, Buffers, U, bijection, mix, split
+from nanoarc import checkpoint
+from nanoarc.data import EPOCH, ArcLoader, Buffers, bijection, hash64, mix, split
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
 ENCODED = 2**21 # characters that are encoded together
@@ -32,26 +28,37 @@ GPT2_VOCAB = 50257 # tokens of shards that others made, without a manifest
 
 @dataclass
 class TextConfig:
-    text: str = '' # directory of token shards, as nanoarc text prepare writes it. train: on them in place of ARC
+    # directory of token shards, as nanoarc text prepare writes it. train: on them in place of ARC
+    text: str = ''
     block_size: int = 1024 # tokens of a row
     batch_tokens: int = 8192 # tokens of a micro batch, over all ranks: a multiple of block_size
-    order: str = 'shuffle' # rows: 'shuffle' = each window of block_size once an epoch | 'sequential' = shard after shard, as build-nanogpt's DataLoaderLite
+    # rows: 'shuffle' = each window of block_size once an epoch | 'sequential' = shard after shard, as build-nanogpt's
+    # DataLoaderLite
+    order: str = 'shuffle'
     val_tokens: int = 131072 # so many tokens of the first validation shard are the validation loss. 0 = none
     check_shards: bool = True # hash every shard before training, about a second a GB
 
-    loss_on, batching = 'all', 'pad' # of every token, in rows of one shape: no fields
+    def check(self):
+        """ raises ValueError that names the setting """
+        if self.order not in ('shuffle', 'sequential'):
+            raise ValueError(f"order={self.order!r}: want shuffle or sequential")
+        if self.block_size < 1 or self.batch_tokens < 1 or self.batch_tokens % self.block_size:
+            raise ValueError(f"block_size={self.block_size} batch_tokens={self.batch_tokens}: want batch_tokens a "
+                             "multiple of block_size")
+        if self.val_tokens < 0:
+            raise ValueError(f"val_tokens={self.val_tokens}: want no negative number")
 
-    def dataset(self, seed):
-        return TextDataset(self, seed)
-
-    def model_config(self, base):
-        """ a ModelConfig made one for the tokens of this directory: a place in the row, the vocabulary rounded up """
-        return replace(base, rope_bases=(10000.0,), prefix=False, n_task=0, vocab_size=-(-read_manifest(self.text)['vocab_size'] // 64) * 64)
+def model_config(cfg, directory):
+    """ a ModelConfig made one for the tokens of a directory: rope over the place in the row, the vocabulary rounded up """
+    vocab_size = read_manifest(directory)['vocab_size']
+    return replace(cfg, rope_bases=(10000.0,), n_task=0, vocab_size=-(-vocab_size // 64) * 64)
 
 def need(*names):
     """ raises ValueError if one of these packages is not here """
-    if missing := [name for name in names if not importlib.util.find_spec(name)]:
-        raise ValueError(f"this wants {' and '.join(missing)}: pip install 'nanoarc[{'finetune' if 'transformers' in missing else 'text'}]'")
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    if missing:
+        extra = 'finetune' if 'transformers' in missing else 'text'
+        raise ValueError(f"this wants {' and '.join(missing)}: pip install 'nanoarc[{extra}]'")
 
 # -----------------------------------------------------------------------------
 # shards
@@ -68,7 +75,6 @@ def shard_bytes(tokens, kind):
 
 def open_shard(path):
     """ .npy or .bin -> (n,) uint16, mapped: nothing is read yet. raises ValueError that names the file """
-    size = Path(path).stat().st_size
     if path.suffix == '.npy':
         try:
             x = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -77,106 +83,109 @@ def open_shard(path):
         if x.dtype != np.uint16 or x.ndim != 1:
             raise ValueError(f"{path}: want uint16 tokens in one dimension, got {x.dtype} in {x.ndim}")
         return np.asarray(x)
+    size = path.stat().st_size
     magic, version, n = np.fromfile(path, np.int32, 3) if size >= 1024 else (0, 0, 0)
     if (magic, version) != (MAGIC, VERSION) or size != 1024 + 2 * n:
-        raise ValueError(f"{path}: magic {magic}, version {version}, {n} tokens in {size} bytes: want {MAGIC}, {VERSION}, and 1024 bytes + 2 a token")
+        raise ValueError(f"{path}: magic {magic}, version {version}, {n} tokens in {size} bytes: "
+                         f"want {MAGIC}, {VERSION}, and 1024 bytes + 2 a token")
     return np.asarray(np.memmap(path, np.uint16, 'r', 1024))
 
 def read_manifest(path):
-    """ a directory of shards -> what its manifest says; one that others made, without a manifest, is said to be GPT-2's. raises ValueError """
+    """
+    a directory of shards -> what its manifest says; one that others made, without a manifest, is taken for GPT-2's.
+    raises ValueError
+    """
     path = Path(path)
-    if (file := path / 'manifest.json').is_file():
+    file = path / 'manifest.json'
+    if file.is_file():
         try:
-            m = json.loads(file.read_bytes())
+            manifest = json.loads(file.read_bytes())
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
-        m = m if isinstance(m, dict) else {}
-        if missing := [key for key in ('vocab_size', 'eot', 'tokenizer_sha256', 'shards') if key not in m] + [key for x in m.get('shards', ()) for key in ('name', 'tokens', 'sha256') if key not in x]:
-            raise ValueError(f"{file}: no field {missing[0]!r}")
-        return m
+        check_fields(manifest, ('vocab_size', 'eot', 'tokenizer_sha256', 'shards'), file)
+        for shard in manifest['shards']:
+            check_fields(shard, ('name', 'tokens', 'sha256'), file)
+        return manifest
     if (path / 'prepare.json').is_file():
         raise ValueError(f"{path}: nanoarc text prepare has not finished here, run it again")
-    names = sorted(x.name for x in path.glob('*') if x.suffix in ('.npy', '.bin') and ('train' in x.name or 'val' in x.name))
-    if not names or len({Path(x).suffix for x in names}) > 1:
-        raise ValueError(f"{path}: {'both .npy and .bin' if names else 'no'} shards here, want NAME_train_000001.npy or .bin, as nanoarc text prepare writes them")
-    return {'vocab_size': GPT2_VOCAB, 'eot': GPT2_VOCAB - 1, 'tokenizer_sha256': '', 'shards': [{'name': name} for name in names]}
+    names = []
+    for x in sorted(path.glob('*')):
+        if x.suffix in ('.npy', '.bin') and ('train' in x.name or 'val' in x.name):
+            names.append(x.name)
+    kinds = {Path(name).suffix for name in names}
+    if len(kinds) != 1:
+        raise ValueError(f"{path}: {'both .npy and .bin' if kinds else 'no'} shards here, want NAME_train_000001.npy "
+                         "or .bin, as nanoarc text prepare writes them")
+    shards = [{'name': name} for name in names]
+    return {'vocab_size': GPT2_VOCAB, 'eot': GPT2_VOCAB - 1, 'tokenizer_sha256': '', 'shards': shards}
+
+def check_fields(obj, names, file):
+    for name in names:
+        if not isinstance(obj, dict) or name not in obj:
+            raise ValueError(f"{file}: no field {name!r}")
 
 # -----------------------------------------------------------------------------
 # the loader
 
-@intrinsic
-def pointer(typingctx, address):
-    """ uint64 -> a pointer to uint16, for numba """
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-    return types.CPointer(types.uint16)(types.uint64), codegen
-
-@njit(cache=True, nogil=True)
-def fill(base, shard, at, idx, targets):
-    """ addresses of the shards, and of each row its shard and place there -> idx and targets (B, T) int64 are written, straight from the map """
-    T = idx.shape[1]
-    for r in range(len(at)):
-        x = carray(pointer(base[shard[r]] + U(2) * U(at[r])), T + 1)
-        for t in range(T):
-            idx[r, t] = x[t]
-            targets[r, t] = x[t + 1]
-
-@njit(cache=True, nogil=True)
-def draw_windows(first, seed, i, n, T):
-    """
-    rows i..i+n of the stream -> (n,) int64 shard, and token where the row begins. first (shards + 1,) int64: windows before each
-    shard. an epoch has each window once, and cuts each shard into windows a few tokens later or sooner than the last one.
-    """
-    shard, at, total = np.empty(n, np.int64), np.empty(n, np.int64), U(first[-1])
-    for r in range(n):
-        epoch, j = (i + U(r)) // total, (i + U(r)) % total
-        key = mix(mix(mix(U(0), seed), EPOCH), epoch)
-        w = np.int64(bijection(j, total, key))
-        s = np.searchsorted(first, w, side='right') - 1
-        shard[r], at[r] = s, (w - first[s]) * T + np.int64(mix(key, U(s)) % U(T))
-    return shard, at
-
 class TextDataset:
     """
-    the stream: batch k for any k >= 0, a pure function of (seed, k), for any number of ranks. order='sequential': of (k, rank, world),
-    for there each rank goes on to the next shard when its own place says so, as in build-nanogpt. a window that does not fit
-    into its shard is left out, as is a shard too short for one. raises ValueError that names a shard that is not what the manifest says.
+    the stream: batch k for any k >= 0, a pure function of (seed, k), for any number of ranks. order='sequential': of (k,
+    rank, world), for there each rank goes on to the next shard when its own place says so, as in build-nanogpt. a window
+    that does not fit into its shard is left out, as is a shard too short for one. raises ValueError that names a shard that
+    is not what the manifest says.
     """
 
+    rows, leaks, val_pairs = {}, (), () # there are no tasks
+
     def __init__(self, cfg, seed=1337):
-        if cfg.order not in ('shuffle', 'sequential') or cfg.block_size < 1 or cfg.batch_tokens < 1 or cfg.batch_tokens % cfg.block_size or cfg.val_tokens < 0 or not 0 <= seed < 2**64:
-            raise ValueError(f"order={cfg.order!r} block_size={cfg.block_size} batch_tokens={cfg.batch_tokens} val_tokens={cfg.val_tokens} seed={seed}: want shuffle or sequential, "
-                             "batch_tokens a multiple of block_size, no negative number, a seed of 64 bits")
-        self.cfg, self.seed, path, m = cfg, seed, Path(cfg.text), read_manifest(cfg.text)
-        self.vocab_size, self.eot, self.tokenizer_sha256 = m['vocab_size'], m['eot'], m['tokenizer_sha256']
-        self.rows, self.leaks, self.val_pairs, self.batch_rows = {}, [], (), cfg.batch_tokens // cfg.block_size
-        self.names, self.shards, hashes = [x['name'] for x in m['shards']], [], []
-        for x in m['shards']:
-            shard = open_shard(path / x['name'])
-            if len(shard) != x.get('tokens', len(shard)):
-                raise ValueError(f"{path / x['name']}: {len(shard):,} tokens, the manifest says {x['tokens']:,}")
-            if 'sha256' not in x and len(shard) and shard.max() >= self.vocab_size:
-                raise ValueError(f"{path / x['name']}: token {shard.max()}, without a manifest.json they are taken for GPT-2's, less than {self.vocab_size}")
-            found = checkpoint.file_sha256(path / x['name']) if cfg.check_shards or 'sha256' not in x else x['sha256']
-            if found != x.get('sha256', found):
-                raise ValueError(f"{path / x['name']}: damaged or changed, its sha256 is {found[:12]}, the manifest says {x['sha256'][:12]}")
-            self.shards.append(shard)
-            hashes.append(found)
-        self.corpus_sha256 = hashlib.sha256(repr((self.tokenizer_sha256, *zip(self.names, hashes))).encode()).hexdigest()
-        self.files = {} # beside the checkpoint: who has the run has its tokenizer
-        if self.tokenizer_sha256:
-            self.files['tokenizer.json'] = (path / 'tokenizer.json').read_bytes()
+        cfg.check()
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed}: want a seed of 64 bits")
+        self.cfg, self.seed, self.path = cfg, seed, Path(cfg.text)
+        self.batch_rows = cfg.batch_tokens // cfg.block_size
+        manifest = read_manifest(cfg.text)
+        self.vocab_size, self.eot = manifest['vocab_size'], manifest['eot']
+        self.tokenizer_sha256 = manifest['tokenizer_sha256']
+        self.train, self.val, self.names, hashes = [], [], [], [] # shards; names of those of train; (name, sha256)
+        for x in manifest['shards']:
+            shard, sha256 = self.open(x)
+            hashes.append((x['name'], sha256))
+            if 'train' in x['name']:
+                self.train.append(shard)
+                self.names.append(x['name'])
+            else:
+                self.val.append(shard)
+        self.corpus_sha256 = hashlib.sha256(repr((self.tokenizer_sha256, *hashes)).encode()).hexdigest()
+        self.files = {}
+        if self.tokenizer_sha256: # a run keeps its tokenizer beside the checkpoint
+            self.files['tokenizer.json'] = (self.path / 'tokenizer.json').read_bytes()
             if hashlib.sha256(self.files['tokenizer.json']).hexdigest() != self.tokenizer_sha256:
-                raise ValueError(f"{path / 'tokenizer.json'}: not the one by which the shards were made")
-        self.train = [k for k, name in enumerate(self.names) if 'train' in name] # numbers of shards
-        self.val = [k for k, name in enumerate(self.names) if 'train' not in name][:1]
-        self.base = np.array([self.shards[k].ctypes.data for k in self.train], U)
-        self.sizes = np.array([len(self.shards[k]) for k in self.train], np.int64)
-        self.first = np.concatenate([[0], np.cumsum(np.maximum(self.sizes // cfg.block_size - 1, 0))]) # windows before each shard
+                raise ValueError(f"{self.path / 'tokenizer.json'}: not the one by which the shards were made")
+        self.sizes = np.array([len(shard) for shard in self.train], np.int64)
+        windows = np.maximum(self.sizes // cfg.block_size - 1, 0) # of each shard, one less for the shift
+        self.first = np.append(0, np.cumsum(windows)) # windows before each shard
         least = cfg.batch_tokens + 1 if cfg.order == 'sequential' else 2 * cfg.block_size
         self.num_short = int((self.sizes < least).sum())
         if self.num_short == len(self.sizes):
-            raise ValueError(f"{path}: no training shard of {least} tokens or more, of {len(self.sizes)}: a smaller block_size or batch_tokens would do")
+            raise ValueError(f"{self.path}: no training shard of {least} tokens or more, of {len(self.sizes)}: "
+                             "a smaller block_size or batch_tokens would do")
+
+    def open(self, x):
+        """ a shard of the manifest -> its tokens and sha256. raises ValueError """
+        path = self.path / x['name']
+        shard = open_shard(path)
+        if len(shard) != x.get('tokens', len(shard)):
+            raise ValueError(f"{path}: {len(shard):,} tokens, the manifest says {x['tokens']:,}")
+        if 'sha256' in x and not self.cfg.check_shards:
+            return shard, x['sha256']
+        found = checkpoint.file_sha256(path)
+        if found != x.get('sha256', found):
+            raise ValueError(f"{path}: damaged or changed, its sha256 is {found[:12]}, "
+                             f"the manifest says {x['sha256'][:12]}")
+        if 'sha256' not in x and len(shard) and shard.max() >= self.vocab_size:
+            raise ValueError(f"{path}: token {shard.max()}, without a manifest.json they are taken for GPT-2's, "
+                             f"less than {self.vocab_size}")
+        return shard, found
 
     def __len__(self):
         return int(self.sizes.sum())
@@ -186,8 +195,9 @@ class TextDataset:
 
     def about(self):
         """ a line of counts: what is here, and what is not """
-        return (f"{len(self.train)} shards, {len(self):,} tokens, vocabulary {self.vocab_size:,}, {len(self.val_rows()) * self.cfg.block_size:,} tokens of validation; "
-                f"left out: {self.num_short} shards too short")
+        val = len(self.val_starts()) * self.cfg.block_size
+        return (f"{len(self.train)} shards, {len(self):,} tokens, vocabulary {self.vocab_size:,}, {val:,} tokens of "
+                f"validation; left out: {self.num_short} shards too short")
 
     def trained_on(self):
         """ no query of a task """
@@ -197,39 +207,65 @@ class TextDataset:
         """ nothing: a batch is found by its number alone """
 
     def places(self, k, rank, world):
-        """ number of a global batch -> of each of this rank's rows (B,) its training shard, and token where it begins """
-        T = self.cfg.block_size
+        """ number of a global batch -> of each of this rank's rows (B,) its training shard, and where it begins there """
         a, b = split(self.batch_rows, rank, world)
         if self.cfg.order == 'shuffle':
-            return draw_windows(self.first, U(self.seed), U(k * self.batch_rows + a), b - a, T)
-        G = self.batch_rows * T
-        batches = np.where(self.sizes > G, np.maximum((self.sizes - 1 - a * T) // G, 1), 0) # until place + G + 1 > size
+            return self.shuffled(k * self.batch_rows + np.arange(a, b))
+        T = self.cfg.block_size
+        G = self.batch_rows * T # tokens of a batch
+        # a rank goes on to the next shard when its next batch would not fit: place + G + 1 > size
+        batches = np.maximum((self.sizes - 1 - a * T) // G, 1)
+        batches[self.sizes <= G] = 0
         ends = np.cumsum(batches)
         k = k % int(ends[-1])
         s = int(np.searchsorted(ends, k, 'right'))
-        return np.full(b - a, s), (k - ends[s] + batches[s]) * G + np.arange(a, b) * T
+        in_shard = k - (ends[s] - batches[s])
+        return np.full(b - a, s), in_shard * G + np.arange(a, b) * T
 
-    def val_rows(self):
+    def shuffled(self, i):
+        """
+        (n,) numbers of rows of the stream -> their shards, and where they begin there. an epoch has each window once, and
+        cuts each shard into windows a few tokens later or sooner than the last one
+        """
+        T, total = self.cfg.block_size, int(self.first[-1])
+        epoch, i = np.divmod(i.astype(np.uint64), np.uint64(total))
+        key = hash64(self.seed, EPOCH, epoch)
+        window = bijection(i, np.uint64(total), key).astype(np.int64)
+        shard = np.searchsorted(self.first, window, side='right') - 1
+        shift = mix(key, shard.astype(np.uint64)) % np.uint64(T)
+        return shard, (window - self.first[shard]) * T + shift.astype(np.int64)
+
+    def fill(self, batch, shards, shard, start):
+        """ rows of shards into a Batch. a slice a row is fast enough: a gpu trains on a thousandth of it """
+        idx, targets, T = batch.idx.numpy(), batch.targets.numpy(), self.cfg.block_size
+        for r in range(len(shard)):
+            tokens = shards[shard[r]][start[r] : start[r] + T + 1]
+            idx[r] = tokens[:-1]
+            targets[r] = tokens[1:]
+        return batch
+
+    def val_starts(self):
         """ where the rows of the validation set begin, in its shard """
-        tokens = min(self.cfg.val_tokens, len(self.shards[self.val[0]]) - 1) if self.val else 0
+        if not self.val:
+            return np.arange(0)
+        tokens = min(self.cfg.val_tokens, len(self.val[0]) - 1)
         return np.arange(tokens // self.cfg.block_size) * self.cfg.block_size
 
     def val_batches(self, rank=0, world=1):
         """ the first val_tokens tokens of the first validation shard, in rows of block_size """
-        rows, T = self.val_rows(), self.cfg.block_size
-        for i in range(0, len(rows), self.batch_rows):
-            mine = rows[i : i + self.batch_rows]
+        starts, T = self.val_starts(), self.cfg.block_size
+        for i in range(0, len(starts), self.batch_rows):
+            mine = starts[i : i + self.batch_rows]
             a, b = split(len(mine), rank, world)
             if a < b:
-                batch, (idx, targets, *_) = Buffers((b - a) * T, False, True).shaped(b - a, T)
-                fill(np.array([self.shards[self.val[0]].ctypes.data], U), np.zeros(b - a, np.int64), mine[a:b], idx, targets)
-                yield batch
+                batch = Buffers((b - a) * T, tasked=False, xy=True).shaped(b - a, T)
+                yield self.fill(batch, self.val, np.zeros(b - a, np.int64), mine[a:b])
 
 class TextLoader(ArcLoader):
-    """ an ArcLoader whose batches are rows of shards: the same thread, ring of buffers, state. the place in the stream is (0, number of the batch) """
-
-    def __init__(self, dataset, rank=0, world=1, device='cpu', prefetch=True):
-        super().__init__(dataset, rank, world, device, prefetch, xy=True)
+    """
+    an ArcLoader whose batches are rows of shards: the same thread, ring of buffers, state. the place in the stream is (0,
+    number of the batch)
+    """
 
     def after(self, window, batch):
         return window, batch + 1
@@ -242,57 +278,79 @@ class TextLoader(ArcLoader):
 
     def names(self, window, batch, n=1):
         """ of the shards that this rank's rows of n global batches are from """
-        return sorted({self.ds.names[self.ds.train[s]] for k in range(batch, batch + n) for s in self.ds.places(k, self.rank, self.world)[0]})
+        names = set()
+        for k in range(batch, batch + n):
+            shard, _ = self.ds.places(k, self.rank, self.world)
+            names.update(self.ds.names[s] for s in shard)
+        return sorted(names)
 
     def write(self, place, turn):
-        shard, at = self.ds.places(place[1], self.rank, self.world)
-        B, T = max(len(at), 1), self.ds.cfg.block_size
+        shard, start = self.ds.places(place[1], self.rank, self.world)
+        B, T = max(len(shard), 1), self.ds.cfg.block_size
         buffers = self.ring[turn]
         if buffers is None:
-            buffers = self.ring[turn] = Buffers(B * T, False, True, pin=self.device.type == 'cuda')
+            buffers = self.ring[turn] = Buffers(B * T, tasked=False, xy=True, pin=self.device.type == 'cuda')
         if buffers.copied is not None: # on cuda: the copy out of here may still be on its way
             buffers.copied.synchronize()
-        batch, (idx, targets, *_) = buffers.shaped(B, T)
-        if len(at) == 0: # more ranks than rows: one of no loss
-            idx[:], targets[:] = 0, -100
-        fill(self.ds.base, shard, at, idx, targets)
-        return batch
+        batch = buffers.shaped(B, T)
+        if len(shard) == 0: # more ranks than rows: one of no loss
+            batch.idx[:], batch.targets[:] = 0, -100
+        return self.ds.fill(batch, self.ds.train, shard, start)
 
     def state_dict(self):
         """ as in ArcLoader. the directory may move, its shards may not change """
         state = super().state_dict()
-        return {**{key: x for key, x in state.items() if key not in ('text', 'check_shards')}, 'tokenizer_sha256': self.ds.tokenizer_sha256, 'eot': self.ds.eot}
+        for name in ('text', 'check_shards'):
+            state.pop(name)
+        return {**state, 'tokenizer_sha256': self.ds.tokenizer_sha256, 'eot': self.ds.eot}
 
 # -----------------------------------------------------------------------------
 # prepare
 
 @dataclass
 class PrepareConfig:
-    dataset: str # a text dataset of the Hugging Face hub, e.g. HuggingFaceFW/fineweb-edu, or a local .txt, .jsonl or .parquet, or a directory of those
+    # a text dataset of the Hugging Face hub, e.g. HuggingFaceFW/fineweb-edu, or a local .txt, .jsonl or .parquet, or a
+    # directory of those
+    dataset: str
     name: str = '' # of a configuration of the dataset, e.g. sample-10BT
     split: str = 'train' # of the dataset
     column: str = 'text' # that holds the text, of .jsonl and .parquet too. a .txt is one document
     out_dir: str = 'data/text' # where the shards go
-    stem: str = '' # shards are called STEM_train_000001. '' = edufineweb, or the last part of the dataset's name
+    # shards are called STEM_train_000001. '' = edufineweb, or the last part of the dataset's name
+    stem: str = ''
     format: str = 'npy' # of the shards: 'npy' = as in build-nanogpt | 'bin' = as in llm.c and modded-nanogpt
     shard_tokens: int = 100_000_000 # tokens of a shard. the first is for validation
     max_tokens: int = 0 # stop after so many. 0 = all
     tokenizer: str = 'gpt2' # 'gpt2' = by tiktoken, which fetches it | a tokenizer.json, or a directory with one
-    train_bpe: int = 0 # make a byte-level BPE of so many tokens from the first 100 MB of the text instead. 0 = off
+    # make a byte-level BPE of so many tokens from the first 100 MB of the text instead. 0 = off
+    train_bpe: int = 0
     eot: str = '<|endoftext|>' # the token before each document, by its name in the tokenizer
+
+    def check(self):
+        """ raises ValueError that names the setting """
+        if self.format not in ('npy', 'bin'):
+            raise ValueError(f"format={self.format!r}: want npy or bin")
+        if self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens={self.shard_tokens}: want at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens={self.max_tokens}: want no negative number")
+        if self.train_bpe != 0 and not 300 <= self.train_bpe <= 2**16:
+            raise ValueError(f"train_bpe={self.train_bpe}: want 300 to 65536")
 
 def local_files(dataset):
     """ a path -> sorted list of (file, its name there) to read, or [] if it is a name on the hub. raises ValueError """
     path, kinds = Path(dataset), ('.txt', '.jsonl', '.parquet')
     if path.is_file() and path.suffix in kinds:
         return [(path, path.name)]
+    found = []
     if path.is_dir():
-        found = [(x, x.relative_to(path).as_posix()) for x in path.rglob('*') if x.suffix in kinds and x.is_file() and not x.name.startswith('.')]
-        if found:
-            return sorted(found, key=lambda x: x[1])
-    if path.exists() or dataset.startswith(('.', '/', '~')) or path.suffix in kinds:
-        raise ValueError(f"{dataset}: want a .txt, .jsonl or .parquet, or a directory of those{'' if path.exists() else ', and here is nothing'}")
-    return []
+        for x in path.rglob('*'):
+            if x.suffix in kinds and x.is_file() and not x.name.startswith('.'):
+                found.append((x, x.relative_to(path).as_posix()))
+    if not found and (path.exists() or dataset.startswith(('.', '/', '~')) or path.suffix in kinds):
+        nothing = '' if path.exists() else ', and here is nothing'
+        raise ValueError(f"{dataset}: want a .txt, .jsonl or .parquet, or a directory of those{nothing}")
+    return sorted(found, key=lambda x: x[1])
 
 def checked(text, where):
     """ a text as it is. raises ValueError if it is none """
@@ -307,92 +365,148 @@ def checked(text, where):
 def documents(cfg, files, skip=0, revision=None):
     """ the texts of a dataset in order, from document number skip on. raises ValueError with file, line and field """
     if not files:
-        from datasets import load_dataset
-        rows = load_dataset(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision, streaming=True).skip(skip)
-        for n, row in enumerate(rows, skip):
-            yield checked(row.get(cfg.column), f"{cfg.dataset}: document {n}, field {cfg.column!r}")
+        yield from hub_documents(cfg, skip, revision)
     for path, _ in files:
-        if path.suffix == '.parquet':
-            import polars as pl
+        n = count_documents(path, cfg.column) if skip > 0 else 0
+        if skip == 0 or skip < n:
+            if path.suffix == '.parquet':
+                yield from parquet_documents(path, cfg.column, skip)
+            elif path.suffix == '.jsonl':
+                yield from jsonl_documents(path, cfg.column, skip)
+            else:
+                yield from txt_documents(path)
+        skip = max(skip - n, 0)
+
+def hub_documents(cfg, skip, revision):
+    """ of a dataset on the hub """
+    from datasets import load_dataset
+    rows = load_dataset(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision, streaming=True)
+    for n, row in enumerate(rows.skip(skip), skip):
+        yield checked(row.get(cfg.column), f"{cfg.dataset}: document {n}, field {cfg.column!r}")
+
+def count_documents(path, column):
+    """ how many documents a file has """
+    if path.suffix == '.txt':
+        return 1
+    if path.suffix == '.parquet':
+        import polars as pl
+        return scan_parquet(path, column).select(pl.len()).collect().item()
+    with open(path, 'rb') as f:
+        return sum(bool(line.strip()) for line in f)
+
+def scan_parquet(path, column):
+    """ -> a lazy frame of that column. raises ValueError """
+    import polars as pl
+    try:
+        known = pl.read_parquet_schema(path)
+    except pl.exceptions.PolarsError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if column not in known:
+        raise ValueError(f"{path}: no field {column!r}, it has {', '.join(known)}")
+    return pl.scan_parquet(path).select(column)
+
+def parquet_documents(path, column, skip):
+    frame, n = scan_parquet(path, column), skip
+    while len(part := frame.slice(n, 1000).collect()) > 0:
+        for x in part.to_series():
+            yield checked(x, f"{path}: row {n}, field {column!r}")
+            n += 1
+
+def jsonl_documents(path, column, skip):
+    with open(path, 'rb') as f:
+        for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            if skip > 0:
+                skip -= 1
+                continue
             try:
-                if cfg.column not in pl.read_parquet_schema(path):
-                    raise ValueError(f"{path}: no field {cfg.column!r}, it has {', '.join(pl.read_parquet_schema(path))}")
-                column = pl.scan_parquet(path).select(cfg.column)
-                n = column.select(pl.len()).collect().item()
-                for a in range(min(skip, n), n, 1000):
-                    for i, x in enumerate(column.slice(a, 1000).collect().to_series(), a):
-                        yield checked(x, f"{path}: row {i}, field {cfg.column!r}")
-            except pl.exceptions.PolarsError as e:
-                raise ValueError(f"{path}: {e}") from None
-            skip = max(skip - n, 0)
-            continue
-        with open(path, 'rb') as f:
-            for n, line in enumerate(f if path.suffix == '.jsonl' else [path.read_bytes()], 1):
-                if path.suffix == '.jsonl' and not line.strip():
-                    continue
-                if skip > 0:
-                    skip -= 1
-                    continue
-                where = f"{path}: line {n}" if path.suffix == '.jsonl' else f"{path}"
-                try:
-                    x = line.decode('utf-8-sig') if path.suffix == '.txt' else json.loads(line)
-                except ValueError as e:
-                    raise ValueError(f"{where}: {e}") from None
-                if path.suffix == '.jsonl':
-                    if not isinstance(x, dict):
-                        raise ValueError(f"{where}: want an object with a field {cfg.column!r}, got {type(x).__name__}")
-                    where, x = f"{where}, field {cfg.column!r}", x.get(cfg.column)
-                yield checked(x, where)
+                x = json.loads(line)
+            except ValueError as e:
+                raise ValueError(f"{path}: line {n}: {e}") from None
+            if not isinstance(x, dict):
+                raise ValueError(f"{path}: line {n}: want an object with a field {column!r}, got {type(x).__name__}")
+            yield checked(x.get(column), f"{path}: line {n}, field {column!r}")
+
+def txt_documents(path):
+    try:
+        text = path.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: {e}") from None
+    yield checked(text, f"{path}")
+
+# -----------------------------------------------------------------------------
+# tokenizers
 
 def byte_level(model):
     """ a tokenizers model -> Tokenizer that cuts text as GPT-2 does. it knows nothing of special tokens yet """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     tok = Tokenizer(model)
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     return tok
+
+def byte_chars():
+    """ GPT-2 writes each byte as a character, itself where one can see it -> {byte: character} """
+    chars = {}
+    for b in [*range(33, 127), *range(161, 173), *range(174, 256)]:
+        chars[b] = chr(b)
+    hidden = [b for b in range(256) if b not in chars]
+    for n, b in enumerate(hidden):
+        chars[b] = chr(256 + n)
+    return chars
 
 def from_ranks(ranks, special):
     """ tiktoken's {bytes: rank} of a BPE that cuts text as GPT-2 does -> the same as a Tokenizer, special tokens behind """
     from tokenizers import models
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)] # GPT-2 writes each byte as a character, itself where one can see it
-    chars = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(x for x in range(256) if x not in printable)}
-    def text(x):
-        return "".join(chars[b] for b in x)
+    chars = byte_chars()
+    def text(token):
+        return "".join(chars[b] for b in token)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2: # which two are merged to it? those that it is made of by all merges before
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = joined.index(min(joined))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges += [tuple(map(text, parts))] if len(parts) == 2 else []
-    tok = byte_level(models.BPE({text(x): rank for x, rank in ranks.items()}, merges))
+        if len(parts) == 2:
+            merges.append((text(parts[0]), text(parts[1])))
+    vocab = {text(token): rank for token, rank in ranks.items()}
+    tok = byte_level(models.BPE(vocab, merges))
     tok.add_special_tokens(special)
+    return tok
+
+def train_tokenizer(cfg, texts):
+    """ a BPE made from the first 100 MB of texts """
+    from tokenizers import models, pre_tokenizers, trainers
+    def first(size=100 * 2**20):
+        for text in texts:
+            yield text
+            size -= len(text)
+            if size < 0:
+                return
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = byte_level(models.BPE())
+    tok.train_from_iterator(first(), trainers.BpeTrainer(vocab_size=cfg.train_bpe, special_tokens=[cfg.eot],
+                                                         show_progress=False, initial_alphabet=alphabet))
     return tok
 
 def make_tokenizer(cfg, texts):
     """ -> tokenizer.json as bytes: GPT-2's, one's own, or made from texts. raises ValueError """
     if cfg.train_bpe:
-        from tokenizers import models, pre_tokenizers, trainers
-        def first(size=100 * 2**20):
-            for text in texts:
-                yield text
-                size -= len(text)
-                if size < 0:
-                    return
-        tok = byte_level(models.BPE())
-        tok.train_from_iterator(first(), trainers.BpeTrainer(vocab_size=cfg.train_bpe, special_tokens=[cfg.eot], show_progress=False,
-                                                             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-        return tok.to_str().encode()
+        return train_tokenizer(cfg, texts).to_str().encode()
     if cfg.tokenizer == 'gpt2':
         need('tiktoken')
         from tiktoken_ext.openai_public import gpt2
         try:
             x = gpt2()
         except OSError as e: # also what requests raises
-            raise ValueError(f"tokenizer 'gpt2': tiktoken cannot fetch it here ({type(e).__name__}): --train_bpe 8192, or --tokenizer with a tokenizer.json") from None
+            raise ValueError(f"tokenizer 'gpt2': tiktoken cannot fetch it here ({type(e).__name__}): "
+                             "--train_bpe 8192, or --tokenizer with a tokenizer.json") from None
         return from_ranks(x['mergeable_ranks'], list(x['special_tokens'])).to_str().encode()
     path = Path(cfg.tokenizer)
-    path = path / 'tokenizer.json' if path.is_dir() else path
+    if path.is_dir():
+        path = path / 'tokenizer.json'
     if not path.is_file():
         raise ValueError(f"tokenizer {cfg.tokenizer!r}: want gpt2, a tokenizer.json or a directory with one")
     return path.read_bytes()
@@ -413,269 +527,182 @@ def read_tokenizer(data, where):
 def tokenized(texts, tok, eot):
     """ texts -> uint16 tokens of each, end-of-text first. tokenizers encodes a batch on all cores while the next is read """
     def encode(batch):
-        return [np.array([eot, *x.ids], np.uint16) for x in tok.encode_batch_fast(batch, add_special_tokens=False)]
-    ahead, batch, size = None, [], 0
+        encoded = tok.encode_batch_fast(batch, add_special_tokens=False)
+        return [np.array([eot, *x.ids], np.uint16) for x in encoded]
+    batch, size = [], 0
+    ahead = None # the batch that is being encoded
     with ThreadPoolExecutor(1) as pool:
         for text in texts:
             batch.append(text)
             size += len(text) + 100
             if size > ENCODED:
-                now, ahead, batch, size = ahead, pool.submit(encode, batch), [], 0
-                yield from now.result() if now else ()
-        yield from ahead.result() if ahead else ()
+                ready, ahead = ahead, pool.submit(encode, batch)
+                batch, size = [], 0
+                if ready:
+                    yield from ready.result()
+        if ahead:
+            yield from ahead.result()
     yield from encode(batch)
 
+# -----------------------------------------------------------------------------
+
 def check_disk(cfg, files, done):
-    """ raises ValueError if what is to come would not fit: a token for three bytes of text, where the size of that is known """
-    size = sum(path.stat().st_size * (2 if path.suffix == '.parquet' else 1) for path, _ in files)
+    """ raises ValueError if what is to come would not fit: a token for three bytes of text, where the size is known """
+    size = 0
+    for path, _ in files:
+        size += path.stat().st_size * (2 if path.suffix == '.parquet' else 1)
     if not files:
         from datasets import load_dataset_builder
         splits = load_dataset_builder(cfg.dataset, cfg.name or None).info.splits or {}
-        size = (splits[cfg.split].num_bytes or 0) if cfg.split in splits else 0
-    tokens = min(x for x in (size / 3 or 2 * cfg.shard_tokens, cfg.max_tokens or float('inf'))) - done
-    free = shutil.disk_usage(cfg.out_dir).free
-    if 2 * tokens > free:
-        raise ValueError(f"{cfg.out_dir}: about {2 * tokens / 1e9:.1f} GB of shards are to come, {free / 1e9:.1f} GB are free")
+        if cfg.split in splits:
+            size = splits[cfg.split].num_bytes or 0
+    tokens = size / 3 or 2 * cfg.shard_tokens
+    if cfg.max_tokens:
+        tokens = min(tokens, cfg.max_tokens)
+    size, free = 2 * (tokens - done), shutil.disk_usage(cfg.out_dir).free
+    if size > free:
+        raise ValueError(f"{cfg.out_dir}: about {size / 1e9:.1f} GB of shards are to come, {free / 1e9:.1f} GB are free")
 
-def prepare(cfg):
-    """ text prepare --dataset D: a corpus -> token shards. killed at any moment, the same command goes on """
-    out = Path(cfg.out_dir)
-    if cfg.format not in ('npy', 'bin') or cfg.shard_tokens < 1 or cfg.max_tokens < 0 or not (cfg.train_bpe == 0 or 300 <= cfg.train_bpe <= 2**16):
-        raise ValueError(f"format={cfg.format!r} shard_tokens={cfg.shard_tokens} max_tokens={cfg.max_tokens} train_bpe={cfg.train_bpe}: want npy or bin, at least 1, no negative number, 300 to 65536")
-    need('tokenizers', *([] if (files := local_files(cfg.dataset)) else ['datasets'])) # before anything is begun
-    stem = cfg.stem or ('edufineweb' if cfg.dataset.endswith('fineweb-edu') else Path(cfg.dataset).stem.lower())
-    settings = {**{key: x for key, x in asdict(cfg).items() if key != 'out_dir'}, 'stem': stem,
-                'files': [[name, path.stat().st_size, path.stat().st_mtime_ns] for path, name in files]}
-    if 'train' in stem or 'val' in stem:
-        raise ValueError(f"stem={stem!r}: 'train' and 'val' in the name of a shard say what it is for, choose another --stem")
-    with checkpoint.lock(out):
+class Preparation:
+    """ a directory of shards while it is made. state is what prepare.json holds, so that the same command can go on """
+
+    def __init__(self, cfg, files):
+        self.cfg, self.files, self.out = cfg, files, Path(cfg.out_dir)
+        self.stem = cfg.stem
+        if not self.stem:
+            is_edu = cfg.dataset.endswith('fineweb-edu')
+            self.stem = 'edufineweb' if is_edu else Path(cfg.dataset).stem.lower()
+        if 'train' in self.stem or 'val' in self.stem:
+            raise ValueError(f"stem={self.stem!r}: 'train' and 'val' in the name of a shard say what it is for, "
+                             "choose another --stem")
+
+    def settings(self):
+        """ what must be the same to go on """
+        settings = asdict(self.cfg)
+        settings.pop('out_dir')
+        stamps = []
+        for path, name in self.files:
+            stamps.append([name, path.stat().st_size, path.stat().st_mtime_ns])
+        return {**settings, 'stem': self.stem, 'files': stamps}
+
+    def found(self):
+        """ manifest.json if it is done, else prepare.json, else None. raises ValueError if it was made otherwise """
         for name in ('manifest.json', 'prepare.json'):
-            if (out / name).is_file():
-                state = json.loads((out / name).read_bytes())
-                if wrong := [f"{key} differs (there {str(state['settings'].get(key))[:60]}, now {str(x)[:60]})" for key, x in settings.items() if state['settings'].get(key) != x]:
-                    raise ValueError(f"{out} holds shards made otherwise, choose another --out_dir: {'; '.join(wrong)}")
-                if name == 'manifest.json':
-                    (out / 'prepare.json').unlink(missing_ok=True)
-                    print(f"{out}: done already")
-                    return state
-                break
-        else:
-            if foreign := [x.name for x in out.iterdir() if x.suffix in ('.npy', '.bin')]:
-                raise ValueError(f"{out} holds shards of others, e.g. {foreign[0]}: choose another --out_dir")
-            state = {'settings': settings, 'revision': None, 'documents': 0, 'used': 0, 'shards': []}
-            if not files: # the hub moves on, a resumed run does not
-                from huggingface_hub import HfApi
-                state['revision'] = HfApi().dataset_info(cfg.dataset).sha
-            check_disk(cfg, files, 0)
-            data = make_tokenizer(cfg, documents(cfg, files, 0, state['revision']))
-            state['tokenizer_sha256'] = hashlib.sha256(data).hexdigest()
-            checkpoint.write_file(out / 'tokenizer.json', data)
-            checkpoint.write_file(out / 'prepare.json', json.dumps(state).encode())
-        tok = read_tokenizer((out / 'tokenizer.json').read_bytes(), out / 'tokenizer.json')
-        vocab_size, eot = tok.get_vocab_size(), tok.token_to_id(cfg.eot)
-        if checkpoint.file_sha256(out / 'tokenizer.json') != state['tokenizer_sha256']:
-            raise ValueError(f"{out / 'tokenizer.json'}: changed since these shards were begun")
-        if eot is None or vocab_size > 2**16:
-            (out / 'prepare.json').unlink() # nothing is lost
-            raise ValueError(f"tokenizer {cfg.tokenizer!r}: {vocab_size:,} tokens, {'none' if eot is None else 'one'} called {cfg.eot!r}: want at most 65,536, and --eot one of them")
-        for x in state['shards']:
-            if len(open_shard(out / x['name'])) != x['tokens']:
-                raise ValueError(f"{out / x['name']}: changed since it was written")
-        done = sum(x['tokens'] for x in state['shards'])
-        check_disk(cfg, files, done)
-        if done:
-            print(f"going on after {len(state['shards'])} shards, {done:,} tokens")
-        buffer, n, number, used, began, start = np.empty(cfg.shard_tokens, np.uint16), 0, state['documents'], state['used'], done, time.perf_counter()
+            if not (self.out / name).is_file():
+                continue
+            state = json.loads((self.out / name).read_bytes())
+            wrong = []
+            for key, x in self.settings().items():
+                there = state['settings'].get(key)
+                if there != x:
+                    wrong.append(f"{key} differs (there {str(there)[:60]}, now {str(x)[:60]})")
+            if wrong:
+                raise ValueError(f"{self.out} holds shards made otherwise, choose another --out_dir: {'; '.join(wrong)}")
+            return state
+        foreign = [x.name for x in self.out.iterdir() if x.suffix in ('.npy', '.bin')]
+        if foreign:
+            raise ValueError(f"{self.out} holds shards of others, e.g. {foreign[0]}: choose another --out_dir")
+        return None
 
-        def flush():
-            k = len(state['shards'])
-            name, data = f"{stem}_{'train' if k else 'val'}_{k:06d}.{cfg.format}", shard_bytes(buffer[:n], cfg.format)
-            checkpoint.write_file(out / name, data)
-            state.update(documents=number, used=used, shards=[*state['shards'], {'name': name, 'tokens': n, 'sha256': hashlib.sha256(data).hexdigest()}])
-            checkpoint.write_file(out / 'prepare.json', json.dumps(state).encode())
-            print(f"{name}: {n:,} tokens, {number:,} documents so far, {(done - began) / (time.perf_counter() - start):,.0f} tokens / s", flush=True)
+    def begin(self):
+        """ the tokenizer, and a state without a shard """
+        cfg = self.cfg
+        self.state = {'settings': self.settings(), 'revision': None, 'documents': 0, 'used': 0, 'shards': []}
+        if not self.files: # the hub moves on, a resumed preparation does not
+            from huggingface_hub import HfApi
+            self.state['revision'] = HfApi().dataset_info(cfg.dataset).sha
+        check_disk(cfg, self.files, 0)
+        data = make_tokenizer(cfg, documents(cfg, self.files, 0, self.state['revision']))
+        self.state['tokenizer_sha256'] = hashlib.sha256(data).hexdigest()
+        checkpoint.write_file(self.out / 'tokenizer.json', data)
+        self.save()
 
-        last = cfg.max_tokens or float('inf')
-        for tokens in tokenized(documents(cfg, files, number, state['revision']), tok, eot):
+    def save(self):
+        checkpoint.write_file(self.out / 'prepare.json', json.dumps(self.state).encode())
+
+    def open_tokenizer(self):
+        """ raises ValueError if it or a shard is not what it was, or if its tokens do not do """
+        path = self.out / 'tokenizer.json'
+        self.tok = read_tokenizer(path.read_bytes(), path)
+        if checkpoint.file_sha256(path) != self.state['tokenizer_sha256']:
+            raise ValueError(f"{path}: changed since these shards were begun")
+        self.vocab_size, self.eot = self.tok.get_vocab_size(), self.tok.token_to_id(self.cfg.eot)
+        if self.eot is None or self.vocab_size > 2**16:
+            (self.out / 'prepare.json').unlink() # nothing is lost
+            has = 'none' if self.eot is None else 'one'
+            raise ValueError(f"tokenizer {self.cfg.tokenizer!r}: {self.vocab_size:,} tokens, {has} called "
+                             f"{self.cfg.eot!r}: want at most 65,536, and --eot one of them")
+        for x in self.state['shards']:
+            if len(open_shard(self.out / x['name'])) != x['tokens']:
+                raise ValueError(f"{self.out / x['name']}: changed since it was written")
+
+    def done(self):
+        """ tokens in shards """
+        return sum(x['tokens'] for x in self.state['shards'])
+
+    def write_shard(self, tokens, number, used):
+        """ tokens that end after so many documents, and so many tokens of the next one """
+        k = len(self.state['shards'])
+        name = f"{self.stem}_{'train' if k else 'val'}_{k:06d}.{self.cfg.format}"
+        data = shard_bytes(tokens, self.cfg.format)
+        checkpoint.write_file(self.out / name, data)
+        shard = {'name': name, 'tokens': len(tokens), 'sha256': hashlib.sha256(data).hexdigest()}
+        self.state.update(documents=number, used=used, shards=[*self.state['shards'], shard])
+        self.save()
+        speed = (self.done() - self.before) / (time.perf_counter() - self.began)
+        print(f"{name}: {len(tokens):,} tokens, {number:,} documents so far, {speed:,.0f} tokens / s", flush=True)
+
+    def write_shards(self):
+        """ the rest of the dataset -> tokens and documents in all """
+        cfg = self.cfg
+        self.before, self.began = self.done(), time.perf_counter()
+        buffer, n = np.empty(cfg.shard_tokens, np.uint16), 0 # the shard to come, and tokens in it
+        done, last = self.before, cfg.max_tokens or float('inf')
+        number, used = self.state['documents'], self.state['used'] # documents so far, and tokens of the next one
+        for tokens in tokenized(documents(cfg, self.files, number, self.state['revision']), self.tok, self.eot):
             while used < len(tokens) and done < last: # what of it is not written yet
                 x = tokens[used : min(used + cfg.shard_tokens - n, used + last - done)]
                 buffer[n : n + len(x)] = x
                 n, used, done = n + len(x), used + len(x), done + len(x)
                 if n == cfg.shard_tokens:
-                    flush()
+                    self.write_shard(buffer[:n], number, used)
                     n = 0
             if done >= last:
                 break
             number, used = number + 1, 0
-        if not state['shards'] or (len(state['shards']) == 1 and n == 0):
-            for path in [out / 'prepare.json', *(out / x['name'] for x in state['shards'])]:
-                path.unlink()
-            raise ValueError(f"{cfg.dataset}: {done:,} tokens fill one shard, which is for validation: want --shard_tokens of less than half")
+        if len(self.state['shards']) + (n > 0) < 2:
+            for name in ['prepare.json', *(x['name'] for x in self.state['shards'])]:
+                (self.out / name).unlink()
+            raise ValueError(f"{cfg.dataset}: {done:,} tokens fill one shard, which is for validation: "
+                             "want --shard_tokens of less than half")
         if n > 0:
-            flush()
-        manifest = {key: state[key] for key in ('settings', 'revision', 'tokenizer_sha256', 'shards')} | {'vocab_size': vocab_size, 'eot': eot, 'documents': number, 'tokens': done}
+            self.write_shard(buffer[:n], number, used)
+        return done, number
+
+def prepare(cfg):
+    """ text prepare --dataset D: a corpus -> token shards. killed at any moment, the same command goes on """
+    cfg.check()
+    files = local_files(cfg.dataset)
+    need('tokenizers', *([] if files else ['datasets'])) # before anything is begun
+    work = Preparation(cfg, files)
+    out = work.out
+    with checkpoint.lock(out):
+        work.state = work.found()
+        if work.state and (out / 'manifest.json').is_file():
+            (out / 'prepare.json').unlink(missing_ok=True)
+            print(f"{out}: done already")
+            return work.state
+        if work.state is None:
+            work.begin()
+        work.open_tokenizer()
+        check_disk(cfg, files, work.done())
+        if work.done():
+            print(f"going on after {len(work.state['shards'])} shards, {work.done():,} tokens")
+        tokens, number = work.write_shards()
+        manifest = {key: work.state[key] for key in ('settings', 'revision', 'tokenizer_sha256', 'shards')}
+        manifest.update(vocab_size=work.vocab_size, eot=work.eot, documents=number, tokens=tokens)
         checkpoint.write_file(out / 'manifest.json', json.dumps(manifest, indent=1).encode())
         (out / 'prepare.json').unlink()
-        print(f"{out}: {len(state['shards'])} shards, {done:,} tokens of {number:,} documents, vocabulary {vocab_size:,}")
+        print(f"{out}: {len(work.state['shards'])} shards, {tokens:,} tokens of {number:,} documents, "
+              f"vocabulary {work.vocab_size:,}")
         return manifest
-
-# -----------------------------------------------------------------------------
-# language models
-
-def load_run(run, device):
-    """ out_dir of a run of text -> (Model in eval mode, Tokenizer, number of the end-of-text token). raises ValueError """
-    tensors, meta = checkpoint.load(run)
-    if 'text' not in meta['data']:
-        raise ValueError(f"{run}: a run of tasks, want one of text")
-    model = train.configs(meta)[0].model(device).eval()
-    checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
-    path, want = Path(run) / 'tokenizer.json', meta['stream']['tokenizer_sha256']
-    data = path.read_bytes() if want else make_tokenizer(PrepareConfig(''), ()) # shards of others: GPT-2's
-    if want and hashlib.sha256(data).hexdigest() != want:
-        raise ValueError(f"{path}: not the tokenizer of this run")
-    return model, read_tokenizer(data, path), meta['stream']['eot']
-
-def ask_model(model):
-    """ a nanoarc Model -> ask(context (n,), endings (b, L)) -> (b, L, vocab_size) logits that foretell the endings. the context is read once """
-    def ask(context, ends):
-        cache = model.cache()
-        first = model(context[None], cache=cache)[0][:, -1:]
-        cache.keep(torch.zeros(len(ends), dtype=torch.int64, device=ends.device))
-        return torch.cat([first.expand(len(ends), -1, -1), model(ends[:, :-1], cache=cache)[0]], 1) if ends.size(1) > 1 else first.expand(len(ends), -1, -1)
-    return ask
-
-def ask_transformers(model):
-    """ the same of a Hugging Face model. one whose layers do not all keep plain keys and values reads the context with each ending """
-    from transformers import cache_utils
-    plain = cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer
-    def ask(context, ends):
-        b, n = len(ends), len(context)
-        if ask.cached:
-            out = model(context[None], use_cache=True)
-            cache = out.get('past_key_values')
-            ask.cached = isinstance(cache, cache_utils.DynamicCache) and all(type(x) in plain for x in cache.layers)
-        if not ask.cached:
-            return model(torch.cat([context.expand(b, -1), ends], 1)).logits[:, n - 1 : -1]
-        cache.batch_repeat_interleave(b)
-        return torch.cat([out.logits[:, -1:].expand(b, -1, -1), model(ends, past_key_values=cache).logits[:, :-1]], 1)
-    ask.cached = True
-    return ask
-
-def load_language_model(name, device):
-    """ a run of nanoarc, a directory or hub id of transformers, or a .gguf -> (ask, as above; encode(text, is it the beginning?) -> token ids) """
-    if (Path(name) / 'ckpt').is_dir():
-        model, tok, _ = load_run(name, device)
-        return ask_model(model), lambda text, begins: tok.encode(text, add_special_tokens=False).ids
-    need('transformers')
-    from nanoarc.finetune import read_base
-    model, tok = read_base(name, torch.float32)
-    model = model.to(device)
-    def encode(text, begins):
-        ids = tok(text, add_special_tokens=begins)['input_ids'] # a beginning of its own, where the model is used to one
-        return ids[:-1] if begins and len(ids) > 1 and ids[-1] == tok.eos_token_id else ids
-    return ask_transformers(model), encode
-
-@dataclass
-class HellaswagConfig:
-    model: str # out_dir of a run of text; or of transformers: a directory, a hub id, a .gguf
-    file: str # hellaswag_val.jsonl, of github.com/rowanz/hellaswag
-    limit: int = 0 # the first so many items. 0 = all
-    device: str = 'auto' # 'auto' = cuda, else mps, else cpu
-    dtype: str = 'auto' # as in train
-
-def read_hellaswag(path):
-    """ .jsonl -> list of (ctx, 4 endings, number of the right one). raises ValueError with file, line and field """
-    items = []
-    with open(path, 'rb') as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                x = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}: line {n}: {e}") from None
-            if not isinstance(x, dict):
-                raise ValueError(f"{path}: line {n}: want an object, got {type(x).__name__}")
-            ctx, ends, label = (x.get(key) for key in ('ctx', 'endings', 'label'))
-            if not isinstance(ctx, str) or not ctx:
-                raise ValueError(f"{path}: line {n}, field 'ctx': want a text, got {str(ctx)[:40]!r}")
-            if not isinstance(ends, list) or len(ends) != 4 or not all(isinstance(x, str) for x in ends):
-                raise ValueError(f"{path}: line {n}, field 'endings': want 4 texts, got {str(ends)[:40]!r}")
-            if type(label) is not int or not 0 <= label <= 3:
-                raise ValueError(f"{path}: line {n}, field 'label': want 0 to 3, got {str(label)[:40]!r}")
-            items.append((ctx, ends, label))
-    if not items:
-        raise ValueError(f"{path}: no items")
-    return items
-
-@torch.no_grad()
-def ending_losses(ask, context, ends, device):
-    """ token ids of a context and of its endings -> (b,) sum of the losses over each ending's tokens, nats, and (b,) their number """
-    n = torch.tensor([len(x) for x in ends], device=device)
-    idx = torch.zeros(len(ends), max(map(len, ends)), dtype=torch.int64, device=device) # what stands behind an ending nobody sees
-    for row, x in zip(idx, ends):
-        row[: len(x)] = torch.tensor(x)
-    logits = ask(torch.tensor(context, device=device), idx).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction='none').view_as(idx) # (b, L)
-    return losses.masked_fill(torch.arange(idx.size(1), device=device) >= n[:, None], 0).sum(1), n
-
-def hellaswag(cfg):
-    """ text hellaswag --model M --file F: how often is the right ending the most probable one? by the sum of its losses (acc), by their mean (acc_norm) """
-    items = read_hellaswag(cfg.file)[: cfg.limit or None]
-    device, _, autocast = train.get_device(cfg.device, cfg.dtype)
-    rank, world = train.get_ranks(device)
-    ask, encode = load_language_model(cfg.model, device)
-    right, right_norm, n, began = 0, 0, 0, time.perf_counter()
-    for ctx, ends, label in items[rank::world]:
-        with autocast():
-            total, count = ending_losses(ask, encode(ctx, True), [encode(" " + x, False) for x in ends], device)
-        right, right_norm, n = right + int(total.argmin() == label), right_norm + int((total / count).argmin() == label), n + 1 # waits for the device
-        if rank == 0 and n % 50 == 0:
-            print(f"{n * world}/{len(items)} acc {right / n:.4f} acc_norm {right_norm / n:.4f}, {n * world / (time.perf_counter() - began):.1f} items / s", flush=True)
-    right, right_norm, n = (int(x) for x in train.over_ranks(world, 'SUM', right, right_norm, n))
-    result = {'items': n, 'acc': right / n, 'acc_norm': right_norm / n}
-    if rank == 0:
-        print(json.dumps(result))
-    return result
-
-@dataclass
-class SampleConfig:
-    model: str # out_dir of a run of text
-    prompt: str = '' # what to go on from. '' = the beginning of a document
-    num: int = 3 # samples
-    most: int = 100 # tokens of each, unless the document ends before
-    temperature: float = 0.8 # 0 = the most probable token, always
-    top_k: int = 50 # only so many of the most probable tokens. 0 = off
-    top_p: float = 1.0 # only the most probable tokens that make up this much together
-    seed: int = 1337 # of the draws
-    device: str = 'auto' # 'auto' = cuda, else mps, else cpu
-
-def draw_tokens(logits, cfg, generator):
-    """ (B, vocab_size) -> (B,) tokens """
-    if cfg.temperature == 0:
-        return logits.argmax(-1)
-    if 0 < cfg.top_k < logits.size(1):
-        logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], float('-inf'))
-    return solve.draw(logits, cfg.temperature, cfg.top_p, generator)
-
-@torch.no_grad()
-def sample(cfg):
-    """ text sample --model DIR --prompt P: what the model says """
-    if cfg.num < 1 or cfg.most < 1 or cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
-        raise ValueError(f"num={cfg.num} most={cfg.most} temperature={cfg.temperature} top_k={cfg.top_k} top_p={cfg.top_p}: want at least 1, no negative number, a share of 0..1")
-    device = train.get_device(cfg.device, 'float32')[0]
-    model, tok, eot = load_run(cfg.model, device)
-    prompt = tok.encode(cfg.prompt, add_special_tokens=False).ids or [eot]
-    cache, generator, rows = model.cache(), torch.Generator(device).manual_seed(cfg.seed), []
-    logits = model(torch.tensor([prompt], device=device), cache=cache)[0][:, -1].expand(cfg.num, -1)
-    cache.keep(torch.zeros(cfg.num, dtype=torch.int64, device=device))
-    for _ in range(cfg.most):
-        rows.append(draw_tokens(logits[:, : tok.get_vocab_size()], cfg, generator)) # the vocabulary was rounded up
-        if all(eot in row for row in torch.stack(rows, 1).tolist()):
-            break
-        logits = model(rows[-1][:, None], cache=cache)[0][:, -1]
-    texts = []
-    for row in torch.stack(rows, 1).tolist():
-        texts.append(cfg.prompt + tok.decode(row[: row.index(eot)] if eot in row else row))
-        print(f"{texts[-1]}\n---")
-    return texts

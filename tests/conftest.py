@@ -6,23 +6,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+def toy_pair(rng, side):
+    """ a random grid, seldom square, and its transpose """
+    x = rng.integers(0, 10, (rng.integers(1, side + 1), rng.integers(1, side + 1)))
+    return {'input': x.tolist(), 'output': x.T.tolist()}
+
 def toy_tasks(n=3, demos=3, queries=1, side=4, seed=0):
-    """ n tasks as json objects: the rule is a transpose, grids are random and not square """
+    """ n tasks as json objects: the rule is a transpose """
     rng = np.random.default_rng(seed)
-    def pair():
-        x = rng.integers(0, 10, (rng.integers(1, side + 1), rng.integers(1, side + 1)))
-        return {'input': x.tolist(), 'output': x.T.tolist()}
-    return {f"toy{k:04d}": {'train': [pair() for _ in range(demos)], 'test': [pair() for _ in range(queries)]} for k in range(n)}
+    tasks = {}
+    for k in range(n):
+        train = [toy_pair(rng, side) for _ in range(demos)]
+        test = [toy_pair(rng, side) for _ in range(queries)]
+        tasks[f"toy{k:04d}"] = {'train': train, 'test': test}
+    return tasks
+
+def write_toy(path, **kwargs):
+    """ toy tasks as a directory of json files -> its path """
+    path.mkdir(parents=True)
+    for name, task in toy_tasks(**kwargs).items():
+        (path / f"{name}.json").write_text(json.dumps(task))
+    return str(path)
 
 @pytest.fixture
 def toy(tmp_path):
-    """ writes toy tasks as a directory of json files -> its path """
+    """ write_toy under a name of this test's own """
     def write(name='toy', **kwargs):
-        path = tmp_path / name
-        path.mkdir()
-        for task, obj in toy_tasks(**kwargs).items():
-            (path / f"{task}.json").write_text(json.dumps(obj))
-        return str(path)
+        return write_toy(tmp_path / name, **kwargs)
     return write
 
 @pytest.fixture(scope='session')
@@ -33,16 +43,26 @@ def test_data():
         pytest.skip("NANOARC_TEST_DATA is not set: it names a directory with conceptarc/ in it")
     return Path(path)
 
-TINY = ['--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=400', '--minutes=0', '--device=cpu', '--compile=off']
+TINY = ['--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=400', '--minutes=0', '--device=cpu',
+        '--compile=off']
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
     """ a tiny model trained for 30 steps on the demos of 4 toy tasks -> (out_dir, source) """
     from nanoarc.cli import main
     path = tmp_path_factory.mktemp('tiny')
-    src = path / 'toy'
-    src.mkdir()
-    for task, obj in toy_tasks(n=4, queries=2, side=3).items():
-        (src / f"{task}.json").write_text(json.dumps(obj))
+    src = write_toy(path / 'toy', n=4, queries=2, side=3)
     main(['train', '--data=', f"--adapt={src}", f"--out_dir={path / 'run'}", '--max_iters=30', *TINY])
-    return str(path / 'run'), str(src)
+    return str(path / 'run'), src
+
+def rewrite(out, change):
+    """ the newest checkpoint of a run with other meta data, as another version of us would have written it """
+    from safetensors.torch import save
+
+    from nanoarc import checkpoint
+    tensors, meta = checkpoint.load(out)
+    change(meta)
+    path = checkpoint.file(out, meta['step'])
+    data = save(tensors, metadata={'nanoarc': json.dumps(meta)})
+    checkpoint.write_file(path, data)
+    checkpoint.write_file(path.with_suffix('.sha256'), checkpoint.signed(data, path))

@@ -7,9 +7,9 @@ from math import ceil, factorial, floor, log2
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14
 DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = range(7)
 
-def hash64(*parts, h=0):
-    """ a chain of splitmix64 finalizers, from h on """
-    M = 2**64 - 1
+def hash64(*parts):
+    """ a chain of splitmix64 finalizers """
+    h, M = 0, 2**64 - 1
     for x in parts:
         h = ((h ^ int(x)) + 0x9e3779b97f4a7c15) & M
         h = ((h ^ (h >> 30)) * 0xbf58476d1ce4e5b9) & M
@@ -48,7 +48,9 @@ def canonical(x, y):
 class Pair:
     def __init__(self, task, x, y, is_demo, opened):
         self.task, self.is_demo = task, is_demo
-        self.x, self.y, self.secret = x.tolist(), y.tolist() if opened or is_demo else None, canonical(x.tolist(), y.tolist())
+        self.x = x.tolist()
+        self.y = y.tolist() if opened or is_demo else None
+        self.secret = canonical(x.tolist(), y.tolist())
 
     def tokens(self, d, answer=True):
         h, w = len(turn(self.x, d)), len(turn(self.x, d)[0])
@@ -62,7 +64,8 @@ class Pair:
         """ a closed answer reserves room for the longest output of the task's demos """
         n = self.tokens(d)
         if self.y is None:
-            n += max(len(turn(p.y, d)) * (len(turn(p.y, d)[0]) + 1) for p in self.task.demos for d in (0, 4)) + 1
+            outputs = [turn(p.y, d) for p in self.task.demos for d in (0, 4)]
+            n += max(len(y) * (len(y[0]) + 1) for y in outputs) + 1
         return n
 
     def long(self):
@@ -71,7 +74,9 @@ class Pair:
 class SlowTask:
     def __init__(self, task, repeat, in_data):
         self.key, self.repeat, self.in_data = task.key, repeat, in_data
-        self.pairs = [Pair(self, x, y, i < len(task.demos), in_data) for i, (x, y) in enumerate(task.demos + task.queries)]
+        self.pairs = []
+        for i, (x, y) in enumerate(task.demos + task.queries):
+            self.pairs.append(Pair(self, x, y, i < len(task.demos), in_data))
         self.demos = [p for p in self.pairs if p.is_demo]
 
 class SlowLoader:
@@ -96,18 +101,24 @@ class SlowLoader:
         for t in tasks:
             if t.in_data and any(not p.is_demo for p in t.pairs):
                 val.setdefault(t.key, t)
-        self.val = [p for key in sorted(val)[: min(cfg.val_tasks, len(val) // 2)] for p in val[key].pairs if not p.is_demo]
-        held = [p for p in self.pairs if p.y is not None and any(
-            p.secret == q.secret and (p.task.key != q.task.key or (p.x, p.y) == (q.x, q.y)) for q in self.val)]
+        self.val = []
+        for key in sorted(val)[: min(cfg.val_tasks, len(val) // 2)]:
+            self.val += [p for p in val[key].pairs if not p.is_demo]
+        secrets = {q.secret for q in self.val}
+        held = [p for p in self.pairs if p.y is not None and p.secret in secrets]
         self.usable = [p for p in self.pairs if p.is_demo and p not in held]
         self.targets = []
         for p in self.pairs:
-            alone = cfg.shots != 0 and not any(q is not p and p.long() + q.long() <= cfg.block_size for q in p.task.demos if q in self.usable)
-            if p.y is not None and (p.is_demo or p.task.in_data) and p not in held and p.long() <= cfg.block_size and not alone:
+            others = [q for q in p.task.demos if q is not p and q in self.usable]
+            alone = cfg.shots != 0 and not any(p.long() + q.long() <= cfg.block_size for q in others)
+            can = p.y is not None and (p.is_demo or p.task.in_data)
+            if can and p not in held and p.long() <= cfg.block_size and not alone:
                 self.targets += [(p, i) for i in range(p.task.repeat)]
 
     def domain(self, task):
-        mode = self.cfg.colors if self.cfg.colors != 'auto' else 'domain' if self.cfg.shots == 0 else 'nonzero'
+        mode = self.cfg.colors
+        if mode == 'auto':
+            mode = 'domain' if self.cfg.shots == 0 else 'nonzero'
         if mode != 'domain':
             return {'nonzero': list(range(1, 10)), 'all': list(range(10)), 'none': []}[mode]
         seen = {c for p in task.pairs for row in p.x for c in row}
@@ -120,12 +131,11 @@ class SlowLoader:
         epoch, i = divmod(t, n)
         target, copy = self.targets[bijection(i, n, hash64(seed, EPOCH, epoch))]
         visit = epoch * target.task.repeat + copy
-        ranks = [hash64(seed, DIHEDRAL, target.number, visit // 8, d) for d in range(8)]
-        d = sorted(range(8), key=ranks.__getitem__)[visit % 8]
+        d = bijection(visit % 8, 8, hash64(seed, DIHEDRAL, target.number, visit // 8))
         domain = self.domain(target.task)
         total = factorial(len(domain))
-        h, perm = hash64(seed, COLORS, target.number), list(domain)
-        code = (visit * (1 + h % total // 210 * 210) + (h >> 32)) % total
+        code = bijection(visit % total, total, hash64(seed, COLORS, target.number, visit // total))
+        perm = list(domain)
         for j in range(len(domain)):
             code, k = divmod(code, len(domain) - j)
             perm[j], perm[j + k] = perm[j + k], perm[j]
@@ -133,24 +143,16 @@ class SlowLoader:
         if float(hash64(seed, IDENTITY, target.number, visit)) < cfg.p_identity * 2.0**64:
             color = {c: c for c in range(10)}
         order = sorted(range(len(target.task.demos)), key=lambda k: hash64(seed, DEMOS, t, k))
-        drawn = [q for q in (target.task.demos[k] for k in order) if q is not target and q in self.usable and target.need(d) + q.need(d) <= cfg.block_size]
-        drawn = drawn[: len(drawn) if cfg.shots < 0 else cfg.shots]
-        return self.finish({'t': t, 'target': target, 'drawn': drawn, 'd': d, 'color': color}, cfg.block_size)
+        context, room = [], cfg.block_size - target.need(d)
+        for q in [target.task.demos[k] for k in order]:
+            if len(context) != cfg.shots and q is not target and q in self.usable and q.need(d) <= room:
+                context.append(q)
+                room -= q.need(d)
+        return {**self.tokens(context[::-1] + [target], d, color), 't': t, 'task': target.task.row, 'dihedral': d}
 
-    def finish(self, doc, room):
-        """ chooses the context for so much room and writes the tokens """
-        target, drawn, d, color, cfg = doc['target'], doc['drawn'], doc['d'], doc['color'], self.cfg
-        room -= target.need(d)
-        sums = [{0}] # of the first j demos
-        for q in drawn:
-            sums.append(sums[-1] | {n + q.need(d) for n in sums[-1]})
-        total, shown = max(n for n in sums[-1] if n <= room), []
-        for j in reversed(range(len(drawn))):
-            if total not in sums[j]:
-                total -= drawn[j].need(d)
-                shown.insert(0, drawn[j])
-        idx, pos, loss = [], [], []
-        chain = shown[::-1] + [target] # the first that was chosen stands next to the target
+    def tokens(self, chain, d, color):
+        """ pairs, the target last, under an augment -> idx, targets, pos """
+        cfg, idx, pos, loss = self.cfg, [], [], []
         for k, p in enumerate(chain):
             z = 2 * (len(chain) - 1 - k)
             for mark, grid, depth in ((IN, turn(p.x, d), z), (OUT, turn(p.y, d), z + 1)):
@@ -162,11 +164,25 @@ class SlowLoader:
                     pos += [(r, c + 1, depth) for c in range(len(row))] + [(r + 1, 0, depth)]
             idx.append(END)
             pos.append((len(grid), 1, depth))
-            counts = cfg.loss_on == 'all' or k == len(chain) - 1 or (cfg.loss_on == 'outputs' and k > 0)
-            loss += [(counts and n >= start) or cfg.loss_on == 'all' for n in range(len(loss), len(idx) - 1)] + [cfg.loss_on == 'all']
+            counts = k == len(chain) - 1 or (cfg.loss_on == 'outputs' and k > 0)
+            for n in range(len(loss), len(idx) - 1):
+                loss.append(cfg.loss_on == 'all' or (counts and n >= start))
+            loss.append(cfg.loss_on == 'all')
         nexts = idx[1:] + [None]
         targets = [y if on and y is not None else -100 for y, on in zip(nexts, loss)]
-        return {**doc, 'idx': idx, 'targets': targets, 'pos': pos, 'task': target.task.row, 'dihedral': d, 'tight': len(shown) < len(drawn)}
+        return {'idx': idx, 'targets': targets, 'pos': pos}
+
+    def pack(self, docs):
+        """ documents -> rows of them, each document in the fullest row that has room, the longest first """
+        rows = []
+        for doc in sorted(docs, key=lambda doc: -len(doc['idx'])):
+            free = [self.cfg.block_size - sum(len(x['idx']) for x in row) for row in rows]
+            can = [r for r in range(len(rows)) if free[r] >= len(doc['idx'])]
+            if can:
+                rows[min(can, key=lambda r: free[r])].append(doc)
+            else:
+                rows.append([doc])
+        return [sorted(row, key=lambda doc: doc['t']) for row in rows]
 
     def batches(self, window):
         """ -> list of (rows, T), a row being a list of documents """
@@ -181,40 +197,21 @@ class SlowLoader:
             docs.sort(key=width) # stable
             out = []
             for doc in docs:
-                if out and (len(out[-1][0]) + 1) * width(doc) <= cfg.batch_tokens and 16 * width(doc) <= 17 * width(out[-1][0][0][0]):
+                fits = out and (len(out[-1][0]) + 1) * width(doc) <= cfg.batch_tokens
+                if fits and 16 * width(doc) <= 17 * width(out[-1][0][0][0]):
                     out[-1] = out[-1][0] + [[doc]], width(doc)
                 else:
                     out.append(([[doc]], width(doc)))
         else:
             rows = [[doc] for doc in docs]
             if cfg.batching == 'pack':
-                rows, last, now = [], [], 0 # last: when a row was touched
-                def turn_of(doc):
-                    last = doc['tight'] and len(doc['idx']) >= T - T // 16
-                    return last, len(doc['idx']) * (1 if last else -1)
-                for doc in sorted(docs, key=turn_of):
-                    free = [T - sum(len(x['idx']) for x in row) for row in rows]
-                    if doc['tight'] and len(doc['idx']) < T - T // 512: # may lose more demos to fill a row
-                        other = [self.finish(doc, room) for room in sorted(set(free), reverse=True) if room > doc['target'].need(doc['d'])]
-                        other = [x for x in other if len(x['idx']) > doc['target'].need(doc['d'])] # still a context
-                        left = [min(room - len(x['idx']) for room in free if room >= len(x['idx'])) for x in other]
-                        if left and min(left) <= T // 512:
-                            doc = other[left.index(min(left))]
-                    can = [r for r in range(len(rows)) if free[r] >= len(doc['idx'])]
-                    r = min(can, key=lambda r: (free[r], -last[r]), default=None)
-                    if r is None:
-                        r = len(rows)
-                        rows.append([])
-                        last.append(0)
-                    now += 1
-                    rows[r].append(doc)
-                    last[r] = now
-                order = sorted(range(len(rows)), key=lambda r: hash64(ROWS, r, h=key))
-                rows = [sorted(rows[r], key=lambda doc: doc['t']) for r in order]
+                rows = self.pack(docs)
+                order = sorted(range(len(rows)), key=lambda r: hash64(key, ROWS, r))
+                rows = [rows[r] for r in order]
             B = max(cfg.batch_tokens // T, 1)
             m = ceil(len(rows) / B)
             out = [(rows[i * len(rows) // m : (i + 1) * len(rows) // m], T) for i in range(m)]
-        order = sorted(range(len(out)), key=lambda j: hash64(j, h=key))
+        order = sorted(range(len(out)), key=lambda j: hash64(key, j))
         return [out[j] for j in order]
 
     def write(self, rows, T):
@@ -224,7 +221,9 @@ class SlowLoader:
             line = [[], [], [], [], [], []]
             for n, doc in enumerate(row):
                 size = len(doc['idx'])
-                for out, x in zip(line, (doc['idx'], doc['targets'], doc['pos'], [n] * size, [doc['task']] * size, [doc['dihedral']] * size)):
+                parts = [doc['idx'], doc['targets'], doc['pos']]
+                parts += [[n] * size, [doc['task']] * size, [doc['dihedral']] * size]
+                for out, x in zip(line, parts):
                     out += x
             rest = T - len(line[0])
             for out, x, empty in zip(fields, line, (PAD, -100, (0, 0, 0), -1, 0, 0)):

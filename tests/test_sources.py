@@ -24,10 +24,33 @@ def make_list(n, seed=0):
     """ n pairs of one rule, as RE-ARC has them in a file """
     return toy_tasks(n=1, demos=n, side=9, seed=seed)['toy0000']['train']
 
+def rows(grid):
+    return None if grid is None else grid.tolist()
+
+def all_tasks(c):
+    """ Corpus -> list of Task """
+    return [c.task(k) for k in range(len(c))]
+
 def plain(c):
     """ Corpus -> what its tasks say but not where they are from, to compare with == """
-    tasks = [c.task(k) for k in range(len(c))]
-    return [(t.name, t.key, *([(x.tolist(), None if y is None else y.tolist()) for x, y in part] for part in (t.demos, t.queries))) for t in tasks]
+    found = []
+    for t in all_tasks(c):
+        demos = [(rows(x), rows(y)) for x, y in t.demos]
+        queries = [(rows(x), rows(y)) for x, y in t.queries]
+        found.append((t.name, t.key, demos, queries))
+    return found
+
+def answers_of(tasks):
+    """ list of Task -> the answers of all queries """
+    return [rows(y) for t in tasks for _, y in t.queries]
+
+def as_kaggle(tasks):
+    """ {name: json of a task} -> the same without answers, {name: answers} """
+    asked, solutions = {}, {}
+    for name, obj in tasks.items():
+        asked[name] = {**obj, 'test': [{'input': pair['input']} for pair in obj['test']]}
+        solutions[name] = [pair['output'] for pair in obj['test']]
+    return asked, solutions
 
 def refusal(capsys, *args):
     """ the one line that a command dies with """
@@ -42,32 +65,44 @@ def refusal(capsys, *args):
 
 @pytest.mark.parametrize('source, tasks, demos, queries', [
     ('arc1/training', 400, 1302, 416), ('arc1/evaluation', 400, 1363, 419), ('arc2/training', 1000, 3232, 1076),
-    ('arc2/evaluation', 120, 359, 167), ('kaggle2024', 800, 2665, 835), ('kaggle2025', 1120, 3590, 1248), ('kaggle2025/evaluation', 120, 358, 172)])
+    ('arc2/evaluation', 120, 359, 167), ('kaggle2024', 800, 2665, 835), ('kaggle2025', 1120, 3590, 1248),
+    ('kaggle2025/evaluation', 120, 358, 172),
+])
 def test_the_bundled_sources_have_the_known_counts(source, tasks, demos, queries):
     got = read_tasks(source)
-    assert (len(got), sum(len(t.demos) for t in got), sum(len(t.queries) for t in got)) == (tasks, demos, queries)
-    assert all(y is not None for t in got for _, y in t.queries)
-    assert all(g.dtype == np.uint8 and g.max() <= 9 for t in got for pair in t.demos for g in pair)
+    assert len(got) == tasks
+    assert sum(len(t.demos) for t in got) == demos
+    assert sum(len(t.queries) for t in got) == queries
+    assert None not in answers_of(got)
+    for t in got:
+        for x, y in t.demos:
+            assert x.dtype == y.dtype == np.uint8 and max(x.max(), y.max()) <= 9
 
 def test_conceptarc_is_160_tasks(test_data):
     c = read_source(str(test_data / 'conceptarc'))
     assert (len(c), int(c.n_demos.sum()), len(c.hash)) == (160, 427, 907)
 
-@pytest.mark.parametrize('deal', [1, 3, 11, 20])
-def test_re_arc_is_dealt_without_loss(deal, test_data):
+@pytest.mark.parametrize('deal, tasks, demos', [(1, 2400, 2400), (3, 1200, 3600), (11, 400, 4400), (20, 400, 4400)])
+def test_re_arc_is_dealt_without_loss(deal, tasks, demos, test_data):
     path = test_data / 're_arc_small.zip'
     if not path.is_file():
         pytest.skip("there is no re_arc_small.zip in NANOARC_TEST_DATA")
+    want = {}
     with zipfile.ZipFile(path) as z:
-        lists = {n[13:-5]: json.loads(z.read(n)) for n in z.namelist() if n.startswith('re_arc/tasks/')}
-    assert len(lists) == 400 and {len(pairs) for pairs in lists.values()} == {12}
-    c, keys, got = read_source(str(path), n_demos=deal), {}, {name: [] for name in lists}
-    assert (len(c), int(c.n_demos.sum()), len(c.hash)) == {1: (2400, 2400, 4800), 3: (1200, 3600, 4800), 11: (400, 4400, 4800), 20: (400, 4400, 4800)}[deal]
-    for t in map(c.task, range(len(c))):
+        for name in z.namelist():
+            if name.startswith('re_arc/tasks/'):
+                pairs = json.loads(z.read(name))
+                want[name[13:-5]] = sorted(json.dumps([p['input'], p['output']]) for p in pairs)
+    assert len(want) == 400 and {len(pairs) for pairs in want.values()} == {12}
+    c = read_source(str(path), n_demos=deal)
+    assert (len(c), int(c.n_demos.sum()), len(c.hash)) == (tasks, demos, 4800)
+    keys, got = {}, {name: [] for name in want}
+    for t in all_tasks(c):
         assert len(t.queries) == 1 and t.queries[0][1] is not None and len(t.demos) == min(deal, 11)
-        got[t.name.partition('.')[0]] += [json.dumps([x.tolist(), y.tolist()]) for x, y in t.demos + t.queries]
-        keys.setdefault(t.name.partition('.')[0], set()).add(t.key)
-    assert all(sorted(got[name]) == sorted(json.dumps([p['input'], p['output']]) for p in pairs) for name, pairs in lists.items())
+        name = t.name.partition('.')[0]
+        got[name] += [json.dumps([rows(x), rows(y)]) for x, y in t.demos + t.queries]
+        keys.setdefault(name, set()).add(t.key)
+    assert {name: sorted(pairs) for name, pairs in got.items()} == want
     assert {len(x) for x in keys.values()} == {1} and len(set.union(*keys.values())) == 400 # one list, one key
 
 # -----------------------------------------------------------------------------
@@ -77,31 +112,32 @@ def test_answers_stay_closed_when_nobody_asked(tmp_path):
     obj = toy_tasks(n=1)['toy0000']
     obj['test'][0]['output'] = "not even a grid, and never looked at"
     (tmp_path / 'a.json').write_text(json.dumps(obj))
-    assert read_tasks(str(tmp_path / 'a.json'), opened=False)[0].queries[0][1] is None
+    assert answers_of(read_tasks(str(tmp_path / 'a.json'), opened=False)) == [None]
     with pytest.raises(ValueError, match="a.json: task a, query 0, output: want a grid"):
         read_tasks(str(tmp_path / 'a.json'))
 
 def test_kaggle_challenges_find_their_solutions(tmp_path):
-    tasks = toy_tasks(n=3, queries=2)
-    solutions = {name: [pair.pop('output') for pair in obj['test']] for name, obj in tasks.items()}
+    asked, solutions = as_kaggle(toy_tasks(n=3, queries=2))
     path = tmp_path / 'arc-agi_test_challenges.json'
-    path.write_text(json.dumps(tasks))
-    assert all(y is None for t in read_tasks(str(path)) for _, y in t.queries) # unknown stays unknown
+    path.write_text(json.dumps(asked))
+    assert answers_of(read_tasks(str(path))) == [None] * 6 # unknown stays unknown
     (tmp_path / 'arc-agi_test_solutions.json').write_text(json.dumps(solutions))
     for source in (path, tmp_path, f"file://{tmp_path}", f"file://{path}"): # alone, in a tree, through fsspec
-        assert [[y.tolist() for _, y in t.queries] for t in read_tasks(str(source))] == list(solutions.values()), source
-        assert all(y is None for t in read_tasks(str(source), opened=False) for _, y in t.queries)
+        assert answers_of(read_tasks(str(source))) == sum(solutions.values(), []), source
+        assert answers_of(read_tasks(str(source), opened=False)) == [None] * 6
 
 def test_a_directory_is_read_in_order_and_joined_and_repeated(tmp_path):
     for name, obj in toy_tasks(n=3).items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({**obj, 'name': "stray"}), encoding='utf-8-sig') # a BOM and a "name" are fine
+        data = json.dumps({**obj, 'name': "stray"})
+        (tmp_path / f"{name}.json").write_text(data, encoding='utf-8-sig') # a BOM and a "name" are fine
     (tmp_path / '__MACOSX' / 'a' / 'b').mkdir(parents=True)
     (tmp_path / '__MACOSX' / 'a' / 'b' / 'x.json').write_bytes(b"\x00\x05")
     (tmp_path / '._x.json').write_bytes(b"\x00\x05")
     (tmp_path / 'folder.json').mkdir()
     spec = f"{tmp_path}*2 + arc2/evaluation"
     assert [(len(c), n) for c, n in read_sources(spec)] == [(3, 2), (120, 1)]
-    assert [t.name for t in read_tasks(spec)][:4] == ['toy0000', 'toy0001', 'toy0002', read_tasks('arc2/evaluation')[0].name]
+    names = [t.name for t in read_tasks(spec)]
+    assert names[:4] == ['toy0000', 'toy0001', 'toy0002', read_tasks('arc2/evaluation')[0].name]
     assert read_sources("") == [] and read_tasks(" + ") == []
 
 def test_a_path_with_a_plus_or_a_star_is_one_source(tmp_path):
@@ -134,22 +170,24 @@ def test_a_directory_its_zip_and_their_urls_are_one_corpus(tmp_path):
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         for name in reversed(NAMES):
             z.writestr(name, json.dumps(objs[name]))
-        for junk in ('__MACOSX/a/._x.json', 'a/._x.json', '.hidden.json', '.git/x.json', 'readme.txt', 'a/b/'):
-            z.writestr(junk, b"\x00\x05" if not junk.endswith('/') else b"")
+        for junk in ('__MACOSX/a/._x.json', 'a/._x.json', '.hidden.json', '.git/x.json', 'readme.txt'):
+            z.writestr(junk, b"\x00\x05")
+        z.writestr('a/b/', b"")
     urls = [f"{way}{tmp_path}/{name}" for way in ('', 'file://') for name in ('dir', 'x.zip')]
     got = {url: read_source(url) for url in urls}
-    assert all(sorted(plain(c)) == sorted(plain(got[urls[0]])) for c in got.values())
+    for c in got.values():
+        assert sorted(plain(c)) == sorted(plain(got[urls[0]]))
     assert {x.decode() for x in got[urls[1]].name} == {'B', 'a', 'x', 'y', 'z'}
-    assert len({c.sha256 for c in got.values()}) == 1, {url: c.name.tolist() for url, c in got.items()} # where it lies does not matter
+    names = {url: c.name.tolist() for url, c in got.items()}
+    assert len({c.sha256 for c in got.values()}) == 1, names # where it lies does not matter
 
 def test_kaggle_files_find_each_other_inside_a_zip(tmp_path):
-    tasks = toy_tasks(n=3, queries=2)
-    solutions = {name: [pair.pop('output') for pair in obj['test']] for name, obj in tasks.items()}
+    asked, solutions = as_kaggle(toy_tasks(n=3, queries=2))
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
         z.writestr('in/arc_solutions.json', json.dumps(solutions))
-        z.writestr('in/arc_challenges.json', json.dumps(tasks))
-    assert [[y.tolist() for _, y in t.queries] for t in read_tasks(str(tmp_path / 'x.zip'))] == list(solutions.values())
-    assert all(y is None for t in read_tasks(str(tmp_path / 'x.zip'), opened=False) for _, y in t.queries)
+        z.writestr('in/arc_challenges.json', json.dumps(asked))
+    assert answers_of(read_tasks(str(tmp_path / 'x.zip'))) == sum(solutions.values(), [])
+    assert answers_of(read_tasks(str(tmp_path / 'x.zip'), opened=False)) == [None] * 6
 
 def test_splits_of_tasks_are_joined(tmp_path, capsys):
     a, b = toy_tasks(n=2).values()
@@ -180,16 +218,19 @@ def test_a_list_of_pairs_is_dealt_without_loss(tmp_path):
     path = tmp_path / 'x.json'
     for n in (2, 3, 4, 5, 12, 13, 41):
         pairs = make_list(n, seed=n)
+        want = sorted([p['input'], p['output']] for p in pairs)
         path.write_text(json.dumps(pairs))
         for deal in range(1, 21):
             c = read_source(str(path), n_demos=deal)
-            tasks = [c.task(k) for k in range(len(c))]
-            got = [[x.tolist(), y.tolist()] for t in tasks for x, y in t.demos + t.queries]
-            assert sorted(got) == sorted([p['input'], p['output']] for p in pairs)
-            assert all(len(t.queries) == 1 and len(t.demos) == deal for t in tasks[:-1]) and 1 <= len(tasks[-1].demos) <= deal + 1
-            assert {t.key for t in tasks} == {tasks[0].key} and [t.name for t in tasks] == [f"x.{j}" for j in range(len(tasks))]
+            tasks = all_tasks(c)
+            got = [[rows(x), rows(y)] for t in tasks for x, y in t.demos + t.queries]
+            assert sorted(got) == want
+            assert all(len(t.queries) == 1 for t in tasks)
+            assert all(len(t.demos) == deal for t in tasks[:-1]) and 1 <= len(tasks[-1].demos) <= deal + 1
+            assert {t.key for t in tasks} == {tasks[0].key}
+            assert [t.name for t in tasks] == [f"x.{j}" for j in range(len(tasks))]
             closed = read_source(str(path), opened=False, n_demos=deal)
-            assert (closed.hash == c.hash).all() and all(closed.task(k).queries[0][1] is None for k in range(len(c)))
+            assert (closed.hash == c.hash).all() and answers_of(all_tasks(closed)) == [None] * len(c)
     for deal in (0, -1):
         with pytest.raises(ValueError, match=f"deal={deal}: want at least 1"):
             read_source(str(path), n_demos=deal)
@@ -207,15 +248,23 @@ def test_how_a_list_is_dealt_depends_on_nothing_around_it(tmp_path):
     for other in ('two', 'x.zip'):
         tasks = {x[0]: x for x in plain(read_source(str(tmp_path / other), n_demos=3))}
         assert len(tasks) == 12 and {name: x for name, x in tasks.items() if name[0] != 'x'} == one
-    met = [x for name in ('a.0', 'a.1', 'a.2') for x, _ in one[name][2] + one[name][3]]
+    met = []
+    for name in ('a.0', 'a.1', 'a.2'):
+        _, _, demos, queries = one[name]
+        met += [x for x, _ in demos + queries]
     assert met != [p['input'] for p in make_list(11, seed=ord('a'))] # shuffled, not cut
     shutil.rmtree(tmp_path / 'two' / 'tasks')
-    with pytest.raises(ValueError, match="metadata.json: task abc"): # without tasks/ beside it, it is a file like any other
+    with pytest.raises(ValueError, match="metadata.json: task abc"): # without tasks/ beside it, a file like any other
         read_tasks(str(tmp_path / 'two'))
 
-BAD_LISTS = {'[]': "task x: want a list of at least 2 pairs", json.dumps(make_list(1)): "task x: want a list of at least 2 pairs",
-             json.dumps([*make_list(2), {'input': GRID}]): "task x, pair 2: no key 'output'", json.dumps([*make_list(2), [GRID]]): "task x, pair 2: want an object",
-             json.dumps([*make_list(2), [GRID, [[10]]]]): "task x, pair 2, output, row 0, col 0: color 10", '[1, 2]': "task x, pair 0: want an object"}
+BAD_LISTS = {
+    '[]': "task x: want a list of at least 2 pairs",
+    json.dumps(make_list(1)): "task x: want a list of at least 2 pairs",
+    json.dumps([*make_list(2), {'input': GRID}]): "task x, pair 2: no key 'output'",
+    json.dumps([*make_list(2), [GRID]]): "task x, pair 2: want an object",
+    json.dumps([*make_list(2), [GRID, [[10]]]]): "task x, pair 2, output, row 0, col 0: color 10",
+    '[1, 2]': "task x, pair 0: want an object",
+}
 
 @pytest.mark.parametrize('text', BAD_LISTS)
 def test_a_malformed_list_of_pairs_names_the_pair(text, tmp_path, capsys):
@@ -227,20 +276,36 @@ def test_a_malformed_list_of_pairs_names_the_pair(text, tmp_path, capsys):
 
 def test_a_line_of_jsonl_is_a_task_or_a_list_of_pairs(tmp_path):
     t = list(toy_tasks(n=5).values())
-    lines = [{'id': "a", **t[0]}, {'task_id': "b", 'name': "title", **t[1]}, {'name': "c", **t[2]}, t[3], {'id': 7, **t[4]},
-             {'source': "def f(x): ...", 'concepts': ["x"], 'examples': [[p['input'], p['output']] for p in make_list(8)]}, {'id': "o", 'examples': make_list(4)}]
+    examples = [[p['input'], p['output']] for p in make_list(8)]
+    lines = [
+        {'id': "a", **t[0]},
+        {'task_id': "b", 'name': "title", **t[1]},
+        {'name': "c", **t[2]},
+        t[3],
+        {'id': 7, **t[4]},
+        {'source': "def f(x): ...", 'concepts': ["x"], 'examples': examples},
+        {'id': "o", 'examples': make_list(4)},
+    ]
     path = tmp_path / 'x.jsonl'
-    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n  \r\n".join(json.dumps(x).encode() for x in lines)) # a BOM, empty lines, no last newline
-    c = read_source(str(path), n_demos=3)
-    tasks = [c.task(k) for k in range(len(c))]
+    text = b"\n\n  \r\n".join(json.dumps(x).encode() for x in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text) # a BOM, empty lines, no last newline
+    tasks = all_tasks(read_source(str(path), n_demos=3))
     assert [x.name for x in tasks] == ['a', 'b', 'c', 'x.10', '7', 'x.16.0', 'x.16.1', 'o.0']
-    assert [x.demos[0][0].tolist() for x in tasks[:5]] == [x['train'][0]['input'] for x in t]
-    assert all(y is None for x in read_tasks(str(path), opened=False) for _, y in x.queries)
+    assert [rows(x.demos[0][0]) for x in tasks[:5]] == [x['train'][0]['input'] for x in t]
+    assert set(answers_of(read_tasks(str(path), opened=False))) == {None}
 
-BAD_LINES = {'{"id": "a"': "not json", '[]': "want an object, got []", json.dumps({'id': "a", **task([[1, 10]])}): "task a, demo 1, input, row 0, col 1: color 10",
-             json.dumps(task(extra=1)): "task x.4: unknown key 'extra'", json.dumps({'id': "", **task()}): "want a task id", json.dumps({'id': "i" * 201, **task()}): "want a task id",
-             json.dumps({'examples': 1}): "task x.4: want a list of at least 2 pairs", json.dumps({'examples': [[GRID, GRID], [GRID, [[1], []]]]}): "task x.4, pair 1, output, row 1",
-             json.dumps({'id': "\ud800", 'examples': [[GRID, GRID], [GRID, [[11]]]]}): "task \\ud800, pair 1", '{"train": [{"input": [[1.0]]}]}': "'1.0' is not an integer"}
+BAD_LINES = {
+    '{"id": "a"': "not json",
+    '[]': "want an object, got []",
+    json.dumps({'id': "a", **task([[1, 10]])}): "task a, demo 1, input, row 0, col 1: color 10",
+    json.dumps(task(extra=1)): "task x.4: unknown key 'extra'",
+    json.dumps({'id': "", **task()}): "want a task id",
+    json.dumps({'id': "i" * 201, **task()}): "want a task id",
+    json.dumps({'examples': 1}): "task x.4: want a list of at least 2 pairs",
+    json.dumps({'examples': [[GRID, GRID], [GRID, [[1], []]]]}): "task x.4, pair 1, output, row 1",
+    json.dumps({'id': "\ud800", 'examples': [[GRID, GRID], [GRID, [[11]]]]}): "task \\ud800, pair 1",
+    '{"train": [{"input": [[1.0]]}]}': "'1.0' is not an integer",
+}
 
 @pytest.mark.parametrize('line', BAD_LINES)
 def test_a_malformed_line_is_named_by_its_number(line, tmp_path, capsys):
@@ -257,10 +322,15 @@ def test_an_id_is_text_or_a_number(name, tmp_path):
     with pytest.raises(ValueError, match="x.jsonl: line 1: want a task id"):
         read_tasks(str(tmp_path / 'x.jsonl'))
 
+def cap_json(monkeypatch, n):
+    """ no json over n bytes """
+    monkeypatch.setattr('nanoarc.corpus.MAX_JSON_BYTES', n)
+    monkeypatch.setattr('nanoarc.sources.MAX_JSON_BYTES', n)
+
 def test_a_line_over_the_cap_is_one_bad_line(tmp_path, monkeypatch):
     lines = [json.dumps(task()), json.dumps({'name': "a" * 5000, **task()}), json.dumps(task([[5]]))]
     (tmp_path / 'x.jsonl').write_text("\n".join(lines))
-    monkeypatch.setattr('nanoarc.sources.MAX_JSON_BYTES', 1000)
+    cap_json(monkeypatch, 1000)
     with pytest.raises(ValueError, match="x.jsonl: line 2: over 0 MiB"):
         read_tasks(str(tmp_path / 'x.jsonl'))
     c = read_source(str(tmp_path / 'x.jsonl'), on_bad='quarantine')
@@ -268,12 +338,14 @@ def test_a_line_over_the_cap_is_one_bad_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ["a b/c", "\u00e9\u4e2d", "\ud800", "a\\b", "a" * 200])
 def test_an_id_of_any_characters_comes_back(name, tmp_path):
+    kept = name.encode(errors='backslashreplace').decode()
     for obj, tail in ((task(), ""), ({'examples': [[GRID, GRID]] * 3}, ".0")):
         (tmp_path / 'x.jsonl').write_text(json.dumps({'id': name, **obj}))
-        assert read_tasks(str(tmp_path / 'x.jsonl'))[0].name == name.encode(errors='backslashreplace').decode() + tail
+        assert read_tasks(str(tmp_path / 'x.jsonl'))[0].name == kept + tail
 
 def test_ids_that_differ_in_a_nul_alone_are_refused_or_kept(tmp_path):
-    (tmp_path / 'x.json').write_text(json.dumps({"a": task(), "a\0": task([[5]]), "\0": task([[6]])})) # numpy drops a NUL at the end
+    objs = {"a": task(), "a\0": task([[5]]), "\0": task([[6]])} # numpy drops a NUL at the end
+    (tmp_path / 'x.json').write_text(json.dumps(objs))
     try:
         names = [t.name for t in read_tasks(str(tmp_path / 'x.json'))]
     except ValueError as e:
@@ -281,50 +353,70 @@ def test_ids_that_differ_in_a_nul_alone_are_refused_or_kept(tmp_path):
     else:
         assert len(set(names)) == 3 and "" not in names
 
-def write_table(path, rows, cells=None, column='train'):
-    """ rows as .parquet; the cells of a column as the given type """
-    table = pl.DataFrame(rows)
+def write_table(path, records, cells=None, column='train'):
+    """ records as .parquet; the cells of a column as the given type """
+    table = pl.DataFrame(records)
     if cells:
-        table = table.cast({column: pl.List(pl.Struct({side: pl.List(pl.List(cells)) for side in ('input', 'output')}))})
+        pair = pl.Struct({'input': pl.List(pl.List(cells)), 'output': pl.List(pl.List(cells))})
+        table = table.cast({column: pl.List(pair)})
     table.write_parquet(path)
 
 INTEGERS = [pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64]
 
 def test_a_row_of_parquet_is_a_task_or_a_list_of_pairs(tmp_path):
     objs, path = list(toy_tasks(n=3).values()), tmp_path / 'x.parquet'
-    (tmp_path / 'x.jsonl').write_text("\n".join(json.dumps({'id': f"t{k}", **obj}) for k, obj in enumerate(objs)))
+    lines = [json.dumps({'id': f"t{k}", **obj}) for k, obj in enumerate(objs)]
+    (tmp_path / 'x.jsonl').write_text("\n".join(lines))
     for dtype in INTEGERS:
         write_table(path, [{'id': f"t{k}", 'more': 1.5, **obj} for k, obj in enumerate(objs)], dtype)
         assert plain(read_source(str(path))) == plain(read_source(str(tmp_path / 'x.jsonl'))), dtype
         write_table(path, [{'id': "x", 'examples': make_list(8)}], dtype, 'examples')
         assert read_source(str(path), n_demos=3).name.tolist() == [b'x.0', b'x.1']
-    for ids, names in (([{}] * 3, ['x.0', 'x.1', 'x.2']), ([{'name': f"n{k}"} for k in range(3)], ['n0', 'n1', 'n2']), ([{'task_id': k, 'name': "n"} for k in range(3)], ['0', '1', '2'])):
+    for ids, names in (
+        ([{}] * 3, ['x.0', 'x.1', 'x.2']),
+        ([{'name': f"n{k}"} for k in range(3)], ['n0', 'n1', 'n2']),
+        ([{'task_id': k, 'name': "n"} for k in range(3)], ['0', '1', '2']),
+    ):
         write_table(path, [{**x, **obj} for x, obj in zip(ids, objs)])
         assert [t.name for t in read_tasks(str(path))] == names
-    assert all(y is None for t in read_tasks(str(path), opened=False) for _, y in t.queries)
+    assert answers_of(read_tasks(str(path), opened=False)) == [None] * 3
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
         z.write(path, 'in/x.parquet')
-    assert plain(read_source(str(tmp_path / 'x.zip'))) == plain(read_source(str(path))) == plain(read_source(f"file://{path}"))
+    want = plain(read_source(str(path)))
+    assert plain(read_source(str(tmp_path / 'x.zip'))) == want == plain(read_source(f"file://{path}"))
 
 @pytest.mark.parametrize('column', ['train', 'test', 'examples'])
 @pytest.mark.parametrize('cells', [pl.Float32, pl.Float64, pl.Boolean, pl.String])
 def test_a_column_that_holds_no_integers_is_refused_by_name(cells, column, tmp_path, capsys):
-    rows = [{'id': "a", 'examples': make_list(4)}] if column == 'examples' else [{'id': "a", **task()}]
-    write_table(tmp_path / 'x.parquet', rows, cells, column)
-    assert f"{tmp_path}/x.parquet: column {column!r} holds {cells.__name__}" in refusal(capsys, 'data', 'check', tmp_path / 'x.parquet')
+    path = tmp_path / 'x.parquet'
+    records = [{'id': "a", 'examples': make_list(4)}] if column == 'examples' else [{'id': "a", **task()}]
+    write_table(path, records, cells, column)
+    assert f"{path}: column {column!r} holds {cells.__name__}" in refusal(capsys, 'data', 'check', path)
 
 def test_a_malformed_table_or_row_is_named(tmp_path, capsys):
     path, good = tmp_path / 'x.parquet', {'id': "good", **task()}
-    for rows, want in (([{'id': "a", 'train': task()['train']}], "want columns 'train' and 'test', or 'examples', found ['id', 'train']"), ([{'a': 1}], "want columns"),
-                       ([good, {'id': "a", **task([[300]])}], "row 1: task a, demo 1, input, row 0, col 0: color 300"), ([good, {'id': "a", **task([[-1]])}], "row 1: task a, demo 1, input, row 0, col 0: color -1"),
-                       ([good, {'id': "a", **task([[1], [1, 2]])}], "row 1: task a, demo 1, input, row 1: has 2"), ([good, {'id': "a", 'train': None, 'test': task()['test']}], "row 1: task a: want a list in 'train'"),
-                       ([good, {'id': "", **task()}], "row 1: want a task id"), ([{'id': "a", 'examples': make_list(1)}], "row 0: task a: want a list of at least 2 pairs")):
-        write_table(path, rows)
+    columns = "want columns 'train' and 'test', or 'examples', found"
+    for records, want in (
+        ([{'id': "a", 'train': task()['train']}], f"{columns} ['id', 'train']"),
+        ([{'a': 1}], columns),
+        ([good, {'id': "a", **task([[300]])}], "row 1: task a, demo 1, input, row 0, col 0: color 300"),
+        ([good, {'id': "a", **task([[-1]])}], "row 1: task a, demo 1, input, row 0, col 0: color -1"),
+        ([good, {'id': "a", **task([[1], [1, 2]])}], "row 1: task a, demo 1, input, row 1: has 2"),
+        ([good, {'id': "a", 'train': None, 'test': task()['test']}], "row 1: task a: want a list in 'train'"),
+        ([good, {'id': "", **task()}], "row 1: want a task id"),
+        ([{'id': "a", 'examples': make_list(1)}], "row 0: task a: want a list of at least 2 pairs"),
+    ):
+        write_table(path, records)
         assert f"x.parquet: {want}" in refusal(capsys, 'data', 'check', path)
     data = path.read_bytes()
     for broken in (b"", b"PAR1", b"hello", data[:-9], data[9:], json.dumps(task()).encode()):
         path.write_bytes(broken)
         assert "x.parquet: not parquet" in refusal(capsys, 'data', 'check', path)
+
+def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
+    queries = [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]
+    write_table(tmp_path / 'x.parquet', [{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': queries}])
+    assert answers_of(read_tasks(str(tmp_path / 'x.parquet'))) == [GRID, None]
 
 # -----------------------------------------------------------------------------
 # URLs
@@ -347,19 +439,26 @@ def test_a_url_is_a_file_a_folder_or_a_zip(memory, tmp_path):
     for name in ('x.zip', 'x.parquet'):
         memory.pipe(f'/deep/{name}', (tmp_path / name).read_bytes())
     for way in ('memory://deep', f"file://{tmp_path}"):
-        assert sorted(t.name for t in read_tasks(f"{way}/dir")) == sorted(t.name for t in read_tasks(f"{way}/x.zip")) == ['B', 'a', 'x', 'y', 'z']
+        for name in ('dir', 'x.zip'):
+            assert sorted(t.name for t in read_tasks(f"{way}/{name}")) == ['B', 'a', 'x', 'y', 'z']
         one = read_tasks(f"{way}/dir/a/x.json")
-        assert len(one) == 1 and one[0].demos[0][0].tolist() == objs['a/x.json']['train'][0]['input']
-        assert [t.name for t in read_tasks(f"{way}/x.parquet")] == ['a'] and len(read_tasks(f"{way}/dir*3 + arc2/evaluation")) == 125
-        assert read_tasks(f"{way}/dir/a/x.json", opened=False)[0].queries[0][1] is None
+        assert len(one) == 1 and rows(one[0].demos[0][0]) == objs['a/x.json']['train'][0]['input']
+        assert [t.name for t in read_tasks(f"{way}/x.parquet")] == ['a']
+        assert len(read_tasks(f"{way}/dir*3 + arc2/evaluation")) == 125
+        assert answers_of(read_tasks(f"{way}/dir/a/x.json", opened=False)) == [None]
 
 def test_what_is_wrong_behind_a_url_is_one_line(memory, tmp_path, capsys, monkeypatch):
     memory.pipe('/d/bad.json', json.dumps(task([[10]])).encode())
     memory.pipe('/d/good.json', json.dumps(task()).encode())
     (tmp_path / 'bad.json').write_text(json.dumps(task([[10]])))
-    for url, want in (('memory://d', "/d/bad.json: task bad, demo 1, input, row 0, col 0: color 10"), (f'file://{tmp_path}', f"file://{tmp_path}/bad.json: task bad, demo 1"),
-                      ('nope://x/y.json', "nope://x/y.json: ValueError: 'Protocol not known: nope'"), ('memory://no/such/dir', "memory://no/such/dir: "),
-                      ('memory://no/such.json', "memory://no/such.json: "), (f'file://{tmp_path}/no.json', f"file://{tmp_path}/no.json: ")):
+    for url, want in (
+        ('memory://d', "/d/bad.json: task bad, demo 1, input, row 0, col 0: color 10"),
+        (f'file://{tmp_path}', f"file://{tmp_path}/bad.json: task bad, demo 1"),
+        ('nope://x/y.json', "nope://x/y.json: ValueError: 'Protocol not known: nope'"),
+        ('memory://no/such/dir', "memory://no/such/dir: "),
+        ('memory://no/such.json', "memory://no/such.json: "),
+        (f'file://{tmp_path}/no.json', f"file://{tmp_path}/no.json: "),
+    ):
         assert want in refusal(capsys, 'data', 'check', url)
     assert read_source('memory://d', on_bad='quarantine').name.tolist() == [b'good']
     find = importlib.util.find_spec
@@ -372,29 +471,36 @@ def test_what_is_wrong_behind_a_url_is_one_line(memory, tmp_path, capsys, monkey
 def test_quarantine_leaves_out_whole_tasks_and_says_so(toy, tmp_path, capsys):
     good = read_source(toy('dir'))
     src = tmp_path / 'dir'
+    d, e = json.dumps({'id': "d", **task([[5]])}), json.dumps({'id': "e", **task([[12]])})
     (src / 'broken.json').write_text("{")
     (src / 'list.json').write_text(json.dumps([*make_list(9), {'input': GRID}]))
     (src / 'many.json').write_text(json.dumps({'a': task([[10]]), 'b': task(), 'c': task([[11]])}))
-    (src / 'lines.jsonl').write_text("\n".join(json.dumps(x) for x in ({'id': "d", **task([[5]])}, {'id': "e", **task([[12]])})))
+    (src / 'lines.jsonl').write_text(f"{d}\n{e}")
     (src / 'x.parquet').write_bytes(b"PAR1")
-    want = ['broken.json: not json', 'lines.jsonl: line 2: task e, demo 1, input', 'list.json: task list, pair 9: no', 'many.json: task a, demo 1, input', 'many.json: task c', 'x.parquet: not parquet']
+    want = ['broken.json: not json', 'lines.jsonl: line 2: task e, demo 1, input', 'list.json: task list, pair 9: no',
+            'many.json: task a, demo 1, input', 'many.json: task c', 'x.parquet: not parquet']
     assert want[0] in refusal(capsys, 'data', 'check', src)
     with pytest.raises(ValueError, match="on_bad='ignore': want raise or quarantine"):
         read_source(str(src), on_bad='ignore')
     c = read_source(str(src), on_bad='quarantine')
-    assert len(c.bad) == len(want) and all(w in e and "\n" not in e for w, e in zip(want, sorted(c.bad)))
+    assert len(c.bad) == len(want)
+    for words, error in zip(want, sorted(c.bad)):
+        assert words in error and "\n" not in error
     tasks = {t[0]: t for t in plain(c)}
-    assert tasks.keys() == {'b', 'd', 'toy0000', 'toy0001', 'toy0002'} and all(tasks[t[0]] == t for t in plain(good))
+    assert tasks.keys() == {'b', 'd', 'toy0000', 'toy0001', 'toy0002'}
+    assert all(tasks[t[0]] == t for t in plain(good))
     cli(['data', 'check', str(src), '--on_bad', 'quarantine'])
     out = capsys.readouterr().out
-    assert f"{src}: 5 tasks, 15 demos, 5 queries, 5 of them" in out and out.count("left out: ") == 6 and all(w in out for w in want)
+    assert f"{src}: 5 tasks, 15 demos, 5 queries, 5 of them" in out
+    assert out.count("left out: ") == 6 and all(words in out for words in want)
     shutil.copytree(src, tmp_path / 'whole') # the good tasks alone are another corpus
     for name in ('broken.json', 'list.json', 'x.parquet'):
         (tmp_path / 'whole' / name).unlink()
     (tmp_path / 'whole' / 'many.json').write_text(json.dumps({'b': task()}))
-    (tmp_path / 'whole' / 'lines.jsonl').write_text(json.dumps({'id': "d", **task([[5]])}))
+    (tmp_path / 'whole' / 'lines.jsonl').write_text(d)
     whole = read_source(str(tmp_path / 'whole'), on_bad='quarantine')
-    assert whole.bad == [] and (whole.cells == c.cells).all() and (whole.name == c.name).all() and whole.sha256 != c.sha256
+    assert whole.bad == [] and (whole.cells == c.cells).all() and (whole.name == c.name).all()
+    assert whole.sha256 != c.sha256
 
 def test_a_broken_file_alone_is_no_quarantine(tmp_path):
     (tmp_path / 'x.json').write_text("{")
@@ -412,14 +518,16 @@ def test_a_corpus_in_quarantine_may_move(toy, tmp_path, monkeypatch):
         (tmp_path / name / 'lines.jsonl').write_text(json.dumps({'id': "e", **task([[12]])}))
     shutil.make_archive(tmp_path / 'x', 'zip', tmp_path / 'there')
     monkeypatch.chdir(tmp_path)
-    sources = [tmp_path / 'here', tmp_path / 'there', f"{tmp_path}/there/", 'there', './there', f"file://{tmp_path}/there", 'x.zip', './x.zip', f"file://{tmp_path}/x.zip"]
-    got = {str(source): read_source(str(source), on_bad='quarantine') for source in sources}
+    sources = [str(tmp_path / 'here'), str(tmp_path / 'there'), f"{tmp_path}/there/", 'there', './there',
+               f"file://{tmp_path}/there", 'x.zip', './x.zip', f"file://{tmp_path}/x.zip"]
+    got = {source: read_source(source, on_bad='quarantine') for source in sources}
     assert len({c.sha256 for c in got.values()}) == 1, {source: c.bad for source, c in got.items()}
     assert len(got['there'].bad) == 2
 
 # -----------------------------------------------------------------------------
 # malformed input: one line that names file, task and place, exit code 2
 
+COLOR = "want an integer color 0..9, got"
 IN_GRID = 'bad.json: task bad, demo 1, input'
 MALFORMED = {
     'ragged': (task([[1, 2], [3]]), f"{IN_GRID}, row 1: has 1 cells, row 0 has 2"),
@@ -427,28 +535,31 @@ MALFORMED = {
     'negative': (task([[1, 2], [-1, 4]]), f"{IN_GRID}, row 1, col 0: color -1 is outside"),
     'wraps': (task([[256, 2]]), f"{IN_GRID}, row 0, col 0: color 256 is outside"),
     'huge': (task([[10**30, 2]]), f"{IN_GRID}, row 0, col 0: color 1000000000"),
-    'bool': (task([[1, True]]), f"{IN_GRID}, row 0, col 1: want an integer color 0..9, got True (bool)"),
-    'null': (task([[None, 1]]), f"{IN_GRID}, row 0, col 0: want an integer color 0..9, got None"),
-    'digit': (task([["1", 1]]), f"{IN_GRID}, row 0, col 0: want an integer color 0..9, got '1' (str)"),
+    'bool': (task([[1, True]]), f"{IN_GRID}, row 0, col 1: {COLOR} True (bool)"),
+    'null': (task([[None, 1]]), f"{IN_GRID}, row 0, col 0: {COLOR} None"),
+    'digit': (task([["1", 1]]), f"{IN_GRID}, row 0, col 0: {COLOR} '1' (str)"),
     'no rows': (task([]), f"{IN_GRID}: want 1..30 rows, got 0"),
     'empty row': (task([[]]), f"{IN_GRID}, row 0: want 1..30 cells, got 0"),
     '1d': (task([1, 2]), f"{IN_GRID}, row 0: want a list of colors, got 1 (int)"),
-    '3d': (task([[[1]]]), f"{IN_GRID}, row 0, col 0: want an integer color 0..9, got [1] (list)"),
+    '3d': (task([[[1]]]), f"{IN_GRID}, row 0, col 0: {COLOR} [1] (list)"),
     'tall': (task([[1]] * 31), f"{IN_GRID}: want 1..30 rows, got 31"),
     'wide': (task([[1] * 31]), f"{IN_GRID}, row 0: want 1..30 cells, got 31"),
     'a dict': (task({'rows': GRID}), f"{IN_GRID}: want a grid"),
     'a string': (task("12\n34"), f"{IN_GRID}: want a grid, that is a list of rows, got '12\\n34' (str)"),
     'no output': ({**task(), 'train': [{'input': GRID}]}, "bad.json: task bad, demo 0: no key 'output'"),
-    'typo': ({**task(), 'test': [{'input': GRID, 'outputs': GRID}]}, "bad.json: task bad, query 0: unknown key 'outputs'"),
+    'typo': ({**task(), 'test': [{'input': GRID, 'outputs': GRID}]},
+             "bad.json: task bad, query 0: unknown key 'outputs'"),
     'no test': ({'train': task()['train']}, "bad.json: task bad: no key 'test'"),
     'no demos': ({**task(), 'train': []}, "bad.json: task bad: no demos"),
     'no queries': ({**task(), 'test': []}, "bad.json: task bad: no queries"),
     'demos a dict': ({**task(), 'train': {'0': 1}}, "bad.json: task bad: want a list in 'train'"),
-    'a pair is a list': ({**task(), 'train': [[GRID, GRID]]}, "bad.json: task bad, demo 0: want an object with input and output"),
+    'a pair is a list': ({**task(), 'train': [[GRID, GRID]]},
+                         "bad.json: task bad, demo 0: want an object with input and output"),
     'unknown key': (task(extra=1), "bad.json: task bad: unknown key 'extra'"),
     'a list': ([task(), task()], "bad.json: task bad, pair 0: no key 'input'"),
     'a float': ('{"train": [{"input": [[1.0]], "output": [[1]]}], "test": []}', "bad.json: '1.0' is not an integer"),
-    'overflow': ('{"train": [{"input": [[1e400]], "output": [[1]]}], "test": []}', "bad.json: '1e400' is not an integer"),
+    'overflow': ('{"train": [{"input": [[1e400]], "output": [[1]]}], "test": []}',
+                 "bad.json: '1e400' is not an integer"),
     'NaN': ('{"train": [{"input": [[NaN]], "output": [[1]]}], "test": []}', "bad.json: 'NaN' is not an integer"),
     'duplicate key': ('{"train": [], "test": [], "train": []}', "bad.json: duplicate key 'train'"),
     'trailing comma': ('{"train": [],}', "bad.json: not json, "),
@@ -458,32 +569,41 @@ MALFORMED = {
     'latin-1': (b'{"train": "\xe9"}', "bad.json: not UTF-8 at byte 11"),
     'deep': ('[' * 200_000, "bad.json: nested too deeply"),
     '5000 digits': ('{"a": ' + '9' * 5000 + '}', "bad.json: Exceeds the limit"),
-    'control characters in an id': ({'a\n\x1b[31m': task([[11]])}, "bad.json: task a\\n\\x1b[31m, demo 1, input, row 0, col 0: color 11"),
+    'control characters in an id': ({'a\n\x1b[31m': task([[11]])},
+                                    "bad.json: task a\\n\\x1b[31m, demo 1, input, row 0, col 0: color 11"),
     'demos by name': ({'abc': {'train': {'a': 1}, 'test': {}}}, "bad.json: task abc: want a list in 'train'"),
-    'control characters': (task([["\x1b[31m" + "x" * 99]]), f"{IN_GRID}, row 0, col 0: want an integer color 0..9, got '\\x1b[31mxxx"),
+    'control characters': (task([["\x1b[31m" + "x" * 99]]), f"{IN_GRID}, row 0, col 0: {COLOR} '\\x1b[31mxxx"),
 }
 
 @pytest.mark.parametrize('kind', MALFORMED)
 def test_malformed_input_is_one_line_that_names_the_place(kind, tmp_path, capsys):
-    obj, want = MALFORMED[kind]
+    data, want = MALFORMED[kind]
+    if type(data) in (dict, list):
+        data = json.dumps(data)
+    if type(data) is str:
+        data = data.encode()
     path = tmp_path / 'bad.json'
-    path.write_bytes(obj if isinstance(obj, bytes) else (obj if isinstance(obj, str) else json.dumps(obj)).encode())
+    path.write_bytes(data)
     assert f"{tmp_path}{os.sep}{want}" in refusal(capsys, 'data', 'check', path)
 
 def test_kaggle_files_that_do_not_match_name_the_task(tmp_path):
     path, solved = tmp_path / 'x_challenges.json', tmp_path / 'x_solutions.json'
     path.write_text(json.dumps(toy_tasks(n=2)))
-    for solutions, want in (({'toy0000': [GRID]}, "x_solutions.json: task ids differ.*toy0001"), ({'toy0000': [GRID, GRID], 'toy0001': [GRID]}, "task toy0000: 1 queries but 2 solutions"),
-                            ({'toy0000': [[[11]]], 'toy0001': [GRID]}, "task toy0000, query 0, solution, row 0, col 0: color 11"), ({'toy0000': [], 'toy0001': [GRID]}, "toy0000: want a list of grids"),
-                            ([[GRID], [GRID]], "x_solutions.json: task ids differ from those of x_challenges.json: \\[\\[\\["),
-                            ({'a\n\x1b[31m' + "z" * 500: [GRID]}, "^[ -~]{1,400}$")): # one line, whatever is in an id
+    for solutions, want in (
+        ({'toy0000': [GRID]}, "x_solutions.json: task ids differ.*toy0001"),
+        ({'toy0000': [GRID, GRID], 'toy0001': [GRID]}, "task toy0000: 1 queries but 2 solutions"),
+        ({'toy0000': [[[11]]], 'toy0001': [GRID]}, "task toy0000, query 0, solution, row 0, col 0: color 11"),
+        ({'toy0000': [], 'toy0001': [GRID]}, "toy0000: want a list of grids"),
+        ([[GRID], [GRID]], "x_solutions.json: want answers by task id, those of x_challenges.json, got list"),
+        ({'a\n\x1b[31m' + "z" * 500: [GRID]}, "^[ -~]{1,400}$"), # one line, whatever is in an id
+    ):
         solved.write_text(json.dumps(solutions))
         with pytest.raises(ValueError, match=want):
             read_tasks(str(path))
 
-@pytest.mark.parametrize('source, want', [('no/such/thing', "no such source"), ('arc1/test', "no such source"), ('arc3', "no such source")])
-def test_a_source_that_is_not_there_is_named(source, want):
-    with pytest.raises(ValueError, match=want):
+@pytest.mark.parametrize('source', ['no/such/thing', 'arc1/test', 'arc3'])
+def test_a_source_that_is_not_there_is_named(source):
+    with pytest.raises(ValueError, match=f"{source}: no such source"):
         read_tasks(source)
 
 def test_two_different_tasks_of_one_name_are_refused(tmp_path):
@@ -503,28 +623,44 @@ def test_two_different_tasks_of_one_name_are_refused(tmp_path):
 def test_an_empty_directory_and_a_giant_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no .json, .jsonl, .parquet file in it"):
         read_tasks(str(tmp_path))
-    monkeypatch.setattr('nanoarc.sources.MAX_JSON_BYTES', 100)
+    cap_json(monkeypatch, 100)
     (tmp_path / 'x.json').write_text(json.dumps(task()))
     with pytest.raises(ValueError, match="x.json: over 0 MiB"):
         read_tasks(str(tmp_path))
 
-def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
-    pl.DataFrame([{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]}]).write_parquet(tmp_path / 'x.parquet')
-    (_, known), (_, unknown) = read_tasks(str(tmp_path / 'x.parquet'))[0].queries
-    assert known.tolist() == GRID and unknown is None
-
 def test_kaggles_own_directory_is_read_as_it_is(tmp_path):
     tasks = toy_tasks(n=4, queries=2)
-    answers = {name: [pair['output'] for pair in obj['test']] for name, obj in tasks.items()}
-    asked = {name: {**obj, 'test': [{'input': pair['input']} for pair in obj['test']]} for name, obj in tasks.items()}
-    for name, obj in (('arc-agi_evaluation_challenges', asked), ('arc-agi_evaluation_solutions', answers), ('arc-agi_test_challenges', dict(list(asked.items())[:2])),
-                      ('arc-agi_training_challenges', {}), ('sample_submission', {'toy0000': [{'attempt_1': [[0, 0]], 'attempt_2': [[0, 0]]}]})):
-        if obj:
-            (tmp_path / f"{name}.json").write_text(json.dumps(obj))
-    for order in (1, 2): # the same tasks again without their answers, before or after those that have them
-        got = read_tasks(str(tmp_path))
-        assert [t.name for t in got] == sorted(tasks) and all(y is not None for t in got for _, y in t.queries)
-        (tmp_path / 'arc-agi_test_challenges.json').rename(tmp_path / 'a_challenges.json') if order == 1 else None
+    asked, solutions = as_kaggle(tasks)
+    some = {name: asked[name] for name in list(asked)[:2]}
+    for name, obj in (
+        ('arc-agi_evaluation_challenges', asked), ('arc-agi_evaluation_solutions', solutions),
+        ('arc-agi_test_challenges', some),
+        ('sample_submission', {'toy0000': [{'attempt_1': [[0, 0]], 'attempt_2': [[0, 0]]}]}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(obj))
+    for name in ('arc-agi_test', 'a'): # the same tasks again without their answers, behind or before those that have them
+        got = read_source(str(tmp_path))
+        assert [t[0] for t in plain(got)] == sorted(tasks) and None not in answers_of(all_tasks(got))
+        closed = read_source(str(tmp_path), opened=False)
+        assert closed.hash.all() and (closed.hash == got.hash).all() # closed, the known answers are not forgotten either
+        if name == 'arc-agi_test':
+            (tmp_path / 'arc-agi_test_challenges.json').rename(tmp_path / 'a_challenges.json')
+
+def test_closed_no_error_tells_of_an_answer(tmp_path):
+    secret = [[7, 3, 7], [3, 7, 3]]
+    obj = toy_tasks(n=1)['toy0000']
+    for k, answer in enumerate([secret, [[0]]]): # one name, two answers
+        (tmp_path / str(k)).mkdir()
+        obj['test'][0]['output'] = answer
+        (tmp_path / str(k) / 'x.json').write_text(json.dumps(obj))
+    assert len(read_tasks(str(tmp_path), opened=False)) == 1 # whether they differ is not told
+    path = tmp_path / '0' / 'x_challenges.json'
+    path.write_text(json.dumps({'x': obj}))
+    for solutions in ([secret], {'x': {'0': secret}}, {'x': secret[0][0]}, {'x': []}):
+        (tmp_path / '0' / 'x_solutions.json').write_text(json.dumps(solutions))
+        with pytest.raises(ValueError, match="x_solutions.json: ") as e:
+            read_tasks(str(path), opened=False)
+        assert "7" not in str(e.value).removeprefix(str(tmp_path)), e.value
 
 def test_no_source_at_all_is_an_error(capsys):
     for src in ('', '+'):

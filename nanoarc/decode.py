@@ -1,0 +1,132 @@
+"""
+prompts -> answers, and how probable an answer is that is known already. a prompt goes through the model once; what the
+model remembers of it (model.Cache) is gone on with, a token at a time.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanoarc.grids import END, MAX_GRID, PAD, ROW, VOCAB_SIZE, encode_grid, may_follow, next_place
+
+class Answer(NamedTuple):
+    prompt: int # its row in the batch of prompts
+    tokens: list # up to END
+    log_prob: float # of all of them, under the grammar
+    greedy: bool # is each of them the most probable one?
+
+def read_prompts(model, idx, pos, task, dihedral, doc):
+    """
+    prompts as for decode -> a cache that has read them, (B, 16) logits of the token that follows, and what else the
+    model is told at each token to come, {name: (B, 1)}
+    """
+    told = {}
+    if task is not None:
+        told = {'task': task[:, None], 'dihedral': dihedral[:, None]}
+    cache = model.cache()
+    everywhere = {name: x.expand(idx.shape) for name, x in told.items()}
+    logits, _ = model(idx, pos=pos, doc=doc, **everywhere, cache=cache)
+    if doc is not None:
+        told['doc'] = doc[:, -1:]
+    return cache, logits[:, -1], told
+
+@torch.no_grad()
+def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=MAX_GRID + 1):
+    """
+    (B, T) prompts, all ending in OUT -> list of Answers under the grammar, of at most `most` tokens. pos (B, T, 3),
+    task and dihedral (B,) or None. doc (B, T) is 1 on a prompt and 0 on the filler before it, None = there is none.
+
+    of each prompt the greedy answer, and every other one of at least p_min: what ARChitects' depth-first search finds
+    (github.com/da-fr/arc-prize-2024). here all open answers take a step together, at most 1 / p_min of a prompt.
+    """
+    B, device = len(idx), idx.device
+    cache, logits, told = read_prompts(model, idx, pos, task, dihedral, doc)
+    row, col, z = pos[:, -1].long().unbind(-1)
+    live = { # answers that have not ended, in rows
+        'prompt': torch.arange(B, device=device),
+        'tokens': torch.zeros(B, 0, dtype=torch.int64, device=device),
+        'log_prob': torch.zeros(B, dtype=logits.dtype, device=device),
+        'greedy': torch.ones(B, dtype=torch.bool, device=device),
+        'row': row, 'col': col, 'z': z, # the place of its last token
+        'width': torch.zeros(B, dtype=torch.int64, device=device), # of its first row, 0 while that is open
+        **told,
+    }
+    every_token = torch.arange(VOCAB_SIZE, device=device)
+    found = []
+    for _ in range(most):
+        # each answer goes on by its best token, as long as it is the greedy one, and by all that keep it above p_min
+        legal = may_follow(every_token, live['row'][:, None], live['col'][:, None], live['width'][:, None])
+        scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1) # (b, 16)
+        best = F.one_hot(scores.argmax(-1), VOCAB_SIZE).bool() & live['greedy'][:, None]
+        probable = live['log_prob'][:, None] + scores >= math.log(p_min)
+        parent, token = (best | probable).nonzero(as_tuple=True) # waits for the device
+        n = len(live['prompt'])
+        live = {name: x[parent] for name, x in live.items()}
+        live['greedy'] = best[parent, token]
+        live['log_prob'] = live['log_prob'] + scores[parent, token]
+        live['tokens'] = torch.cat([live['tokens'], token[:, None]], 1)
+        live['width'] = torch.where((token == ROW) & (live['row'] == 0), live['col'], live['width'])
+        live['row'], live['col'], live['z'] = next_place(live['row'], live['col'], live['z'], token)
+        # some have ended
+        ended = token == END
+        found += to_answers(live, ended)
+        live = {name: x[~ended] for name, x in live.items()}
+        parent = parent[~ended]
+        if len(parent) == 0: # or what was open has become too improbable
+            return found
+        if len(parent) != n or not torch.equal(parent, torch.arange(n, device=device)):
+            cache.keep(parent) # a copy of all of it, so only if some left or branched
+        told = {name: live[name] for name in told}
+        pos = torch.stack([live['row'], live['col'], live['z']], -1)
+        logits, _ = model(live['tokens'][:, -1:], pos=pos[:, None], **told, cache=cache)
+        logits = logits[:, -1]
+    return found + to_answers(live, torch.ones_like(live['greedy'])) # cut short
+
+def to_answers(live, which):
+    """ the rows of open answers that a (b,) mask names -> list of Answers """
+    columns = [live[name][which].tolist() for name in ('prompt', 'tokens', 'log_prob', 'greedy')]
+    return [Answer(*x) for x in zip(*columns)]
+
+@torch.no_grad()
+def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
+    """
+    (B, T) prompts as for decode, and of each a list of grids -> list of B lists of the log-probability of each grid,
+    under the grammar
+    """
+    cache, logits, told = read_prompts(model, idx, pos, task, dihedral, doc)
+    prompt = [] # (b,) of each answer
+    written = []
+    for i, grids in enumerate(answers):
+        prompt += [i] * len(grids)
+        written += [encode_grid(grid) + [END] for grid in grids]
+    width = torch.tensor([tokens.index(ROW) for tokens in written], device=idx.device)[:, None] # (b, 1)
+    n = max(len(tokens) for tokens in written)
+    tokens = np.full((len(written), n), PAD)
+    for i, x in enumerate(written):
+        tokens[i, : len(x)] = x
+    tokens = torch.from_numpy(tokens).to(idx.device) # (b, n)
+    filler = tokens == PAD
+    # where the token before each one stands, be it OUT, ROW or a cell
+    place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)
+    row, col = place // (width + 1), place % (width + 1)
+    prompt = torch.tensor(prompt, device=idx.device)
+    cache.keep(prompt)
+    logits = logits[prompt, None]
+    if n > 1:
+        told = {name: x[prompt].expand(-1, n - 1) for name, x in told.items()}
+        pos = torch.stack([row, col, torch.ones_like(row)], -1)
+        more, _ = model(tokens[:, :-1], pos=pos[:, 1:], **told, cache=cache)
+        logits = torch.cat([logits, more], 1) # (b, n, 16)
+    known_width = torch.where(row == 0, 0, width)
+    every_token = torch.arange(VOCAB_SIZE, device=idx.device)
+    legal = may_follow(every_token, row[..., None], col[..., None], known_width[..., None])
+    legal = legal | filler[..., None] # its scores are dropped below
+    scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    sums = scores.masked_fill(filler, 0).sum(1).tolist()
+    found, i = [], 0
+    for grids in answers:
+        found.append(sums[i : i + len(grids)])
+        i += len(grids)
+    return found

@@ -1,0 +1,511 @@
+"""
+what surrounds a loop: the device, ranks, signals, the log, and the configs of a run, which come from flags, a TOML file
+or a checkpoint.
+
+three kinds of runs share one loop: a Model on tasks (ModelConfig, DataConfig), a Model on text (ModelConfig,
+TextConfig), a pretrained language model on tasks (LMConfig, DataConfig). what the loop asks of them:
+
+  a dataset, data.ArcDataset or text.TextDataset
+    rows                            {task key: row of the task embedding}, {} = there is none
+    vocab_size, tokenizer_sha256    how many tokens there are, and what they mean
+    batch_rows                      rows of a global batch where all batches have one shape, 0 where they do not
+    val_pairs, leaks, files         what is validated on, what allow_leak let pass, {name: bytes} to keep with the run
+    loader(rank, world, device), val_batches(rank, world), about(), trained_on()
+  a model, model.Model or lm.LM
+    model(*batch, cache=None)       -> logits, and the loss summed over the tokens that carry it
+    cfg, device, n_task             n_task: rows of its task embedding, 0 = none
+    blocks, pads                    what torch.compile is for; may filler stand before a prompt?
+    about(), cache(), peak_rates(lr, adam_lr), optimizers(lr, adam_lr, weight_decay, ns_steps)
+"""
+import contextlib
+import ctypes
+import importlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanoarc import __version__, checkpoint
+from nanoarc.data import ArcDataset, DataConfig
+from nanoarc.lm import LMConfig, make_lm
+from nanoarc.model import Model, ModelConfig, is_recent
+from nanoarc.text import TextConfig, TextDataset, model_config
+
+# -----------------------------------------------------------------------------
+# device and ranks
+
+def get_device(device, dtype):
+    """ the two settings, 'auto' resolved -> (torch.device, dtype name, autocast context maker). raises ValueError """
+    is_here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    here = [name for name, x in is_here.items() if x]
+    if device == 'auto':
+        device = here[0]
+    if device.partition(':')[0] not in here:
+        raise ValueError(f"device={device!r}: not here, want one of {', '.join(here)}")
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ: # torchrun: a gpu a process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    device = torch.device(device)
+    if dtype == 'auto':
+        dtype = 'float32'
+        if device.type == 'cuda':
+            dtype = 'bfloat16' if is_recent(device) else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
+    def autocast():
+        if dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    make_fast(device)
+    return device, dtype, autocast
+
+def make_fast(device):
+    """ settings of this process by which fp32 is faster on a device: on cpu twice as fast, see dev/LOG.md """
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high') # TF32
+    if device.type != 'cpu':
+        return
+    if platform.libc_ver()[0] == 'glibc': # memory that is freed is kept for the next step
+        libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+    # 'medium' makes torch multiply by oneDNN in place of MKL. oneDNN may round to bf16 then, but does so only in AMX
+    # units: without them all stays fp32
+    if platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision('medium')
+
+def get_ranks(device):
+    """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ and not dist.is_initialized():
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(hours=12)) # some wait for others that solve longer
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def over_ranks(world, op, *values):
+    """ numbers -> the SUM or MAX of each over all ranks, as floats, the same on all ranks. exact to 2^53 """
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, getattr(dist.ReduceOp, op))
+    return values.tolist()
+
+class Signals:
+    """
+    SIGTERM and SIGINT wait for the end of the step, `got` says which came. a second one after GRACE seconds does not
+    wait. sooner it is taken for an echo: torchrun and the cluster may both tell each process.
+    """
+    GRACE = 2.0
+
+    def __enter__(self):
+        self.got, self.old = 0, {}
+        with contextlib.suppress(ValueError): # not the main thread: there they are somebody else's
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.old[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, _):
+        if self.got == 0:
+            self.got, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + self.GRACE:
+            os._exit(128 + number)
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+def end_with_stdin():
+    """ SIGTERM to ourselves when stdin closes: so a trial ends when its sweep does, however that dies """
+    def watch():
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
+# -----------------------------------------------------------------------------
+# what the loop keeps an eye on
+
+class Budget:
+    """
+    minutes -> a number of steps. the first five are slow, then the speed is measured. it ends before the learning rate
+    would fall: when that begins depends on the number of steps.
+    """
+
+    def __init__(self, cfg, step):
+        self.seconds = 60 * cfg.minutes
+        self.measuring = min(self.seconds * max(0.8 * (1 - cfg.decay_frac), 0.05), 120) # seconds
+        self.first = step + 5
+        self.since = None # (step, seconds) when measuring began
+
+    def steps(self, step, seconds):
+        """ of the whole run, 0 = not known yet. seconds of training so far """
+        if self.since is None:
+            if step >= self.first:
+                self.since = step, seconds
+            return 0
+        step0, seconds0 = self.since
+        if seconds - seconds0 <= self.measuring:
+            return 0
+        steps_a_second = (step - step0) / (seconds - seconds0)
+        return max(step + int((self.seconds - seconds) * steps_a_second), step + 1)
+
+class Watch:
+    """
+    finds a loss or gradient that is not finite. whoever looks at a number waits for the device, so on a gpu the last
+    step is not looked at before the next one is under way.
+    """
+
+    def __init__(self, device):
+        self.lag = 1 if device.type == 'cuda' else 0
+        self.unseen = [] # (step, its place in the stream, a number)
+        self.bad = None # step and place of the first that is not finite
+
+    def add(self, step, place, x):
+        self.unseen.append((step, place, x))
+
+    def found(self, lag=None):
+        """ was there one, but for the last `lag` steps? """
+        lag = self.lag if lag is None else lag
+        while len(self.unseen) > lag:
+            step, place, x = self.unseen.pop(0)
+            if self.bad is None and not math.isfinite(x): # waits for the device
+                self.bad = step, place
+        return self.bad is not None
+
+class Timer:
+    """ with timer('saving'): ... adds up the seconds that each thing took """
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.spent = {'waiting for data': 0.0, 'saving': 0.0, 'validating and drawing': 0.0}
+
+    @contextlib.contextmanager
+    def __call__(self, what):
+        t = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - t
+
+    def shares(self):
+        total = time.perf_counter() - self.began
+        return ", ".join(f"{what} {x / total:.2%}" for what, x in self.spent.items())
+
+# -----------------------------------------------------------------------------
+# the log
+
+class Log:
+    """
+    what is measured and printed: metrics.jsonl; log.txt, which begins with all that made the run; a tracker; a progress
+    line on a terminal, plain lines elsewhere. out_dir=None: nothing, for ranks other than the first.
+    """
+
+    def __init__(self, out_dir, step, name, cfgs, device, world):
+        self.out_dir = out_dir
+        self.last = {} # the newest value of each thing that was measured
+        self.bar = self.tracker = None
+        if out_dir is None:
+            return
+        lines = [] # a resumed run writes again what came after its checkpoint
+        for row in read_metrics(out_dir) if step > 0 else ():
+            if row['step'] < step or (row['step'] == step and 'loss' in row):
+                lines.append(json.dumps(row) + "\n")
+        checkpoint.write_file(out_dir / 'metrics.jsonl', "".join(lines).encode())
+        settings = {}
+        for cfg in cfgs:
+            settings.update(asdict(cfg))
+        with open(out_dir / 'log.txt', 'a') as f:
+            print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
+            for path in sorted(Path(__file__).parent.glob('*.py')):
+                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
+        if settings['log']:
+            self.tracker = importlib.import_module(settings['log'])
+            more = {'id': name, 'dir': str(out_dir)} if settings['log'] == 'wandb' else {}
+            self.tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **more)
+        if sys.stdout.isatty():
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
+            self.bar = Progress(*columns, console=Console(soft_wrap=True))
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+            self.bar.add_task("0/?", total=None)
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.bar:
+            self.bar.stop()
+        if self.tracker:
+            if kind is not None and self.tracker.__name__ == 'wandb':
+                self.tracker.finish(exit_code=1)
+            else:
+                self.tracker.finish()
+
+    def sync(self):
+        """ what is logged reaches the disk, before a checkpoint that counts on it """
+        if self.out_dir is not None:
+            with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+                os.fsync(f.fileno())
+
+    def print(self, text, show=True):
+        """ a line to the eye and to log.txt """
+        if self.out_dir is None:
+            return
+        with open(self.out_dir / 'log.txt', 'a') as f:
+            print(text, file=f)
+        if show:
+            try:
+                print(text, flush=True)
+            except BrokenPipeError: # nobody reads on: `| head`, or a `| tee` that ctrl-c reached too. training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def row(self, step, max_iters, **values):
+        """ a row of metrics.jsonl, without the values that are None """
+        if self.out_dir is None:
+            return
+        values = {name: x for name, x in values.items() if x is not None}
+        self.last.update(values)
+        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+            f.write(json.dumps({'step': step, **values}) + "\n")
+        if self.tracker:
+            self.tracker.log(values, step=step)
+        text = f"{step}/{max_iters or '?'}"
+        shown = {'loss': "loss {:.3f}", 'val_loss': "val {:.3f}", 'lr': "lr {:.0e}", 'tok_s': "{:,.0f} tok/s",
+                 'wait': "wait {:.1%}"}
+        for name, form in shown.items():
+            if name in self.last:
+                text += " " + form.format(self.last[name])
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
+        self.print(f"step {text}", show=not self.bar and 'loss' in values)
+
+def read_metrics(run):
+    """ out_dir of a run -> rows of its metrics.jsonl, dicts with 'step' each. without lines that a crash cut short """
+    path, rows = Path(run) / 'metrics.jsonl', []
+    if not path.exists():
+        return rows
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get('step'), int):
+            rows.append(row)
+    return rows
+
+def surroundings(device, world):
+    """ what a run depends on but for its settings -> dict: versions, hardware, the commit """
+    def output(*command):
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+    commit = ""
+    if shutil.which('git') and output('git', 'ls-files', 'train.py'): # not the repository of who has us installed
+        commit = output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+    cpu, cpuinfo = platform.processor(), Path('/proc/cpuinfo')
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith('model name'):
+            cpu = line.partition(':')[2].strip()
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
+    versions = {name: version(name) for name in ('torch', 'numpy', 'numba', 'safetensors')}
+    return {'started': time.strftime('%Y-%m-%d %H:%M:%S %Z'), 'command': sys.argv, 'git': commit,
+            'nanoarc': __version__, 'python': platform.python_version(), **versions, 'platform': platform.platform(),
+            'cpu': cpu, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': gpu, 'ranks': world}
+
+# -----------------------------------------------------------------------------
+# the configs of a run
+
+@dataclass
+class Run:
+    train: object # TrainConfig
+    model: object # ModelConfig or LMConfig
+    data: object # DataConfig or TextConfig
+
+def make_dataset(cfg, seed):
+    return TextDataset(cfg, seed) if isinstance(cfg, TextConfig) else ArcDataset(cfg, seed)
+
+def make_model(cfg, device, world=1):
+    return make_lm(cfg, device, world) if isinstance(cfg, LMConfig) else Model(cfg).to(device)
+
+def fit_to_data(cfg, ds):
+    """ a model's config for a dataset: it has as many rows of the task embedding as that. raises ValueError """
+    if isinstance(cfg, LMConfig): # it is told and asked symbols, and knows no task
+        return cfg
+    if ds.vocab_size > cfg.vocab_size:
+        raise ValueError(f"vocab_size={cfg.vocab_size}: the data has {ds.vocab_size:,} tokens")
+    if cfg.n_task not in (0, len(ds.rows)):
+        raise ValueError(f"n_task={cfg.n_task}: the data has {len(ds.rows)} tasks to embed, leave it out")
+    return replace(cfg, n_task=len(ds.rows))
+
+def from_saved(cls, values):
+    """ a config as a checkpoint has it. a setting that is newer than that has its default. raises ValueError """
+    unknown = values.keys() - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"saved with settings that this version does not know: {', '.join(sorted(unknown))}")
+    return cls(**values)
+
+def saved_configs(meta):
+    """ meta data of a checkpoint -> the configs of its model and of its data """
+    model_cls = LMConfig if 'base' in meta['model'] else ModelConfig
+    data_cls = TextConfig if 'text' in meta['data'] else DataConfig
+    return from_saved(model_cls, meta['model']), from_saved(data_cls, meta['data'])
+
+def load_run(out_dir, device, base=''):
+    """
+    out_dir of a run, and where its pretrained model lies now if that has moved -> (model in eval mode with the weights
+    that validation uses, config of its data, meta data). raises ValueError
+    """
+    tensors, meta = checkpoint.load(out_dir)
+    model_cfg, data_cfg = saved_configs(meta)
+    if base:
+        model_cfg = replace(model_cfg, base=base)
+    model = make_model(model_cfg, device).eval()
+    checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
+    return model, data_cfg, meta
+
+def refuse_changes(meta, cfg, model_cfg):
+    """ raises ValueError that names the settings without which a saved run would not go on as it began """
+    old, new = saved_configs(meta)[0], model_cfg
+    if isinstance(old, LMConfig): # files may move, base_sha256 may not change
+        old = replace(old, base='', recompute=False, shard=False)
+        new = replace(new, base='', recompute=False, shard=False)
+    elif old.resolved() == new.resolved(): # written in another way
+        old = new
+    changed = []
+    old_train = from_saved(type(cfg), meta['train'])
+    for name in ('grad_accum', 'dtype', 'ns_steps'):
+        changed.append((name, getattr(old_train, name), getattr(cfg, name)))
+    for f in fields(old):
+        changed.append((f.name, getattr(old, f.name), getattr(new, f.name)))
+    wrong = [f"{name} differs (saved {a}, now {b})" for name, a, b in changed if a != b]
+    if wrong:
+        raise ValueError("resume refused: " + "; ".join(wrong))
+
+def begin_with(model, ds, run):
+    """
+    the weights of another run into a model, averaged ones if it has them -> a line that says so. of a task that it does
+    not know the new embedding stays. of a run of text with other tokens only the blocks are taken. raises ValueError
+    """
+    tensors, meta = checkpoint.load(run)
+    part = checkpoint.best_part(meta)
+    when = f"{run} after {meta['step']} steps"
+    if 'text' in meta['data'] and meta['stream']['tokenizer_sha256'] != ds.tokenizer_sha256:
+        blocks = f"{part}.blocks.", f"{part}.norm."
+        old = {name: x for name, x in tensors.items() if name.startswith(blocks)}
+        new = {name: x for name, x in model.state_dict(prefix=f"{part}.").items() if not name.startswith(blocks)}
+        checkpoint.restore_model(model, {**old, **new}, part)
+        names = ", ".join(name.split('.')[1] for name in new)
+        return f"of the text run {when} the {len(model.blocks)} blocks and the last norm; new: {names}"
+    if (len(meta['rows']) > 0) != (model.n_task > 0):
+        raise ValueError(f"init_from={run}: it was trained with shots={meta['data']['shots']}, "
+                         "with or without task embeddings, now it is the other way")
+    if model.n_task == 0:
+        checkpoint.restore_model(model, tensors, part)
+        return f"weights of {when}"
+    known = [key for key in ds.rows if key in meta['rows']]
+    theirs = tensors[f"{part}.wtask.weight"]
+    weight = model.wtask.weight.detach().cpu().clone()
+    if theirs.shape[1:] == weight.shape[1:]: # another width is refused below
+        for key in known:
+            weight[ds.rows[key]] = theirs[meta['rows'][key]]
+    checkpoint.restore_model(model, {**tensors, f"{part}.wtask.weight": weight}, part)
+    return f"weights of {when}, {len(known)} of {len(ds.rows)} tasks known to it"
+
+# -----------------------------------------------------------------------------
+# flags and TOML files
+
+def flag(args, name):
+    """ the value of --name in a list of strings, the last one, '' if it is not there. hyphens pass for underscores """
+    value = ''
+    for i, x in enumerate(args):
+        key, equals, text = x.partition('=')
+        if key.startswith('--') and key[2:].replace('-', '_') == name:
+            if equals:
+                value = text
+            elif i + 1 < len(args):
+                value = args[i + 1]
+    return value
+
+def read_toml(path):
+    """ -> {key: value}. raises ValueError """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+def apply_toml(run, path):
+    """ a Run with the values that a TOML file has for it. raises ValueError """
+    return apply_values(run, read_toml(path), path)
+
+def apply_values(run, values, where):
+    """ a Run with other values: {name: value}. raises ValueError on a name that it has not, and on another type """
+    known = set()
+    for part in fields(run):
+        cfg, mine = getattr(run, part.name), {}
+        for f in fields(cfg):
+            if f.name in values and f.name not in ('resume', 'init_from', 'config'): # flags alone
+                mine[f.name] = x = values[f.name]
+                want, got = type(getattr(cfg, f.name)), type(x)
+                if got is not want and (want, got) not in ((float, int), (tuple, list)):
+                    raise ValueError(f"{where}: {f.name} = {x!r}, want a {want.__name__}")
+        run = replace(run, **{part.name: replace(cfg, **mine)})
+        known |= mine.keys()
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {', '.join(unknown)}")
+    return run
+
+def parse(cls, args, command, help, default=None):
+    """ list of strings -> a config. --help is made of the comments on its fields. exits with 2 on an unknown flag """
+    return tyro.cli(cls, args=args, default=default, prog=f"nanoarc {command}", description=help,
+                    config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+def parse_run(default, args, command, help):
+    """
+    list of strings -> Run. what they leave open is as in the TOML file that they name, or as in the run that is to go
+    on or is begun with, or as in the default
+    """
+    resume, init_from, path = flag(args, 'resume'), flag(args, 'init_from'), flag(args, 'config')
+    is_text = isinstance(default.data, TextConfig)
+    if is_text:
+        default = replace(default, model=model_config(default.model, default.data.text))
+    if resume or init_from:
+        run = resume or init_from
+        meta = checkpoint.load(run)[1]
+        model, data = saved_configs(meta)
+        if type(model) is not type(default.model):
+            raise ValueError(f"{run}: not a run of nanoarc {command}, its model is a {type(model).__name__}")
+    if resume:
+        refuse_with_resume(args, meta)
+        default = Run(from_saved(type(default.train), meta['train']), model, data)
+    elif init_from: # its model, the data is ours
+        if isinstance(model, ModelConfig):
+            model = replace(model, n_task=0)
+        if is_text or isinstance(data, TextConfig): # places and tokens are ours too
+            model = replace(model, rope_bases=default.model.rope_bases, vocab_size=default.model.vocab_size)
+        default = replace(default, model=model)
+    if path:
+        default = apply_toml(default, path)
+    kinds = [(f.name, type(getattr(default, f.name))) for f in fields(default)]
+    return parse(make_dataclass('Run', kinds), args, command, help, default)
+
+def refuse_with_resume(args, meta):
+    """ raises ValueError on a flag that a resumed run cannot heed """
+    reasons = {'out_dir': "it goes on in its own directory", 'init_from': "its weights are there already",
+               'minutes': "its number of steps is fixed, --max_iters changes it"}
+    for name, reason in reasons.items():
+        x = flag(args, name)
+        if x and not (name == 'minutes' and float(x) == meta['train']['minutes']):
+            raise ValueError(f"--{name} does not go with --resume: {reason}")

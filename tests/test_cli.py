@@ -1,0 +1,222 @@
+""" python -m pytest tests/test_cli.py: the command, and how the package is laid out """
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from nanoarc import checkpoint
+from nanoarc.cli import COMMANDS, CORE, REST, functions, lines, main as cli, read_files
+from nanoarc.data import DataConfig
+from nanoarc.finetune import ExportConfig
+from nanoarc.hellaswag import HellaswagConfig, SampleConfig
+from nanoarc.lm import LMConfig
+from nanoarc.model import ModelConfig
+from nanoarc.solve import SolveConfig
+from nanoarc.submission import ScoreConfig
+from nanoarc.text import PrepareConfig, TextConfig
+from nanoarc.train import TrainConfig
+from nanoarc.view import ViewConfig
+
+ROOT = Path(__file__).parent.parent
+
+# -----------------------------------------------------------------------------
+# what it says
+
+FLAGS = { # some words of what the help of each command explains
+    'train': ('--mixer', "tokens of a micro batch"),
+    'solve': ('--views', "augments of each query"),
+    'score': ('--max_pair', "a submission.json"),
+    'view': ('--submission', "task ids"),
+    'data': ('--against', "a source, e.g."),
+    'sweep': ('--trials', "of the study"),
+    'finetune': ('--rank', "of the LoRA adapters"),
+    'export': ('--push_to_hub', "out_dir of a fine-tuning"),
+    'text': ('hellaswag', "a corpus -> token shards"),
+    'source': ('--count', "only a table"),
+}
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_explains_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli([command, '--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and COMMANDS[command].__doc__.strip()[:20] in out and "--help" in out
+    text = " ".join(out.replace("│", " ").split())
+    for words in FLAGS[command]:
+        assert words in text
+
+def test_help_lists_every_command_and_a_wrong_one_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(['--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(f"\n  {name} " in out for name in COMMANDS)
+    with pytest.raises(SystemExit) as e:
+        cli(['fly'])
+    assert e.value.code == 2 and "no command 'fly'" in capsys.readouterr().err
+
+def test_every_field_of_every_config_has_a_comment():
+    """ behind the field, or above it: tyro makes the help of it """
+    for cls in (TrainConfig, ModelConfig, DataConfig, SolveConfig, ScoreConfig, ViewConfig, TextConfig, PrepareConfig,
+                LMConfig, ExportConfig, HellaswagConfig, SampleConfig):
+        above = ""
+        for line in inspect.getsource(cls).splitlines():
+            if re.match(r"    \w+: ", line):
+                assert ' # ' in line or above.startswith("    # "), f"{cls.__name__}: {line}"
+            above = line
+
+def test_source_prints_the_core_whole(capsys):
+    cli(['source'])
+    out = capsys.readouterr().out
+    headers = re.findall(r"^# nanoarc/(\S+)$", out, re.MULTILINE)
+    assert headers == CORE and "def next_place" in out and (ROOT / 'nanoarc' / 'solve.py').read_text() in out
+    cli(['source', '--count'])
+    out = capsys.readouterr().out
+    assert "the core " in out and "the longest function is train.py loop, " in out and "the longest line is " in out
+
+def test_as_a_module_it_is_the_same_command(capsys):
+    """ as `torchrun ... -m nanoarc train` calls it """
+    done = subprocess.run([sys.executable, '-m', 'nanoarc', 'fly'], cwd=ROOT, capture_output=True, text=True)
+    with pytest.raises(SystemExit):
+        cli(['fly'])
+    said = capsys.readouterr()
+    assert (done.returncode, done.stdout, done.stderr) == (2, said.out, said.err)
+
+# -----------------------------------------------------------------------------
+# what it is told
+
+@pytest.mark.parametrize('flag', ['--minutes=9', '--out_dir=x', '--init-from=x'])
+def test_what_does_not_go_with_resume_says_why(tiny_run, capsys, flag):
+    with pytest.raises(SystemExit):
+        cli(['train', '--resume', tiny_run[0], flag])
+    assert "does not go with --resume: it" in capsys.readouterr().err
+
+@pytest.mark.parametrize('args, want', [
+    (['--batching=box'], "batching='box'"), (['--mixer=X'], "mixer='X'"), (['--dtype=int8'], "dtype='int8'"),
+    (['--max_iters=0'], "set --minutes or --max_iters"), (['--data=no/where'], "no such source"),
+    (['--config=no.toml'], "no.toml"), (['--resume=/no/run'], "no checkpoint here"),
+    (['--init_from=/no/run'], "no checkpoint here"), (['--colors=blue'], "colors='blue'"),
+    (['--loss_on=x'], "loss_on='x'"), (['--shots=-2'], "shots=-2"), (['--grad_accum=0'], "grad_accum"),
+    (['--seed=-1'], "seed=-1"), (['--n_embd=40', '--mixer=A'], "n_embd=40"), (['--head_size=2'], "head_size=2"),
+    (['--device=gpu'], "device='gpu'"), (['--vocab_size=10'], "vocab_size=10"), (['--val_tasks=-1'], "val_tasks=-1"),
+    (['--mixer=M', '--d_conv=1'], "d_conv=1"), (['--n_task=9'], "n_task=9"), (['--batch_tokens=0'], "batch_tokens=0"),
+])
+def test_a_wrong_setting_is_one_line_and_exit_2(args, want, toy, tmp_path, capsys):
+    settings = [*TINY, '--max_iters=1', f"--out_dir={tmp_path / 'run'}"]
+    if args == ['--resume=/no/run']:
+        settings = []
+    with pytest.raises(SystemExit) as e:
+        cli(['train', f"--data={toy()}", *settings, *args])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and want in err and err.count("\n") == 1
+
+def test_a_toml_file_sets_fields_and_flags_win(toy, tmp_path, capsys):
+    path = tmp_path / 'mine.toml'
+    path.write_text(f"data = '{toy()}'\nn_layer = 1\nlr = 1\nmax_iters = 2\nbatch_tokens = 99")
+    cli(['train', '--config', str(path), f"--out_dir={tmp_path / 'run'}", '--batch_tokens=64'])
+    meta = checkpoint.load(tmp_path / 'run')[1]
+    assert (meta['model']['n_layer'], meta['train']['lr']) == (1, 1)
+    assert (meta['data']['batch_tokens'], meta['step']) == (64, 2)
+    path.write_text(f"data = '{tmp_path / 'toy'}'\nrope_bases = [10, 10.0, 5.0]\nmax_iters = 1\n"
+                    "eval_every = 0\nsave_every = 0\nlog_every = 0")
+    cli(['train', '--config', str(path), f"--out_dir={tmp_path / 'bare'}", '--n_layer=1', '--n_embd=32'])
+    assert checkpoint.load(tmp_path / 'bare')[1]['model']['rope_bases'] == [10, 10, 5]
+    for text, want in (("resume = 'x'", "unknown setting resume"), ("n_layers = 1", "unknown setting n_layers"),
+                       ("n_layer = '1'", "n_layer = '1', want a int"), ("n_layer =", "mine.toml: ")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            cli(['train', '--config', str(path)])
+        assert want in capsys.readouterr().err
+
+def test_no_name_stands_in_two_configs():
+    for configs in ((TrainConfig, ModelConfig, DataConfig), (TrainConfig, ModelConfig, TextConfig),
+                    (TrainConfig, LMConfig, DataConfig)):
+        names = [name for cls in configs for name in cls.__dataclass_fields__]
+        assert len(names) == len(set(names))
+
+@pytest.mark.slow
+def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
+    src, site = tmp_path / 'src', tmp_path / 'site'
+    shutil.copytree(ROOT / 'nanoarc', src / 'nanoarc') # a build leaves files beside the sources
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, src)
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', tmp_path / 'wheel', src], check=True)
+    wheel, = (tmp_path / 'wheel').glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', site, wheel], check=True)
+    code = (f"import sys; sys.path.insert(0, {str(site)!r}); import nanoarc; assert 'site' in nanoarc.__file__; "
+            "from nanoarc.cli import main; main()")
+    args = [f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=5', *TINY]
+    subprocess.run([sys.executable, '-c', code, 'train', *args], cwd=tmp_path, check=True)
+    assert checkpoint.load(tmp_path / 'run')[1]['step'] == 5
+
+# -----------------------------------------------------------------------------
+# the layout
+
+# a file imports only files before it in this list
+ORDER = ['jit', 'grids', 'model', 'checkpoint', 'corpus', 'sources', 'data', 'lm', 'text', 'run', 'decode',
+         'submission', 'view', 'train', 'solve', 'finetune', 'hellaswag', 'sweep', 'cli', '__main__']
+# packages that are optional or slow to import: they may be imported inside a function
+LATE = {'datasets', 'fsspec', 'huggingface_hub', 'matplotlib', 'peft', 'polars', 'tiktoken', 'tiktoken_ext',
+        'tokenizers', 'transformers'}
+
+def imports(code):
+    """ a file of the package -> list of (line, full name of what is imported, is it at the top of the file?) """
+    tree = ast.parse(code)
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found += [(node.lineno, name, node in tree.body) for name in names]
+    return found
+
+def wrong_imports(file, code):
+    """ what is wrong with the imports of a file, a line each """
+    wrong = []
+    for number, name, on_top in imports(code):
+        package, _, rest = name.partition('.')
+        at = f"{file}.py:{number}"
+        if package == 'nanoarc':
+            target = rest.partition('.')[0]
+            if target not in ORDER and target != '__version__':
+                wrong.append(f"{at}: {target} has no place in the order")
+            elif target in ORDER and ORDER.index(target) >= ORDER.index(file):
+                wrong.append(f"{at}: {file} -> {target} runs up")
+            if not on_top and file not in ('cli', '__main__'):
+                wrong.append(f"{at}: a late import of {name}")
+        elif not on_top and package not in LATE:
+            wrong.append(f"{at}: a late import of {name}")
+    return wrong
+
+def test_imports_run_down_and_none_is_late_to_hide_that():
+    files = {path.stem: path.read_text() for path in (ROOT / 'nanoarc').glob('*.py')}
+    assert files.keys() == {*ORDER, '__init__'} and {*CORE, *REST} == {f"{name}.py" for name in files}
+    wrong = []
+    for name in ORDER:
+        wrong += wrong_imports(name, files[name])
+    assert imports(files['__init__']) == [] and not wrong, "\n".join(wrong)
+    # and it would see it
+    assert wrong_imports('data', "from nanoarc import run") == ["data.py:1: data -> run runs up"]
+    assert wrong_imports('data', "import nanoarc.data") == ["data.py:1: data -> data runs up"]
+    assert wrong_imports('data', "def f():\n    from nanoarc.grids import PAD") == \
+        ["data.py:2: a late import of nanoarc.grids.PAD"]
+    assert wrong_imports('data', "try:\n    import scipy\nexcept ImportError: pass") == \
+        ["data.py:2: a late import of scipy"]
+
+def test_no_line_no_function_and_no_file_is_too_long():
+    code = read_files(CORE + REST)
+    long = [f"{where}: {n} characters" for n, where in lines(code) if n > 120]
+    long += [f"{where}: {n} lines" for n, where in functions(code) if n > 60 and where != 'train.py loop']
+    assert not long, "\n".join(long)
+    n_core = sum(len(code[name]) for name in CORE) // 4
+    n_all = sum(map(len, code.values())) // 4
+    assert n_core <= 29_000 and n_all <= 70_000, f"the core has {n_core:,} tokens, all have {n_all:,}"

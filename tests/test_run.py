@@ -1,0 +1,208 @@
+""" python -m pytest tests/test_run.py: what surrounds the loop """
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, rewrite
+
+from nanoarc import checkpoint, run
+from nanoarc.cli import main as cli
+from nanoarc.data import DataConfig
+from nanoarc.model import ModelConfig
+from nanoarc.run import Log, Watch, get_device, load_run, read_metrics, saved_configs
+from nanoarc.train import TrainConfig
+
+# -----------------------------------------------------------------------------
+# device and signals
+
+def test_the_device_that_is_asked_for_is_here_or_the_error_says_what_is():
+    device, dtype, autocast = get_device('cpu', 'auto')
+    assert (device.type, dtype) == ('cpu', 'float32')
+    with autocast():
+        assert not torch.is_autocast_enabled('cpu')
+    with get_device('cpu', 'bfloat16')[2]():
+        assert torch.is_autocast_enabled('cpu')
+    with pytest.raises(ValueError, match="device='gpu': not here, want one of .*cpu"):
+        get_device('gpu', 'auto')
+    with pytest.raises(ValueError, match="dtype='half': want float32"):
+        get_device('cpu', 'half')
+
+def test_a_process_ends_when_its_stdin_does():
+    code = "import sys, time; from nanoarc.run import end_with_stdin; end_with_stdin(); print(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, '-uc', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert process.poll() is None
+    process.stdin.close() # as when the process that holds the other end is killed
+    assert process.wait(30) == -signal.SIGTERM
+
+@pytest.mark.parametrize('kind', ['cpu', 'cuda'])
+def test_what_is_not_finite_is_found_before_it_is_saved(kind):
+    """ on a gpu the last step is not waited for, but where something is saved """
+    watch = Watch(torch.device(kind))
+    watch.add(1, 'a', torch.tensor(1.0))
+    watch.add(2, 'b', torch.tensor(float('nan')))
+    assert watch.found() == (kind == 'cpu')
+    watch.add(3, 'c', torch.tensor(float('inf')))
+    assert watch.found() and watch.bad == (2, 'b')
+    late = Watch(torch.device(kind))
+    late.add(1, 'a', torch.tensor(float('inf')))
+    assert late.found(lag=0)
+
+# -----------------------------------------------------------------------------
+# the log
+
+def test_a_log_begins_with_all_that_made_the_run(toy, tmp_path):
+    cli(['train', f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=2', '--draw_every=0', *TINY])
+    text = (tmp_path / 'run' / 'log.txt').read_text()
+    about, end = json.JSONDecoder().raw_decode(text)
+    settings = {name for cls in (TrainConfig, ModelConfig, DataConfig) for name in cls.__dataclass_fields__}
+    assert about['settings'].keys() == settings
+    assert about['torch'] == torch.__version__ and about['cores'] >= 1
+    assert {'git', 'cpu', 'device', 'command', 'python'} <= about.keys()
+    for path in Path(run.__file__).parent.glob('*.py'):
+        assert path.read_text() in text[end:]
+    last = text.splitlines()[-1]
+    assert last.startswith("2 steps, ") and "saving " in last and "waiting for data " in last
+
+def test_a_resumed_log_writes_again_what_came_after_the_checkpoint(tmp_path):
+    def log(step):
+        return Log(tmp_path, step, 'x', (TrainConfig(), ModelConfig(), DataConfig()), torch.device('cpu'), 1)
+    first = log(0)
+    for step in (1, 2, 3):
+        first.row(step, 3, val_loss=0.5, done=None)
+        first.row(step + 1, 3, loss=float(step))
+    log(2) # a checkpoint is saved after a row of loss and before one of val_loss
+    assert read_metrics(tmp_path) == [{'step': 1, 'val_loss': 0.5}, {'step': 2, 'loss': 1.0}]
+
+TRACKER = '''
+import json, os
+def write(*x):
+    with open(os.environ['TRACKED'], 'a') as f:
+        f.write(json.dumps(x) + "\\n")
+def init(**kwargs): write('init', kwargs)
+def log(values, step): write('log', values, step)
+def finish(): write('finish')
+'''
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_a_tracker_gets_what_metrics_jsonl_gets(toy, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv('TRACKED', str(tmp_path / 'tracked'))
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=4', '--eval_every=2',
+         '--log_every=1', '--draw_every=0', f"--log={name}", *TINY])
+    monkeypatch.delitem(sys.modules, name)
+    first, *calls, last = [json.loads(line) for line in (tmp_path / 'tracked').read_text().splitlines()]
+    assert first[0] == 'init' and last == ['finish']
+    assert first[1]['project'] == 'nanoarc' and first[1]['config']['max_iters'] == 4
+    assert [{'step': step, **values} for _, values, step in calls] == read_metrics(tmp_path / 'run')
+
+@pytest.mark.slow
+def test_wandb_itself_takes_it_offline(toy, tmp_path):
+    """ in a process of its own: it leaves services behind """
+    pytest.importorskip('wandb')
+    args = [f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=3', '--log_every=1', '--log=wandb',
+            '--draw_every=0', *TINY]
+    env = {**os.environ, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+    result = subprocess.run([sys.executable, '-m', 'nanoarc', 'train', *args], env=env, capture_output=True,
+                            text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))) == 1
+
+def test_the_progress_line_is_readable_at_80_columns(toy, tmp_path):
+    pyte = pytest.importorskip('pyte')
+    main, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    args = [f"--data={toy(n=4)}", f"--out_dir={tmp_path / 'run'}", '--max_iters=40', '--log_every=5', '--eval_every=10',
+            '--draw_every=0', *TINY]
+    env = {**os.environ, 'TERM': 'xterm-256color', 'COLUMNS': '80'}
+    process = subprocess.Popen([sys.executable, '-m', 'nanoarc', 'train', *args], stdout=child, stderr=child, env=env)
+    os.close(child)
+    screen, shown = pyte.Screen(80, 24), set()
+    stream = pyte.ByteStream(screen)
+    while True:
+        try:
+            data = os.read(main, 65536)
+        except OSError: # the other end is closed
+            break
+        stream.feed(data)
+        shown.update(line.rstrip() for line in screen.display)
+    assert process.wait() == 0
+    whole = r"\d+/40 loss \d\.\d{3} val \d\.\d{3} lr \de-\d\d [\d,]+ tok/s wait \d+\.\d% .*\d:\d\d:\d\d$" # on one line
+    assert any(re.match(whole, line) for line in shown), shown
+    assert not any(re.match(r"\s*tok/s", line) for line in shown), shown
+
+# -----------------------------------------------------------------------------
+# the configs of a run
+
+def test_a_setting_that_is_newer_than_a_run_has_its_default_and_the_run_goes_on(tiny_run, tmp_path):
+    old, same = tmp_path / 'old', tmp_path / 'same'
+    shutil.copytree(tiny_run[0], old)
+    shutil.copytree(tiny_run[0], same)
+    def forget(meta):
+        del meta['data']['p_identity'], meta['stream']['p_identity'], meta['model']['loops'], meta['train']['ns_steps']
+    rewrite(old, forget)
+    for out in (old, same):
+        cli(['train', '--resume', str(out), '--max_iters=32'])
+    (tensors, meta), (want, want_meta) = checkpoint.load(old), checkpoint.load(same)
+    assert tensors.keys() == want.keys() and all(torch.equal(x, want[name]) for name, x in tensors.items())
+    assert meta['stream'] == want_meta['stream'] and meta['model'] == want_meta['model']
+
+@pytest.mark.parametrize('part', ['train', 'model', 'data'])
+def test_a_saved_setting_that_nobody_knows_is_named(tiny_run, tmp_path, part, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(tiny_run[0], out)
+    rewrite(out, lambda meta: meta[part].update(prefix=True))
+    with pytest.raises(SystemExit) as e:
+        cli(['train', '--resume', str(out), '--max_iters=32'])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1 and "this version does not know: prefix" in error
+
+def test_a_run_is_loaded_as_it_was_saved(tiny_run):
+    model, data_cfg, meta = load_run(tiny_run[0], 'cpu')
+    tensors, _ = checkpoint.load(tiny_run[0])
+    assert not model.training and data_cfg.adapt == tiny_run[1] and meta['step'] == 30
+    assert (model.cfg.resolved(), data_cfg) == (saved_configs(meta)[0].resolved(), saved_configs(meta)[1])
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, tensors[f"model.{name}"])
+
+def test_a_run_is_not_resumed_with_another_kind_of_optimizer(tiny_run, capsys):
+    with pytest.raises(SystemExit):
+        cli(['train', '--resume', tiny_run[0], '--ns_steps=0', '--max_iters=99'])
+    assert "ns_steps differs (saved 5, now 0)" in capsys.readouterr().err
+
+def test_init_from_takes_the_weights_alone_and_knows_tasks_by_their_content(tiny_run, toy, tmp_path, capsys):
+    old_run, src = tiny_run # 4 tasks
+    more = toy(name='more', n=3, seed=9) # and 3 new ones
+    args = ['train', '--data=', f"--init_from={old_run}", '--minutes=0', '--max_iters=1', '--lr=1e-12',
+            '--adam_lr=1e-12', '--weight_decay=0', '--device=cpu', '--compile=off']
+    cli([*args, f"--adapt={more}+{src}", f"--out_dir={tmp_path / 'run'}"])
+    text = capsys.readouterr().out
+    assert "weights of" in text and "4 of 7 tasks known to it" in text
+    (old, old_meta), (new, meta) = checkpoint.load(old_run), checkpoint.load(tmp_path / 'run')
+    assert meta['step'] == 1 and meta['model']['n_task'] == 7
+    for name, x in old.items():
+        if name.startswith('model.') and name != 'model.wtask.weight':
+            assert torch.allclose(new[name], x, atol=1e-6), name
+    old_weight, weight = old['model.wtask.weight'], new['model.wtask.weight']
+    known = [key for key in meta['rows'] if key in old_meta['rows']]
+    assert len(known) == 4
+    for key in known:
+        assert torch.allclose(weight[meta['rows'][key]], old_weight[old_meta['rows'][key]], atol=1e-6)
+    fresh = weight[[row for key, row in meta['rows'].items() if key not in known]]
+    assert fresh.std() > 0.5 * old_weight.std() / 100 and not (fresh == 0).any()
+    with pytest.raises(SystemExit):
+        cli([*args, f"--adapt={src}", f"--out_dir={tmp_path / 'other'}", '--n_embd=64'])
+    assert "do not fit this model" in capsys.readouterr().err
