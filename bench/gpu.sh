@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# what needs a gpu: training steps of the speedruns' models on packed rows of 4096, bf16, compiled: `A` and `MA`, in 32k tokens a step
-# and in 128k, with the dearest kernels of one and what decoding takes; then its tests. hardware: one H100 or H200 (anything from Ampere on). minutes: 10. a call that was cut
-# off goes on: results are kept in $OUT/bench_packed.jsonl. expect, of an H200 with 32k tokens a step of 8x512: `A` 400k tokens/s, `MA` 476k (7 and 9%
+# what needs a gpu: training steps of the speedruns' models on packed rows of 4096, bf16, compiled: `A` and `MA`, in 32k
+# tokens a step and in 128k, with the dearest kernels of one and what decoding takes; then its tests.
+# hardware: one H100 or H200 (anything from Ampere on). minutes: 10. a call that was cut off goes on: results are kept in
+# $OUT/bench_packed.jsonl. expect, of an H200 with 32k tokens a step of 8x512: `A` 400k tokens/s, `MA` 476k (7 and 9%
 # MFU; 45% for `A` was the aim). the first step compiles for 40 to 80 s
-# KERNELS="torch triton" takes flash-linear-attention's scan too: pip install '.[gpu]'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out/gpu}
@@ -14,6 +14,7 @@ fi
 export PYTHONPATH=.
 mkdir -p "$OUT"
 for TOKENS in 32768 131072; do
-    python3 bench/model.py --packed --profile --mixers A MA --kernels ${KERNELS:-torch} --sizes 8x512 --head_size 64 --lengths 4096 --tokens $TOKENS --rounds 8 | tee "$OUT/table_$TOKENS.txt"
+    python3 bench/model.py --packed --profile --mixers A MA --sizes 8x512 --head_size 64 --lengths 4096 \
+        --tokens $TOKENS --rounds 8 | tee "$OUT/table_$TOKENS.txt"
 done
 python3 -m pytest -q -n 4 -m gpu tests -p no:cacheprovider

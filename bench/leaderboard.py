@@ -1,5 +1,6 @@
 """
-what runs/speedrun_cpu.sh and runs/speedrun.sh compute: rows of dev/LEADERBOARD.md, MFU, dollars, and what a speedrun will take.
+what runs/speedrun_cpu.sh and runs/speedrun.sh compute: rows of dev/LEADERBOARD.md, MFU, dollars, and what a speedrun
+will take.
 
   python bench/leaderboard.py trained RUN                   exit code 0 if that run is done, 1 if not
   python bench/leaderboard.py cpu "what changed" RUN ...    the row of some seeds, each with a score.json
@@ -8,6 +9,7 @@ what runs/speedrun_cpu.sh and runs/speedrun.sh compute: rows of dev/LEADERBOARD.
 """
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -19,23 +21,31 @@ from model import PEAK, flops
 from rich.console import Console
 from rich.table import Table
 
-from nanoarc import checkpoint, train
-from nanoarc.cli import parse_run
+from nanoarc import checkpoint
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
+from nanoarc.run import Run, fit_to_data, make_dataset, make_model, parse_run, saved_configs
+from nanoarc.train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CPU = "## cpu: the small tasks, 2 cores, 5 minutes"
 GPU = "## gpu: all tasks, one card, so many minutes"
 
 def add_row(board, section, cells):
-    """ a row at the end of the table of a section, unless it is there. raises ValueError if the section or its table is not, or has other columns """
+    """
+    a row at the end of the table of a section, unless it is there. raises ValueError if there is no such section, or no
+    such table in it
+    """
     lines = Path(board).read_text().splitlines()
     if section not in lines:
         raise ValueError(f"{board}: no line {section!r}")
     start = lines.index(section)
-    end = next((k for k in range(start + 1, len(lines)) if lines[k].startswith("## ")), len(lines))
-    table = [k for k in range(start, end) if lines[k].startswith("|")]
+    table = [] # numbers of its lines
+    for k in range(start + 1, len(lines)):
+        if lines[k].startswith("## "):
+            break
+        if lines[k].startswith("|"):
+            table.append(k)
     row = f"| {' | '.join(str(x).replace('|', '/') for x in cells)} |"
     if not table or lines[table[0]].count("|") != row.count("|"):
         raise ValueError(f"{board}: {section!r} has no table of {len(cells)} columns")
@@ -72,12 +82,14 @@ def sums(run):
     return checkpoint.load(run)[1], json.loads((Path(run) / 'score.json').read_text())
 
 def cpu(args):
-    found = [sums(run) for run in args.runs]
-    solved = [score['solved'] for _, score in found]
-    where = surroundings(args.runs[0])
-    cells = [day(Path(args.runs[-1]) / 'score.json'), args.what, f"{mean(solved):.1f}", " ".join(map(str, solved)), " ".join(str(score['right']) for _, score in found), f"{mean(meta['val_loss'] for meta, _ in found):.3f}",
-             f"{mean(meta['tokens'] for meta, _ in found) / 1e6:.2f}M", f"{mean(meta['seconds'] for meta, _ in found):.0f}", f"{mean(score['solve_seconds'] for _, score in found):.0f}",
-             re.sub(r"\(\w+\)|CPU|\d+-Core|Processor|@.*", "", where['cpu']).strip(), args.commit]
+    metas, scores = zip(*(sums(run) for run in args.runs))
+    solved = [x['solved'] for x in scores]
+    processor = re.sub(r"\(\w+\)|CPU|\d+-Core|Processor|@.*", "", surroundings(args.runs[0])['cpu']).strip()
+    cells = [day(Path(args.runs[-1]) / 'score.json'), args.what, f"{mean(solved):.1f}",
+             " ".join(map(str, solved)), " ".join(str(x['right']) for x in scores),
+             f"{mean(x['val_loss'] for x in metas):.3f}", f"{mean(x['tokens'] for x in metas) / 1e6:.2f}M",
+             f"{mean(x['seconds'] for x in metas):.0f}", f"{mean(x['solve_seconds'] for x in scores):.0f}",
+             processor, args.commit]
     add_row(args.board, CPU, cells)
     show(args.board, CPU, cells)
 
@@ -86,50 +98,70 @@ def cpu(args):
 
 def peak_of(name, given=0.0):
     """ name of a card -> FLOP/s of dense bf16, nan if nobody told """
-    return 1e12 * given if given else next((1e12 * x for key, x in PEAK.items() if re.search(rf"\b{key}\b", name)), float('nan'))
+    if given:
+        return 1e12 * given
+    for key, x in PEAK.items():
+        if re.search(rf"\b{key}\b", name):
+            return 1e12 * x
+    return float('nan')
 
-def per_token(cfg, ds):
-    """ FLOPs of training on a token, padding among them, of a model (on no device) and the batches of its data """
+def on_meta(cfg, ds):
+    """ a model for a dataset, on no device: its shapes alone """
     with torch.device('meta'):
-        model = cfg.model('meta')
+        return make_model(fit_to_data(cfg, ds), 'meta')
+
+def per_token(model, ds):
+    """ FLOPs of training on a token, padding among them, of a model and the batches of its data """
     loader = ds.loader(0, 1, 'cpu')
     docs = [loader.next_batch().doc.clone() for _ in range(4)]
     return sum(flops(model, doc) for doc in docs) / sum(doc.numel() for doc in docs)
 
+def shape(model):
+    """ e.g. 8x512 MA """
+    return f"{model.cfg.n_layer}x{model.cfg.n_embd} {model.cfg.mixer}"
+
 def gpu(args):
     meta, score = sums(args.out)
-    model_cfg, data_cfg = train.configs(meta)
+    model_cfg, data_cfg = saved_configs(meta)
+    ds = make_dataset(data_cfg, meta['train']['seed'])
+    model = on_meta(model_cfg, ds)
     where = surroundings(args.out)
-    card = where['device'].removeprefix("NVIDIA ") if where['device'] != 'cpu' else where['cpu']
-    rate = per_token(model_cfg, data_cfg.dataset(meta['train']['seed'])) * meta['tokens'] / meta['seconds']
-    minutes = sum(float(line.split()[1]) for line in (Path(args.out) / 'seconds.txt').read_text().splitlines()) / 60
+    card = where['cpu'] if where['device'] == 'cpu' else where['device'].removeprefix("NVIDIA ")
+    rate = per_token(model, ds) * meta['tokens'] / meta['seconds']
     mfu = rate / peak_of(where['device'], args.peak_tflops)
-    c = model_cfg.filled()
-    cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{minutes:.1f}", f"{minutes / 60 * args.dollars_per_hour:.2f}", f"{score['score']:.2f}%", f"{score['solved']} of {score['tasks']}",
-             f"{meta['val_loss']:.3f}" if meta['val_loss'] is not None else "", f"{meta['tokens'] / 1e6:,.1f}M", f"{mfu:.1%}" if mfu == mfu else f"{rate / 1e9:,.0f} GFLOP/s", f"{c.n_layer}x{c.n_embd} {c.mixer}", card,
-             args.commit]
+    seconds = sum(float(line.split()[1]) for line in (Path(args.out) / 'seconds.txt').read_text().splitlines())
+    cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{seconds / 60:.1f}",
+             f"{seconds / 3600 * args.dollars_per_hour:.2f}", f"{score['score']:.2f}%",
+             f"{score['solved']} of {score['tasks']}",
+             "" if meta['val_loss'] is None else f"{meta['val_loss']:.3f}", f"{meta['tokens'] / 1e6:,.1f}M",
+             f"{rate / 1e9:,.0f} GFLOP/s" if math.isnan(mfu) else f"{mfu:.1%}", shape(model), card, args.commit]
     add_row(args.board, GPU, cells)
     show(args.board, GPU, cells)
 
 def plan(args, flags):
     """ print what these settings come to in so many minutes of training at an assumed MFU """
-    cfg = parse_run(flags, 'train', "", train.TrainConfig(), ModelConfig(), DataConfig())
+    cfg = parse_run(Run(TrainConfig(), ModelConfig(), DataConfig()), flags, 'train', "")
     card = args.card or (torch.cuda.get_device_name() if torch.cuda.is_available() else 'H100')
-    ds, peak = cfg.data.dataset(cfg.train.seed), peak_of(card, args.peak_tflops)
-    cfg.model.n_task = len(ds.rows)
-    with torch.device('meta'):
-        parameters = sum(p.numel() for p in cfg.model.model('meta').parameters())
-    work = per_token(cfg.model, ds)
+    peak = peak_of(card, args.peak_tflops)
+    ds = make_dataset(cfg.data, cfg.train.seed)
+    model = on_meta(cfg.model, ds)
+    parameters = sum(p.numel() for p in model.parameters())
+    work = per_token(model, ds)
     tokens = 60 * args.train_minutes * args.mfu * peak / work
     loader = ds.loader(0, 1, 'cpu')
     step = cfg.train.grad_accum * mean(loader.next_batch().idx.numel() for _ in range(8))
     epoch = float(ds.plan(range(min(len(ds), 2**14))).length.mean()) * len(ds)
     minutes = args.train_minutes + args.solve_minutes + args.other_minutes
-    c = cfg.model.filled()
-    for name, x in {'card': f"{card}, {peak / 1e12:.0f} TFLOP/s of bf16 at most", 'model': f"{c.n_layer}x{c.n_embd} {c.mixer}, {parameters / 1e6:.1f}M parameters, {work / 1e6:.0f} MFLOP a token", 'data': ds.about(),
-                    'assumed MFU': f"{args.mfu:.0%}; measured: 7.6% of an H200 with 8x512 MA", 'tokens': f"{tokens / 1e6:,.0f}M in {tokens / step:,.0f} steps of {step / 1e3:.1f}k, {tokens / epoch:,.0f} epochs of {epoch / 1e6:.2f}M",
-                    'minutes': f"{minutes:.1f}: {args.train_minutes:g} to train, {args.solve_minutes:g} to solve, {args.other_minutes:g} to start, compile, save and score",
-                    'dollars': f"{minutes / 60 * args.dollars_per_hour:.2f} at {args.dollars_per_hour:.2f} an hour"}.items():
+    said = {'card': f"{card}, {peak / 1e12:.0f} TFLOP/s of bf16 at most",
+            'model': f"{shape(model)}, {parameters / 1e6:.1f}M parameters, {work / 1e6:.0f} MFLOP a token",
+            'data': ds.about(),
+            'assumed MFU': f"{args.mfu:.0%}; measured: 7.6% of an H200 with 8x512 MA",
+            'tokens': f"{tokens / 1e6:,.0f}M in {tokens / step:,.0f} steps of {step / 1e3:.1f}k, "
+                      f"{tokens / epoch:,.0f} epochs of {epoch / 1e6:.2f}M",
+            'minutes': f"{minutes:.1f}: {args.train_minutes:g} to train, {args.solve_minutes:g} to solve, "
+                       f"{args.other_minutes:g} to start, compile, save and score",
+            'dollars': f"{minutes / 60 * args.dollars_per_hour:.2f} at {args.dollars_per_hour:.2f} an hour"}
+    for name, x in said.items():
         print(f"{name + ':':13s} {x}")
 
 def main():
@@ -137,7 +169,7 @@ def main():
     parser.add_argument('--board', default=ROOT / 'dev' / 'LEADERBOARD.md')
     parser.add_argument('--commit', default='?')
     parser.add_argument('--dollars_per_hour', type=float, default=2.0)
-    parser.add_argument('--peak_tflops', type=float, default=0.0, help="of the card in dense bf16, 0 = known by its name")
+    parser.add_argument('--peak_tflops', type=float, default=0.0, help="of the card in dense bf16, 0 = by its name")
     parser.add_argument('--target', default='arc1/evaluation')
     parser.add_argument('--card', default='', help="plan: of another card than this machine's")
     parser.add_argument('--mfu', type=float, default=0.08, help="plan: assumed")
@@ -158,7 +190,12 @@ def main():
     if args.command == 'trained':
         sys.exit(not is_trained(args.run))
     try:
-        plan(args, flags) if args.command == 'plan' else {'cpu': cpu, 'gpu': gpu}[args.command](args)
+        if args.command == 'plan':
+            plan(args, flags)
+        elif args.command == 'cpu':
+            cpu(args)
+        else:
+            gpu(args)
     except (ValueError, OSError) as e:
         sys.exit(f"leaderboard: {e}")
 

@@ -1,4 +1,4 @@
-""" the loader in a plain nanoGPT loop. python examples/nanogpt_loop.py, and once more: the second run goes on where the first stopped """
+""" the loader in a plain nanoGPT loop. run it twice, the second run goes on: python examples/nanogpt_loop.py """
 import json
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanoarc.data import VOCAB_SIZE, ArcDataset, ArcLoader, DataConfig
+from nanoarc.data import ArcDataset, ArcLoader, DataConfig
+from nanoarc.grids import VOCAB_SIZE
 
 class GPT(nn.Module):
     def __init__(self, T, C=64, n_layer=2):
@@ -15,15 +16,16 @@ class GPT(nn.Module):
         block = nn.TransformerEncoderLayer(C, 4, 4 * C, dropout=0, activation='gelu', batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, n_layer, norm=nn.LayerNorm(C), enable_nested_tensor=False)
     def forward(self, idx): # (B, T) -> logits (B, T, V)
-        x, mask = self.wte(idx) + self.wpe.weight[: idx.shape[1]], nn.Transformer.generate_square_subsequent_mask(idx.shape[1])
-        return self.head(self.blocks(x, mask, is_causal=True))
+        T = idx.shape[1]
+        x = self.wte(idx) + self.wpe.weight[:T]
+        return self.head(self.blocks(x, nn.Transformer.generate_square_subsequent_mask(T), is_causal=True))
 
 def main(cfg=DataConfig(shots=-1, batching='pad', block_size=512, batch_tokens=4096), steps=30, out='out/nanogpt_loop'):
-    loader, model = ArcLoader(ArcDataset(cfg)), GPT(cfg.block_size)
-    optimizer, place, ckpt = torch.optim.AdamW(model.parameters(), lr=1e-3), Path(out, 'loader.json'), Path(out, 'ckpt.pt')
+    loader, model, place = ArcLoader(ArcDataset(cfg)), GPT(cfg.block_size), Path(out, 'loader.json')
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if place.exists():
-        loader.load_state_dict(json.loads(place.read_text()))
-        [x.load_state_dict(state) for x, state in zip((model, optimizer), torch.load(ckpt))]
+        loader.load_state_dict(json.loads(place.read_text())) # the seed and a few numbers
+        [x.load_state_dict(state) for x, state in zip((model, optimizer), torch.load(Path(out, 'ckpt.pt')))]
     for step in range(steps):
         x, y = loader.next_batch()[:2] # (B, T) each, y is -100 where there is no loss
         optimizer.zero_grad()
@@ -32,8 +34,8 @@ def main(cfg=DataConfig(shots=-1, batching='pad', block_size=512, batch_tokens=4
         optimizer.step()
         print(f"step {step} | loss {loss.item():.4f}")
     Path(out).mkdir(parents=True, exist_ok=True)
-    torch.save((model.state_dict(), optimizer.state_dict()), ckpt)
-    place.write_text(json.dumps(loader.state_dict())) # the seed and a few numbers
+    torch.save((model.state_dict(), optimizer.state_dict()), Path(out, 'ckpt.pt'))
+    place.write_text(json.dumps(loader.state_dict()))
 
 if __name__ == '__main__':
     main()

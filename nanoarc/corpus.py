@@ -94,7 +94,7 @@ def hash_pair(cells, off, h, w, p, d, number, hashes):
                         number[color] = seen
                         seen += 1
                     x = (x ^ np.uint64(number[color])) * prime
-            hashes[side] = max(x ^ x >> np.uint64(32), np.uint64(1)) # 0 is taken
+            hashes[side] = max(x ^ x >> np.uint64(32), np.uint64(1)) # not 0, that is "not known"
 
 @jit
 def index_grids(cells, off, h, w):
@@ -105,7 +105,7 @@ def index_grids(cells, off, h, w):
     P = len(h) // 2
     colors = np.zeros(2 * P, np.uint16)
     for g in range(2 * P):
-        for i in range(off[g], off[g] + np.int64(h[g]) * w[g]): # h and w are bytes, a product of them is not
+        for i in range(off[g], off[g] + np.int64(h[g]) * w[g]): # h and w are bytes, their product is not
             colors[g] |= np.uint16(1 << cells[i])
     inputs, pairs = np.zeros(P, np.uint64), np.zeros(P, np.uint64)
     number, hashes = np.empty(10, np.uint8), np.empty((8, 2), np.uint64)
@@ -310,8 +310,8 @@ def hash_file(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # -----------------------------------------------------------------------------
-# the leak guard: was a query trained on, with its answer? a trained pair leaks it if both have one pair_hash. if nobody
-# here knows the answer of the query, it has none: then a pair of the same input leaks it, if their tasks share a demo
+# the leak guard: was a query trained on, with its answer? it was if a trained pair has its pair_hash. a query whose answer
+# nobody here knows has no pair_hash: then it was if a trained pair has its input, in a task that shares a demo with its
 
 class Query(NamedTuple):
     """ what the leak guard knows of a query """
@@ -320,11 +320,11 @@ class Query(NamedTuple):
     pair: int # pair_hash, 0 = nobody here knows the answer
     demos: frozenset # pair_hash of the demos of its task
 
-    def is_leaked_by(self, pair, task):
-        """ by a trained pair of equal input: its pair_hash, and those of all pairs of its task -> bool """
+    def is_leaked_by(self, pair, task_pairs):
+        """ by a trained pair of equal input? its pair_hash, and those of all pairs of its task -> bool """
         if self.pair > 0:
             return pair == self.pair
-        return not self.demos.isdisjoint(task)
+        return not self.demos.isdisjoint(task_pairs)
 
 def queries_of(corpora):
     """ list of Corpus -> {hash of the input: [Query, ...]} """
@@ -348,9 +348,9 @@ def overlaps(corpus, asked):
     same_input = np.isin(corpus.input_hash, np.array(list(asked), np.uint64))
     for p in np.flatnonzero(same_input & (corpus.hash > 0)):
         k = int(np.searchsorted(corpus.first, p, side='right')) - 1
-        task = corpus.hash[corpus.first[k] : corpus.first[k + 1]].tolist()
+        task_pairs = corpus.hash[corpus.first[k] : corpus.first[k + 1]].tolist()
         for query in asked[int(corpus.input_hash[p])]:
-            if query.is_leaked_by(int(corpus.hash[p]), task):
+            if query.is_leaked_by(int(corpus.hash[p]), task_pairs):
                 how = "verbatim" if grid_bytes(corpus.grid(2 * p)) == query.input else "augmented"
                 found.append((k, f"{corpus.name[k].decode()} ({corpus.source}) = {query.label}, {how}"))
     return found
@@ -408,15 +408,16 @@ def find_leaks(run, corpora):
     if not path.is_file():
         print(f"warning: no {path}, so nobody knows whether it was trained on what it is asked now")
         return []
-    by_input, tasks = defaultdict(list), defaultdict(set)
+    by_input = defaultdict(list) # {hash of the input: [(pair_hash, label of the task), ...]}
+    task_pairs = defaultdict(set) # {label of the task: pair_hash of its pairs}
     for line in path.read_text().splitlines():
         pair, x, label = line.split(" ", 2)
         by_input[int(x, 16)].append((int(pair, 16), label))
-        tasks[label].add(int(pair, 16))
+        task_pairs[label].add(int(pair, 16))
     found = {}
     for x, queries in queries_of(corpora).items():
         for query in queries:
             for pair, label in by_input[x]:
-                if query.is_leaked_by(pair, tasks[label]):
+                if query.is_leaked_by(pair, task_pairs[label]):
                     found[query.label] = f"{label} = {query.label}"
     return list(found.values())

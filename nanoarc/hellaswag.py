@@ -31,8 +31,8 @@ def load_text_run(run, device):
 class OwnModel:
     """ a Model of a run of text, as something that can be asked """
 
-    def __init__(self, run, device):
-        self.model, self.tokenizer, _ = load_text_run(run, device)
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
 
     def encode(self, text, begins):
         """ text -> token ids. begins: is it the beginning of a document? """
@@ -85,7 +85,8 @@ def is_plain(cache):
 def load_language_model(name, device):
     """ a run of nanoarc, a directory or hub id of transformers, or a .gguf -> OwnModel or HubModel """
     if (Path(name) / 'ckpt').is_dir():
-        return OwnModel(name, device)
+        model, tokenizer, _ = load_text_run(name, device)
+        return OwnModel(model, tokenizer)
     need('transformers')
     model, tokenizer = read_base(name, torch.float32)
     return HubModel(model.to(device), tokenizer)
@@ -128,15 +129,13 @@ def read_item(line, where):
     return ctx, ends, label
 
 @torch.no_grad()
-def ending_losses(lm, ctx, ends, device):
-    """ a context and its endings -> (b,) sum of the losses over each ending's tokens, nats, and (b,) their number """
-    context = torch.tensor(lm.encode(ctx, True), device=device)
-    ends = [lm.encode(" " + x, False) for x in ends]
+def ending_losses(lm, context, ends, device):
+    """ token ids of a context and of its endings -> (b,) sum of the losses over each ending, nats, and (b,) its tokens """
     n = torch.tensor([len(x) for x in ends], device=device)
     idx = torch.zeros(len(ends), int(n.max()), dtype=torch.int64, device=device) # what stands behind an ending nobody sees
     for row, x in zip(idx, ends):
         row[: len(x)] = torch.tensor(x)
-    logits = lm.ask(context, idx).float()
+    logits = lm.ask(torch.tensor(context, device=device), idx).float()
     losses = F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction='none').view_as(idx) # (b, L)
     behind = torch.arange(idx.size(1), device=device) >= n[:, None]
     return losses.masked_fill(behind, 0).sum(1), n
@@ -154,8 +153,9 @@ def hellaswag(cfg):
     lm = load_language_model(cfg.model, device)
     right, right_norm, n, began = 0, 0, 0, time.perf_counter()
     for ctx, ends, label in items[rank::world]:
+        ends = [lm.encode(" " + x, False) for x in ends]
         with autocast():
-            total, count = ending_losses(lm, ctx, ends, device)
+            total, count = ending_losses(lm, lm.encode(ctx, True), ends, device)
         right += int(total.argmin() == label) # waits for the device
         right_norm += int((total / count).argmin() == label)
         n += 1

@@ -1,6 +1,6 @@
 """
-the model, in reading order: config, what a forward tells all its layers (rope, masks, borders), attention, mamba-2,
-block, model, init, muon, decode caches.
+the model, in reading order: config, what all layers are told (rope, masks, borders), attention, mamba-2, block, model,
+init, muon, decode caches.
 
 a stack of pre-norm residual blocks, each a mixer and a SwiGLU. the pattern `mixer` is repeated over the layers: 'A' is
 attention, 'S' attention over a sliding window, 'M' Mamba-2; 'MA' is a hybrid, 'MS' is Samba (arxiv 2406.07522). it
@@ -28,7 +28,7 @@ class ModelConfig:
     n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
     n_embd: int = 0 # width of the residual stream. 0 = 32 a layer of depth
     head_size: int = 32 # of attention
-    n_kv_head: int = 0 # heads of keys and values, each shared by as many query heads (GQA, arxiv 2305.13245). 0 = one each
+    n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
     qk_norm: bool = False # queries and keys of norm 1 (arxiv 2010.04245)
     window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
@@ -77,7 +77,8 @@ class ModelConfig:
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
-            raise ValueError(f"rope_bases={self.rope_bases}: want 3, of row, col and z, or 1, of the place in the document")
+            raise ValueError(f"rope_bases={self.rope_bases}: want 3, of row, col and z, "
+                             f"or 1, of the place in the document")
         if self.attends:
             n_head, rest = divmod(self.n_embd, self.head_size)
             if rest > 0 or self.head_size % 2 or self.head_size < 2 * len(self.rope_bases):
@@ -94,14 +95,13 @@ def width_lr(n_embd):
     return 5e-3 * (128 / n_embd) ** 0.5
 
 # -----------------------------------------------------------------------------
-# what a forward tells all its layers
+# what all layers are told
 
 class Context:
     """
-    computed once a forward, read by every mixer: attention wants `rope` and its mask, mamba-2 wants `same`.
-
-    x (B, T, C) are the embedded tokens, pos (B, T, 3) their places, doc (B, T) their documents or None = one a row.
-    with a cache they follow upon `past` tokens of calls before this one.
+    made once a forward, read by each mixer: attention wants rope and masks, mamba-2 wants same. x (B, T, C) are the
+    embedded tokens, pos (B, T, 3) their places, doc (B, T) their documents or None = one a row. with a cache they
+    follow upon the tokens of earlier calls, `past` of them.
     """
 
     def __init__(self, cfg, x, pos, doc, cache):
@@ -110,35 +110,36 @@ class Context:
         if cache is not None:
             self.past = cache.n
             doc = cache.documents(doc) # (B, past + T)
-        self.same = None # list of (B, T, 1) bool: [k - 1] tells if the token k before is of the same document. None = all are
-        self.rope = None # cos and sin, as rotate wants them
-        self.masks = {} # 'A' and 'S' -> who sees whom, as attend wants it
+        self.rope = None # cos and sin, for rotate
+        self.masks = {} # of 'A' and of 'S', for attend
+        self.same = None # {k: is the token k before of the same document?}, (B, T, 1) each. None = yes, always
         # on cpu values may be asked for. elsewhere to ask would be to wait for the device
         on_cpu = x.is_cpu and not torch.compiler.is_compiling()
         if 'M' in cfg.kinds and doc is not None:
-            if not (on_cpu and doc.max() <= 0): # one document a row and PAD after it: no border to heed
+            if not (on_cpu and doc.max() <= 0): # one document a row, and PAD after it: no border to heed
                 self.same = same_document(doc, T, cfg.d_conv - 1)
-        if cfg.attends:
-            if len(cfg.rope_bases) == 1:
-                pos = place_in_document(doc, B, self.past + T, x.device)[:, self.past :, None]
-            self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
-            how = 'one'
-            if on_cpu:
-                how = 'blocks'
-            elif cache is None and is_recent(x.device) and cfg.head_size in (16, 32, 64, 128, 256):
-                how = 'flex'
-            for kind in set(cfg.kinds) - {'M'}:
-                window = cfg.window if kind == 'S' else 0
-                self.masks[kind] = make_mask(x, self.past, doc, window, how)
+        if not cfg.attends:
+            return
+        if len(cfg.rope_bases) == 1:
+            pos = place_in_document(doc, B, self.past + T, x.device)[:, self.past :, None]
+        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        how = 'one'
+        if on_cpu:
+            how = 'blocks'
+        elif cache is None and is_recent(x.device) and cfg.head_size in (16, 32, 64, 128, 256):
+            how = 'flex'
+        if 'A' in cfg.kinds:
+            self.masks['A'] = make_mask(x, self.past, doc, 0, how)
+        if 'S' in cfg.kinds:
+            self.masks['S'] = make_mask(x, self.past, doc, cfg.window, how)
 
 def same_document(doc, T, n):
-    """ (B, ...) documents, T of them the last ones -> list for k = 1..n: is the token k before of the same one? (B, T, 1) """
-    before = F.pad(doc, (n, 0), value=-2) # before the first token there is a document of no other
-    now = doc[:, -T:]
-    same = []
+    """ doc (B, past + T) -> {k: mask (B, T, 1)} for k = 1..n: of the last T tokens, is the one k before of the same? """
+    doc = F.pad(doc, (n, 0), value=-2)[:, -T - n :] # what stands before the first token is of no document
+    same = {}
     for k in range(1, n + 1):
-        end = before.size(1) - k
-        same.append((now == before[:, end - T : end])[..., None])
+        before = doc[:, n - k : n - k + T]
+        same[k] = (doc[:, n:] == before)[..., None]
     return same
 
 def place_in_document(doc, B, T, device):
@@ -183,15 +184,15 @@ class Span(NamedTuple):
     end: int
     first_key: int
     end_key: int
-    bias: object # (B or 1, 1, queries, keys) of 0 and -inf, to add to their scores. None = they see all of these keys
+    bias: torch.Tensor # (B or 1, 1, queries, keys) of 0 and -inf, added to the scores. None = they see all these keys
 
 def make_mask(x, past, doc, window, how):
     """
-    what T tokens, that follow upon `past` others, see: themselves and what came before in their document, `window`
-    tokens at most if it is not 0 -> a mask for `attend`. x (B, T, C), doc (B, past + T) or None = one document a row.
+    what T tokens after `past` others see: themselves and what came before in their document, the last `window` tokens
+    if it is not 0 -> a mask for attend. x (B, T, C), doc (B, past + T) or None = one document a row.
 
-    how: 'flex' -> a BlockMask of FlexAttention. 'one' -> a list of one Span. 'blocks' -> Spans of BLOCK queries, each
-    without the keys that none of them sees: worth finding on cpu.
+    how: 'flex' -> a BlockMask of FlexAttention. 'one' -> a list of one Span. 'blocks' -> a list of Spans of BLOCK
+    queries, without the keys that none of them sees: worth finding on cpu.
     """
     B, T, _ = x.shape
 
@@ -203,10 +204,10 @@ def make_mask(x, past, doc, window, how):
         return ok if doc is None else ok & (doc[b, i] == doc[b, j]) # PAD sees PAD
 
     if how == 'flex':
-        rows = None if doc is None else B # None = the same for all rows
-        return compiled(create_block_mask)(see, rows, None, T, T, device=x.device)
+        masks = None if doc is None else B # None = one for all rows
+        return compiled(create_block_mask)(see, masks, None, T, T, device=x.device)
     spans = []
-    rows = torch.arange(B, device=x.device)[:, None, None]
+    b = torch.arange(B, device=x.device)[:, None, None]
     size = BLOCK if how == 'blocks' else T
     for first in range(0, T, size):
         end = min(first + size, T)
@@ -220,16 +221,15 @@ def make_mask(x, past, doc, window, how):
         if T > 1 or doc is not None: # else it is one more token, which sees all of these
             i = torch.arange(past + first, past + end, device=x.device)[:, None]
             j = torch.arange(first_key, end_key, device=x.device)
-            ok = see(rows, None, i, j) # (B, queries, keys), or (queries, keys) if rows are alike
+            ok = see(b, None, i, j) # (B, queries, keys), or (queries, keys) if rows are alike
             bias = torch.zeros(ok.shape, dtype=x.dtype, device=x.device).masked_fill(~ok, float('-inf'))
             bias = bias.view(-1, 1, end - first, end_key - first_key)
         spans.append(Span(first, end, first_key, end_key, bias))
     return spans
 
-# FlexAttention (arxiv 2412.05496) is a kernel made for the mask, which skips what nobody sees. only compiled is it fast
-
 @functools.cache
 def compiled(f):
+    """ FlexAttention (arxiv 2412.05496) compiles a kernel for the mask, which skips what nobody sees """
     return torch.compile(f)
 
 # -----------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 def attend(q, k, v, mask):
-    """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs), where the mask of make_mask allows """
+    """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: see make_mask """
     shared = q.size(1) // k.size(1) # query heads a kv head
     if not isinstance(mask, list):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
@@ -304,11 +304,11 @@ def recur(x, a, Bm, Cm, state):
 
 def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     """
-    many tokens, in n chunks of q tokens, Q at most: inside the chunks, all at once, the recurrence is a masked
-    attention, from chunk to chunk one state is handed on.
+    many tokens, in n chunks of q, Q at most: inside the chunks, all at once, it is masked attention, from chunk to
+    chunk one state is handed on.
 
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
-    None = zero -> y (B, T, nh, hs) and the last state. that one is None if there is one chunk and nobody wants it.
+    None = zero -> y (B, T, nh, hs) and the last state, None if there is one chunk and nobody wants it.
     """
     T = x.size(1)
     n = math.ceil(T / Q)
@@ -377,7 +377,7 @@ class Mamba2(nn.Module):
             dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) # (B, T, nh) how much of a token the state takes
             a = -dt * self.a_log.exp()
             if ctx.same is not None:
-                a = a.masked_fill(~ctx.same[0], FORGET)
+                a = a.masked_fill(~ctx.same[1], FORGET)
             dv, Bm, Cm = v * dt[..., None], Bm.to(dt.dtype), Cm.to(dt.dtype)
             if T == 1 and state is not None:
                 y, state = recur(dv[:, 0], a[:, 0], Bm[:, 0], Cm[:, 0], state)
@@ -397,7 +397,7 @@ class Mamba2(nn.Module):
         for k in range(1, K): # a sum of shifted copies is faster than a convolution of torch
             earlier = u[:, K - 1 - k : K - 1 - k + T] # by k tokens
             if same is not None: # nothing flows over the border of a document
-                earlier = earlier * same[k - 1]
+                earlier = earlier * same[k]
             y = y + earlier * w[k]
         return y
 
@@ -497,7 +497,7 @@ class Model(nn.Module):
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=5):
         """
         -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings, head and convolutions with weight
-        decay, norms, biases and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at the rate lr.
+        decay, norms, biases and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at their lr.
         """
         matrices, decayed, plain = [], [], []
         for name, p in self.named_parameters():
@@ -608,7 +608,7 @@ class KVCache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 class SSMCache:
-    """ of mamba-2: the last inputs of its convolution (B, K - 1, channels), and its state (B, nh, hs, ns) """
+    """ of mamba-2: the last inputs of the convolution (B, K - 1, mixed), and the state (B, nh, hs, ns) """
 
     def __init__(self):
         self.inputs = None

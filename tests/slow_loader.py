@@ -7,9 +7,9 @@ from math import ceil, factorial, floor, log2
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14
 DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = range(7)
 
-def hash64(*parts):
-    """ a chain of splitmix64 finalizers """
-    h, M = 0, 2**64 - 1
+def hash64(*parts, h=0):
+    """ a chain of splitmix64 finalizers, from h on """
+    M = 2**64 - 1
     for x in parts:
         h = ((h ^ int(x)) + 0x9e3779b97f4a7c15) & M
         h = ((h ^ (h >> 30)) * 0xbf58476d1ce4e5b9) & M

@@ -51,7 +51,7 @@ def same(found, others):
     return True
 
 def next_scores(model, idx, pos, width, task, dihedral):
-    """ list of tokens and of their places -> (16,) log-probabilities of the next token: all in one forward, no cache """
+    """ list of tokens and of their places -> (16,) log-probabilities of the next token: one forward, no cache """
     told = [torch.full((1, len(idx)), int(x), dtype=torch.int32) for x in (task, dihedral)]
     with torch.no_grad():
         logits, _ = model(torch.tensor([idx]), None, torch.tensor([pos]), None, *told)

@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nanoarc import solve, view
+from nanoarc import submission, view
 from nanoarc.cli import main as cli
+from nanoarc.grids import PALETTE
 from nanoarc.sources import read_tasks
 
 def solved_directory(out, data, tasks, answered):
     """ as nanoarc solve writes it: of each task what answered(number, query, answer) says, a list of grids """
-    ranked = {(k, i): [(solve.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5) for n, g in enumerate(answered(k, i, y))]
+    ranked = {(k, i): [(submission.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5) for n, g in enumerate(answered(k, i, y))]
               for k, task in enumerate(tasks) for i, (_, y) in enumerate(task.queries)}
-    solve.write_results(out, tasks, ranked)
+    submission.write_results(out, tasks, ranked)
     (out / 'solve.json').write_text(json.dumps({'run': 'x', 'data': data, 'leaks': []}))
     return out
 
@@ -56,7 +57,7 @@ def test_the_page_holds_all_and_asks_for_nothing(page):
     assert [task['state'] for task in data['tasks']] == ['solved', 'wrong', 'empty', 'wrong']
     assert data['tasks'][3]['name'] == 'toy0003<b>' and 'toy0003<b>' not in text # a name cannot end the script
     for shown, task in zip(data['tasks'], page[1]):
-        assert [[view.pack_grid(x), view.pack_grid(y)] for x, y in task.demos] == shown['demos']
+        assert [[view.pack_grid(x.tolist()), view.pack_grid(y.tolist())] for x, y in task.demos] == shown['demos']
 
 @pytest.mark.browser
 def test_filters_keys_and_search_do_what_they_say(page, driver):
@@ -90,9 +91,9 @@ def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver)
         return canvas.map(c => ({ label: c.getAttribute('aria-label'), w: c.width, h: c.height, data: [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }));""")
     task = page[1][0]
     grids = [grid for pair in task.demos for grid in pair] + [task.queries[0][0], task.queries[0][1]]
-    rgb = [tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in view.COLORS]
+    rgb = [tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in PALETTE]
     for shown, grid in zip(pixels, grids):
-        assert shown['label'].endswith(view.pack_grid(grid))
+        assert shown['label'].endswith(view.pack_grid(grid.tolist()))
         H, W = grid.shape
         side, data = (shown['w'] - 1) // W, np.array(shown['data']).reshape(shown['h'], shown['w'], 4)
         assert (shown['w'], shown['h']) == (W * side + 1, H * side + 1)

@@ -1,6 +1,10 @@
-""" python -m pytest tests/test_reliability.py: training under kills, full disks, damage and signals, on any number of ranks. tests/README.md has the table """
+"""
+python -m pytest tests/test_reliability.py: training under kills, full disks, damage and signals, on any number of
+ranks. tests/README.md has the table.
+"""
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -14,38 +18,48 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import toy_tasks
+import torch.nn.functional as F
+from conftest import rewrite, write_toy
 
-from nanoarc import checkpoint, train
+from nanoarc import checkpoint, corpus, train
 from nanoarc.cli import main as cli
-from nanoarc.data import ArcLoader, DataConfig
-from nanoarc.model import Model, ModelConfig
+from nanoarc.data import ArcLoader, DataConfig, split
+from nanoarc.model import Block, Model, ModelConfig
+from nanoarc.run import read_metrics
+from nanoarc.solve import SolveConfig, solve
+from nanoarc.sources import read_source
 from nanoarc.train import TrainConfig
-from nanoarc.view import read_metrics
 
 pytestmark = pytest.mark.reliability
 
-def write_toy(path, **kwargs):
-    path.mkdir(parents=True)
-    for name, task in toy_tasks(**kwargs).items():
-        (path / f"{name}.json").write_text(json.dumps(task))
-    return str(path)
+SETTINGS = dict(minutes=0, max_iters=24, save_every=4, eval_every=6, draw_every=0, log_every=1, grad_accum=2,
+                device='cpu', compile='off')
+MODEL = dict(n_layer=2, n_embd=32, head_size=16)
+MODEL_FLAGS = [f"--{name}={x}" for name, x in MODEL.items()]
 
 def run(out, src, resume=False, **kwargs):
     """ a small training, in this process: 24 steps of some milliseconds each, everything logged -> meta """
-    settings = dict(minutes=0, max_iters=24, save_every=4, eval_every=6, draw_every=0, log_every=1, grad_accum=2, device='cpu', compile='off') | kwargs
-    settings |= dict(resume=str(out)) if resume else dict(out_dir=str(out))
-    return train.main(TrainConfig(**settings), ModelConfig(n_layer=2, n_embd=32, head_size=16), DataConfig(data=src, batch_tokens=60, val_tasks=2))
+    settings = {**SETTINGS, 'resume' if resume else 'out_dir': str(out), **kwargs}
+    data_cfg = DataConfig(data=src, batch_tokens=60, val_tasks=2)
+    return train.train(TrainConfig(**settings), ModelConfig(**MODEL), data_cfg)
 
 def go_on(out, src, **kwargs):
     """ whatever there is of a run, to its end """
     return run(out, src, resume=bool(checkpoint.steps(out)), **kwargs)
+
+def logged(out, *names):
+    """ every value of metrics.jsonl under these names -> list of (step, name, value) """
+    found = []
+    for row in read_metrics(out):
+        found += [(row['step'], name, row[name]) for name in names if name in row]
+    return found
 
 def digest(out):
     """ the last checkpoint's weights, optimizer and place, and every logged loss to the last bit """
@@ -53,10 +67,13 @@ def digest(out):
     h = hashlib.sha256(repr([meta['step'], meta['stream'], meta['tokens'], meta['val_loss']]).encode())
     for name in sorted(tensors):
         h.update(name.encode() + tensors[name].numpy().tobytes())
-    return h.hexdigest(), [(x['step'], key, float(x[key]).hex()) for x in read_metrics(out) for key in ('loss', 'val_loss', 'lr') if key in x]
+    return h.hexdigest(), [(step, name, x.hex()) for step, name, x in logged(out, 'loss', 'val_loss', 'lr')]
 
 def fork(f, *args, **kwargs):
-    """ f in a child, warm: everything is imported and compiled. it exits with 0, SystemExit's code, or 1 after an exception -> pid """
+    """
+    f in a child, warm: all is imported and compiled. it exits with 0, with SystemExit's code, or with 1 after an
+    exception -> pid
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -71,7 +88,6 @@ def fork(f, *args, **kwargs):
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
-        import traceback
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -88,106 +104,140 @@ def join(pid, timeout=60):
     os.waitpid(pid, 0)
     raise AssertionError(f"a child still ran after {timeout} s")
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """ the run that nobody interrupted -> (directory, source, its digest, seconds that it took) """
+    """ the run that nobody interrupted -> (directory, source, its digest) """
     path = tmp_path_factory.mktemp('whole')
     src = write_toy(path / 'src', n=4)
     run(path / 'warm', src, max_iters=2) # kernels are compiled here, children inherit them
+    assert join(fork(run, path / 'run', src)) == 0
+    return path / 'run', src, digest(path / 'run')
+
+@pytest.fixture(scope='module')
+def part(whole, tmp_path_factory):
+    """ the same run killed after the save of step 16 -> (directory, seconds that the rest of it takes) """
+    path, src, want = tmp_path_factory.mktemp('part'), *whole[1:]
+    def killed():
+        save = checkpoint.save
+        def save_and_die(out_dir, step, *args):
+            save(out_dir, step, *args)
+            if step == 16:
+                die()
+        checkpoint.save = save_and_die
+        run(path / 'run', src)
+    assert join(fork(killed)) == -signal.SIGKILL
+    (path / 'run' / 'lock').unlink()
     seconds = []
-    for name in ('cold', 'run'):
+    for name in ('cold', 'warm'):
+        shutil.copytree(path / 'run', path / name)
         t = time.time()
-        assert join(fork(run, path / name, src)) == 0
+        assert join(fork(run, path / name, src, resume=True)) == 0
         seconds.append(time.time() - t)
-    return path / 'run', src, digest(path / 'run'), min(seconds)
+        assert digest(path / name) == want
+    return path / 'run', min(seconds)
 
 # -----------------------------------------------------------------------------
 # the disk: every filesystem call of a save can be watched
 
-def watch(mp, hook):
-    """ from now on hook(moment, name, args) is called 'before' and 'after' each filesystem call that checkpoint.py makes """
-    def wrap(name, f):
-        def wrapped(*args, **kwargs):
-            hook('before', name, args)
-            result = f(*args, **kwargs)
-            hook('after', name, args)
-            return result
-        return wrapped
+class File:
+    """ what open returns to checkpoint.py from now on """
 
-    class File:
-        def __init__(self, path, mode):
-            hook('before', 'create', (path,))
-            self.path, self.f = str(path), open(path, mode)
-            hook('after', 'create', (path,))
+    def __init__(self, hook, path, mode):
+        self.hook = hook
+        hook('before', 'create', (path,))
+        self.f = open(path, mode)
+        hook('after', 'create', (path,))
 
-        def __enter__(self):
-            return self
+    def __enter__(self):
+        return self
 
-        def __exit__(self, *_):
-            self.f.close()
+    def __exit__(self, *_):
+        self.f.close()
 
-        def __getattr__(self, name): # write, flush, fileno, and what the lock needs
-            f = getattr(self.f, name)
-            return wrap(name, lambda *args: f(*args)) if name in ('write', 'flush') else f
+    def __getattr__(self, name): # write, flush, fileno, and what the lock needs
+        f = getattr(self.f, name)
+        return wrapped(self.hook, name, f) if name in ('write', 'flush') else f
 
-    for name in ('replace', 'fsync', 'open', 'close', 'unlink', 'mkdir'):
-        mp.setattr(os, name, wrap(name, getattr(os, name)))
-    mp.setattr(checkpoint, 'open', File, raising=False)
+def wrapped(hook, name, f):
+    """ f, with hook called before and after it """
+    def call(*args, **kwargs):
+        hook('before', name, args)
+        result = f(*args, **kwargs)
+        hook('after', name, args)
+        return result
+    return call
 
-def during_save(mp, number, act):
-    """ act(k, moment, name, args) at the k-th moment of the number-th save -> list of all moments, to be filled """
-    moments, state, save = [], {'saves': 0, 'on': False}, checkpoint.save
-
+def during_save(mp, act):
+    """
+    from now on act(k, moment, name, args) is called at the k-th moment of the first save: 'before' and 'after' each
+    filesystem call that checkpoint.py makes -> list of all moments, to be filled
+    """
+    moments, is_saving, saves, save = [], [], itertools.count(), checkpoint.save
     def hook(moment, name, args):
-        if state['on']:
+        if is_saving:
             moments.append((moment, name))
             act(len(moments), moment, name, args)
-
-    def counted(*args, **kwargs):
-        state['saves'] += 1
-        state['on'] = state['saves'] == number
+    def watched(*args):
+        if next(saves) > 0:
+            return save(*args)
+        is_saving.append(True)
         try:
-            return save(*args, **kwargs)
+            return save(*args)
         finally:
-            state['on'] = False
-    watch(mp, hook)
-    mp.setattr(checkpoint, 'save', counted)
+            is_saving.clear()
+    for name in ('replace', 'fsync', 'open', 'close', 'unlink', 'mkdir'):
+        mp.setattr(os, name, wrapped(hook, name, getattr(os, name)))
+    mp.setattr(checkpoint, 'open', lambda path, mode: File(hook, path, mode), raising=False)
+    mp.setattr(checkpoint, 'save', watched)
     return moments
 
-def moments_of_a_save(tmp_path, src):
-    """ those of the third, the first that prunes """
+@pytest.fixture(scope='module')
+def moments(whole, part, tmp_path_factory):
+    """ those of a save that prunes, of step 20 """
+    out = tmp_path_factory.mktemp('moments') / 'run'
+    shutil.copytree(part[0], out)
     with pytest.MonkeyPatch.context() as mp:
-        moments = during_save(mp, 3, lambda *_: None)
-        run(tmp_path / 'counted', src, max_iters=13)
-    assert len(moments) > 30 and {'create', 'write', 'flush', 'fsync', 'replace', 'unlink'} <= {name for _, name in moments}
-    return moments
+        found = during_save(mp, lambda *_: None)
+        run(out, whole[1], resume=True, max_iters=21)
+    assert len(found) > 30
+    assert {'create', 'write', 'flush', 'fsync', 'replace', 'unlink'} <= {name for _, name in found}
+    return found
 
 def no_temps(out):
     return not [path for path in Path(out).rglob('*') if path.name.endswith('.tmp')]
 
-def test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing(whole, tmp_path):
-    _, src, want, _ = whole
+def files(out):
+    """ all that is in a directory -> {name: bytes} """
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(Path(out).rglob('*')) if path.is_file()}
+
+def test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing(whole, part, moments, tmp_path):
+    _, src, want = whole
     def suicide(out, k):
         with pytest.MonkeyPatch.context() as mp:
-            during_save(mp, 3, lambda n, *_: os.kill(os.getpid(), signal.SIGKILL) if n == k else None)
-            run(out, src)
-    for k in range(1, len(moments_of_a_save(tmp_path, src)) + 1):
+            during_save(mp, lambda n, *_: die() if n == k else None)
+            run(out, src, resume=True)
+    for k in range(1, len(moments) + 1):
         out = tmp_path / f"{k}"
+        shutil.copytree(part[0], out)
         assert join(fork(suicide, out, k)) == -signal.SIGKILL
-        assert checkpoint.load(out)[1]['step'] in (8, 12) and len(checkpoint.steps(out)) >= 2
+        assert checkpoint.load(out)[1]['step'] in (16, 20) and len(checkpoint.steps(out)) >= 2
         assert join(fork(run, out, src, resume=True)) == 0
         assert digest(out) == want and no_temps(out), k
-        assert {path.name for path in (out / 'ckpt').iterdir()} == {f"step-{step:06d}.{kind}" for step in (20, 24) for kind in ('safetensors', 'sha256')}
+        assert sorted(files(out / 'ckpt')) == ['step-000020.safetensors', 'step-000020.sha256',
+                                               'step-000024.safetensors', 'step-000024.sha256']
 
-def test_50_kills_at_any_moment_and_the_run_is_the_one_that_never_stopped(whole, tmp_path):
-    _, src, want, seconds = whole
+def test_50_kills_at_any_moment_and_the_run_is_the_one_that_never_stopped(whole, part, tmp_path):
+    _, src, want = whole
     rng, kills, n = random.Random(0), 0, 0
     while kills < 50:
         out, code = tmp_path / f"{n}", None
         while code != 0:
             pid = fork(go_on, out, src)
-            time.sleep(rng.random() * seconds)
             if kills < 50:
+                time.sleep(rng.random() * part[1]) # enough for a save or two
                 os.kill(pid, signal.SIGKILL)
             code = join(pid)
             kills += code == -signal.SIGKILL
@@ -195,175 +245,204 @@ def test_50_kills_at_any_moment_and_the_run_is_the_one_that_never_stopped(whole,
         assert digest(out) == want and no_temps(out)
         n += 1
 
-def test_a_full_disk_costs_nothing_but_the_save(whole, tmp_path, capsys):
-    _, src, want, _ = whole
-    args = ['train', f"--data={src}", '--minutes=0', '--max_iters=24', '--save_every=4', '--eval_every=6', '--draw_every=0', '--log_every=1', '--grad_accum=2', '--device=cpu',
-            '--compile=off', '--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=60', '--val_tasks=2']
-    for k, (_, name) in enumerate(moments_of_a_save(tmp_path, src), 1):
+def test_a_full_disk_costs_nothing_but_the_save(whole, part, moments, tmp_path, capsys):
+    _, src, want = whole
+    for k, (_, name) in enumerate(moments, 1):
         if name == 'mkdir': # the directory is there
             continue
         out, number = tmp_path / f"{k}", (errno.ENOSPC, errno.EIO, errno.EDQUOT)[k % 3]
-        def fail(n, moment, name, call):
+        shutil.copytree(part[0], out)
+        def fail(n, moment, name, args):
             if n == k:
                 raise OSError(number, os.strerror(number))
         with pytest.MonkeyPatch.context() as mp:
-            during_save(mp, 3, fail)
+            during_save(mp, fail)
             with pytest.raises(SystemExit) as e:
-                cli([*args, f"--out_dir={out}"])
+                cli(['train', '--resume', str(out)])
         assert e.value.code == 2 and os.strerror(number) in capsys.readouterr().err
-        assert checkpoint.load(out)[1]['step'] in (8, 12) and no_temps(out)
+        assert checkpoint.load(out)[1]['step'] in (16, 20) and no_temps(out)
         if k % 8 == 0:
             run(out, src, resume=True)
             assert digest(out) == want
 
 def test_a_file_size_limit_is_a_full_disk(whole, tmp_path):
-    run_dir, src, *_ = whole
+    run_dir = whole[0]
     size = max(path.stat().st_size for path in (run_dir / 'ckpt').iterdir())
     def limited(out, share):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        model, tensors = Model(ModelConfig(n_layer=2, n_embd=32, head_size=16, n_task=4)), checkpoint.load(out)
-        checkpoint.restore_model(model, tensors[0])
+        tensors, meta = checkpoint.load(out)
+        model = Model(ModelConfig(**MODEL, n_task=4))
+        checkpoint.restore_model(model, tensors)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size * share // 16, size))
-        checkpoint.save(out, 99, model, [], tensors[1] | {'pad': "x" * size})
-    for share in range(0, 16):
+        checkpoint.save(out, 99, model, [], {**meta, 'pad': "x" * size})
+    for share in range(16):
         out = tmp_path / f"{share}"
         shutil.copytree(run_dir, out)
         assert join(fork(limited, out, share)) == 1
         assert checkpoint.load(out)[1]['step'] == 24 and no_temps(out)
 
-def replay(root, files, ops, rng):
-    """
-    a directory as a crash may leave it. files: {name: bytes} that were safe before; ops: what was done since, in order.
-    what was not synced may be there, be cut short, hold blocks of zeros, or be missing; a new name, a rename or a removal whose
-    directory was not synced may not have happened. every choice by rng.
-    """
-    data, synced, names, waiting = {}, {}, dict(files), [] # open file -> bytes; what of it is safe; name -> bytes or open file; names' changes that are not
-    for op, *args in ops:
-        if op == 'create':
-            data[args[0]] = b""
-            waiting.append(('link', args[0]))
+# -----------------------------------------------------------------------------
+# a machine that loses power
+
+class Disk:
+    """ what a disk was told, and what may be on it after a crash: what was not synced may be there or not """
+
+    def __init__(self, files):
+        self.data = {} # of each file that is being written, its bytes
+        self.synced = {} # of each such file, the bytes that are safe
+        self.names = dict(files) # what is safe: {name: bytes}, or (name,) = a file that is being written
+        self.waiting = [] # changes of names that are not safe yet
+
+    def tell(self, op, *args):
+        if op in ('link', 'rename', 'unlink'):
+            self.waiting.append((op, *args))
+        if op == 'link':
+            self.data[args[0]] = b""
         elif op == 'write':
-            data[args[0]] += args[1]
-        elif op == 'fsync' and args[0] in data:
-            synced[args[0]] = data[args[0]]
-        elif op == 'replace':
-            waiting.append(('rename', *args))
-        elif op == 'unlink':
-            waiting.append(('unlink', *args))
+            self.data[args[0]] += args[1]
+        elif op == 'fsync' and args[0] in self.data:
+            self.synced[args[0]] = self.data[args[0]]
         elif op == 'fsync': # the directory
-            for change in waiting:
-                apply(names, change)
-            waiting = []
-    for change in waiting:
-        if rng.random() < 0.5:
-            apply(names, change)
-    shutil.rmtree(root, ignore_errors=True)
-    for name, content in names.items():
-        if not isinstance(content, bytes): # a file of this save
-            whole, safe = data[content[0]], synced.get(content[0])
-            content = safe if safe is not None else rng.choice([b"", whole, whole[: rng.randrange(len(whole) + 1) // 512 * 512],
-                                                                zeroed(whole, rng), zeroed(whole, rng)])
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+            for change in self.waiting:
+                self.change(*change)
+            self.waiting = []
 
-def apply(names, change):
-    kind, name, *to = change
-    if kind == 'link':
-        names[name] = (name,)
-    elif kind == 'unlink':
-        names.pop(name, None)
-    elif name in names:
-        names[to[0]] = names.pop(name)
-    else: # the name was never safe, the rename is: the file is there all the same
-        names[to[0]] = (name,)
+    def change(self, op, name, to=None):
+        if op == 'link':
+            self.names[name] = (name,)
+        elif op == 'unlink':
+            self.names.pop(name, None)
+        else: # if the old name was never safe, the file is there all the same
+            self.names[to] = self.names.pop(name, (name,))
 
-def zeroed(x, rng):
-    x = bytearray(x)
-    for k in range(0, len(x), 512):
+    def crash(self, root, rng):
+        """ leave a directory as a crash may leave it, by rng """
+        for change in self.waiting:
+            if rng.random() < 0.5:
+                self.change(*change)
+        shutil.rmtree(root, ignore_errors=True)
+        for name, content in self.names.items():
+            if isinstance(content, tuple):
+                content = self.left_of(*content, rng)
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def left_of(self, name, rng):
+        """ of a file that was being written: all of it if it was synced, otherwise anything """
+        if name in self.synced:
+            return self.synced[name]
+        data = self.data[name]
+        cut = rng.randrange(len(data) + 1) // 512 * 512
+        return rng.choice([b"", data, data[:cut], zeroed(data, rng), zeroed(data, rng)])
+
+def zeroed(data, rng):
+    """ some blocks were not written """
+    data = bytearray(data)
+    for k in range(0, len(data), 512):
         if rng.random() < 0.3:
-            x[k : k + 512] = bytes(len(x[k : k + 512]))
-    return bytes(x)
+            data[k : k + 512] = bytes(len(data[k : k + 512]))
+    return bytes(data)
 
-def test_power_loss_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(whole, tmp_path, capsys):
-    _, src, *_ = whole
-    out, ops = tmp_path / 'run', []
-    run(out, src, max_iters=9)
-    before = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob('*') if path.is_file()}
-    name = lambda path: str(Path(path).relative_to(out))
-    last = []
+def operations_of_a_save(out, step):
+    """ what a disk is told, in order. names are relative to out """
+    ops, at = [], [] # at: what was opened
+    def name(path):
+        return str(Path(path).relative_to(out))
     def record(_, moment, call, args):
         if moment == 'after' and call == 'open':
-            last.append('directory')
-        if moment == 'before' and call in ('create', 'unlink'):
-            ops.append((call, name(args[0])))
-            last.append(name(args[0]))
-        elif moment == 'before' and call == 'write':
-            ops.append((call, last[-1], bytes(args[0])))
+            at.append('directory')
         elif moment == 'after' and call == 'fsync':
-            ops.append((call, last[-1]))
+            ops.append(('fsync', at[-1]))
+        elif moment == 'before' and call == 'create':
+            ops.append(('link', name(args[0])))
+            at.append(name(args[0]))
+        elif moment == 'before' and call == 'write':
+            ops.append(('write', at[-1], bytes(args[0])))
         elif moment == 'before' and call == 'replace':
-            ops.append((call, name(args[0]), name(args[1])))
+            ops.append(('rename', name(args[0]), name(args[1])))
+        elif moment == 'before' and call == 'unlink':
+            ops.append(('unlink', name(args[0])))
+    tensors, meta = checkpoint.load(out)
+    model = Model(ModelConfig(**meta['model']))
+    checkpoint.restore_model(model, tensors)
     with pytest.MonkeyPatch.context() as mp:
-        during_save(mp, 1, record)
-        tensors, meta = checkpoint.load(out)
-        model = Model(ModelConfig(**meta['model']))
-        checkpoint.restore_model(model, tensors)
-        checkpoint.save(out, 10, model, [], meta | {'step': 10})
+        during_save(mp, record)
+        checkpoint.save(out, step, model, [], {**meta, 'step': step})
+    return ops
+
+def test_power_loss_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(whole, tmp_path, capsys):
+    out = tmp_path / 'run'
+    run(out, whole[1], max_iters=9)
+    before = files(out)
+    ops = operations_of_a_save(out, 10)
+    assert [op for op, *_ in ops][-2:] == ['unlink'] * 2
     rng, seen = random.Random(0), []
     for k in range(len(ops) + 1):
         for _ in range(50):
-            replay(tmp_path / 'crashed', before, ops[:k], rng)
+            disk = Disk(before)
+            for op in ops[:k]:
+                disk.tell(*op)
+            disk.crash(tmp_path / 'crashed', rng)
             step = checkpoint.load(tmp_path / 'crashed')[1]['step']
             assert step in ((9, 10) if k < len(ops) - 2 else (10,)) # once it may prune, the new one is safe
             seen.append(step)
-    assert len(seen) >= 600 and set(seen) == {9, 10} and [op for op, *_ in ops][-2:] == ['unlink'] * 2
+    assert len(seen) >= 600 and set(seen) == {9, 10}
 
-def test_no_damaged_checkpoint_is_ever_loaded(whole, tmp_path, capsys):
-    out = tmp_path / 'run'
-    shutil.copytree(whole[0], out)
-    path, rng, n = checkpoint.file(out, 24), random.Random(0), 0
-    good, sha = path.read_bytes(), checkpoint.file(out, 24, 'sha256').read_bytes()
-    header = 8 + struct.unpack('<Q', good[:8])[0]
+# -----------------------------------------------------------------------------
+# damage
 
-    def refused(data, where=path, original=good):
-        nonlocal n
-        where.write_bytes(data)
-        capsys.readouterr()
-        step, text = checkpoint.load(out)[1]['step'], capsys.readouterr().out
-        assert step == 20 and 'step-000024.safetensors: ' in text and 'going back to' in text and ('sha256 is' in text or 'missing' in text)
-        where.write_bytes(original)
-        n += 1
+def flipped(data, bit):
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
-    def flipped(data, bit):
-        return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+def damaged(good, rng):
+    """ the bytes of a checkpoint -> damaged ones, one after another """
     for _ in range(2000):
-        refused(flipped(good, rng.randrange(8 * len(good))))
-    for bit in range(0, 8 * len(sha), 5):
-        refused(flipped(sha, bit), checkpoint.file(out, 24, 'sha256'), sha)
+        yield flipped(good, rng.randrange(8 * len(good)))
     for k in range(64):
-        refused(good[: len(good) * k // 64])
-    for k in range(0, header, 97):
-        refused(good[:k])
+        yield good[: len(good) * k // 64]
+    header = 8 + struct.unpack('<Q', good[:8])[0]
+    for k in range(0, header, 29):
+        yield good[:k]
     for k in range(0, len(good) - 4095, 4096):
-        if good[k : k + 4096] != bytes(4096):
-            refused(good[:k] + bytes(4096) + good[k + 4096 :])
-    a, b = good[8192:12288], good[16384:20480]
-    assert a != b
-    refused(good[:8192] + b + good[12288:16384] + a + good[20480:])
-    refused(good + b"\0")
-    refused(checkpoint.file(out, 20).read_bytes()) # another file
-    refused(b"")
+        yield good[:k] + bytes(4096) + good[k + 4096 :]
+    a, b = good[8192:12288], good[16384:20480] # swapped
+    yield good[:8192] + b + good[12288:16384] + a + good[20480:]
+    yield good + b"\0"
+    yield b""
+
+def test_no_damaged_checkpoint_is_ever_loaded(tmp_path, capsys):
+    out, n = tmp_path / 'run', 0
+    for step in (20, 24):
+        checkpoint.save(out, step, torch.nn.Linear(80, 80), [], {})
+    path, sha_path = checkpoint.file(out, 24), checkpoint.file(out, 24, 'sha256')
+    good, sha = path.read_bytes(), sha_path.read_bytes()
+    def is_refused():
+        step, text = checkpoint.load(out)[1]['step'], capsys.readouterr().out
+        assert step == 20 and "step-000024.safetensors: damaged, its sha256 is" in text and "going back to" in text
+    another = checkpoint.file(out, 20).read_bytes()
+    for data in (*damaged(good, random.Random(0)), another):
+        assert data != good
+        path.write_bytes(data)
+        is_refused()
+        n += 1
+    path.write_bytes(good)
+    for bit in range(0, 8 * len(sha), 5):
+        sha_path.write_bytes(flipped(sha, bit))
+        is_refused()
+        n += 1
+    sha_path.write_bytes(sha)
     assert n > 2200 and checkpoint.load(out)[1]['step'] == 24
     checkpoint.file(out, 20).write_bytes(b"x")
     path.unlink()
     with pytest.raises(ValueError, match="no whole checkpoint.*missing.*damaged"):
         checkpoint.load(out)
-    cli_code = subprocess.run([sys.executable, '-m', 'nanoarc.cli', 'train', '--resume', str(out)], capture_output=True, text=True)
-    assert cli_code.returncode == 2 and cli_code.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as e:
+        cli(['train', '--resume', str(out)])
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 def test_training_goes_on_from_the_one_before_a_damaged_checkpoint_and_keeps_two_good_ones(whole, tmp_path, capsys):
-    _, src, want, _ = whole
+    _, src, want = whole
     out = tmp_path / 'run'
     shutil.copytree(whole[0], out)
     path = checkpoint.file(out, 24)
@@ -376,131 +455,151 @@ def test_training_goes_on_from_the_one_before_a_damaged_checkpoint_and_keeps_two
     assert checkpoint.steps(out) == [23, 21]
 
 class Canary:
-    def __reduce__(self):
-        return (Path.touch, (Path(os.environ['CANARY']),))
+    """ who unpickles it makes a file """
 
-def test_nothing_in_a_file_is_ever_run(whole, tmp_path):
-    os.environ['CANARY'] = str(tmp_path / 'sang')
-    out, toxic = tmp_path / 'run', pickle.dumps(Canary())
-    def bait(path, data, sign=False):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        if sign: # as an attacker would: the hash is right
-            path.with_suffix('.sha256').write_bytes(checkpoint.signed(data, path))
-    def attempts():
-        watched = []
-        sys.addaudithook(lambda event, _: watched.append(event) if event in ('pickle.find_class', 'os.system', 'subprocess.Popen') else None)
-        import io
-        torch_file, npy, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
-        torch.save(Canary(), torch_file)
-        np.save(npy, np.array([Canary()], dtype=object), allow_pickle=True)
-        np.savez(npz, cells=np.array([Canary()], dtype=object))
-        watched.clear() # numpy and torch pickled them, that was us
-        from nanoarc.sources import Corpus, read_source
-        for data in (toxic, torch_file.getvalue(), npz.getvalue(), struct.pack('<Q', len(toxic)) + toxic):
-            bait(checkpoint.file(out, 1), data, sign=True)
-            with pytest.raises(Exception):
-                checkpoint.load(out)
-        packed = tmp_path / 'packed'
-        read_source(whole[1]).save(packed)
-        for path in packed.glob('*.npy'):
-            old = path.read_bytes()
-            bait(path, npy.getvalue())
-            manifest = json.loads((packed / 'manifest.json').read_text()) if (packed / 'manifest.json').exists() else {}
-            if path.name in manifest.get('sha256', {}) or path.stem in manifest.get('sha256', {}):
-                key = path.name if path.name in manifest['sha256'] else path.stem
-                manifest['sha256'][key] = hashlib.sha256(npy.getvalue()).hexdigest()
-                (packed / 'manifest.json').write_text(json.dumps(manifest))
-            with pytest.raises(Exception):
-                Corpus.open(packed)
-            path.write_bytes(old)
-        for name in ('a.json', 'a.jsonl', 'a.parquet', 'a.zip', 'a.npy'):
-            bait(tmp_path / 'src' / name, toxic)
-            with pytest.raises(Exception):
-                read_source(str(tmp_path / 'src' / name))
-        bait(tmp_path / 'c.toml', toxic)
-        with pytest.raises(SystemExit):
-            cli(['train', f"--config={tmp_path / 'c.toml'}"])
-        assert not watched, watched
-    assert join(fork(attempts)) == 0
-    assert not (tmp_path / 'sang').exists()
-    pickle.loads(toxic) # the canary can sing
-    assert (tmp_path / 'sang').exists()
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ['CANARY']),)
+
+def as_bytes(write):
+    f = io.BytesIO()
+    write(f)
+    return f.getvalue()
+
+def open_toxic_files(tmp_path, src):
+    """ a pickle in each kind of file that is read here: all are refused, and nothing of them is run """
+    out, packed, pickled = tmp_path / 'run', tmp_path / 'packed', pickle.dumps(Canary())
+    array = np.array([Canary()], dtype=object)
+    torch_file = as_bytes(lambda f: torch.save(Canary(), f))
+    npy = as_bytes(lambda f: np.save(f, array, allow_pickle=True))
+    npz = as_bytes(lambda f: np.savez(f, cells=array))
+    read_source(src).save(packed)
+    manifest = (packed / 'manifest.json').read_text()
+    events = [] # from here on: numpy and torch pickled above, that was us
+    def listen(event, _):
+        if event in ('pickle.find_class', 'os.system', 'subprocess.Popen'):
+            events.append(event)
+    sys.addaudithook(listen)
+    for data in (pickled, torch_file, npz, struct.pack('<Q', len(pickled)) + pickled):
+        path = checkpoint.file(out, 1)
+        checkpoint.write_file(path, data)
+        checkpoint.write_file(path.with_suffix('.sha256'), checkpoint.signed(data, path)) # an attacker's hash is right
+        with pytest.raises(Exception):
+            checkpoint.load(out)
+    for path in packed.glob('*.npy'):
+        good, about = path.read_bytes(), json.loads(manifest)
+        path.write_bytes(npy)
+        assert path.stem in about['sha256']
+        about['sha256'][path.stem] = corpus.hash_file(path)[0]
+        (packed / 'manifest.json').write_text(json.dumps(about))
+        with pytest.raises(ValueError, match="not an array|damaged"):
+            corpus.Corpus.open(packed)
+        path.write_bytes(good)
+    for name in ('a.json', 'a.jsonl', 'a.parquet', 'a.zip', 'a.npy'):
+        (tmp_path / name).write_bytes(pickled)
+        with pytest.raises(Exception):
+            read_source(str(tmp_path / name))
+    (tmp_path / 'c.toml').write_bytes(pickled)
+    with pytest.raises(SystemExit):
+        cli(['train', f"--config={tmp_path / 'c.toml'}"])
+    assert not events, events
+
+def test_nothing_in_a_file_is_ever_run(whole, tmp_path, monkeypatch):
+    canary = tmp_path / 'sang'
+    monkeypatch.setenv('CANARY', str(canary))
+    assert join(fork(open_toxic_files, tmp_path, whole[1])) == 0
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Canary())) # it can sing
+    assert canary.exists()
 
 def test_no_line_of_the_package_can_read_a_pickle():
-    wanted = re.compile(r'\bpickle\b|allow_pickle\s*=\s*True|weights_only\s*=\s*False|yaml\.load|torch\.load|(?<![.\w])(eval|exec)\(')
-    found = [f"{path.name}: {line.strip()}" for path in Path(train.__file__).parent.glob('*.py') for line in path.read_text().splitlines()
-             if wanted.search(re.sub(r'"[^"]*"|#.*', '', line))]
+    wanted = re.compile(r'\bpickle\b|allow_pickle\s*=\s*True|weights_only\s*=\s*False|yaml\.load|torch\.load'
+                        r'|(?<![.\w])(eval|exec)\(')
+    found = []
+    for path in Path(train.__file__).parent.glob('*.py'):
+        for line in path.read_text().splitlines():
+            if wanted.search(re.sub(r'"[^"]*"|#.*', '', line)):
+                found.append(f"{path.name}: {line.strip()}")
     assert found == []
 
 # -----------------------------------------------------------------------------
 # signals
 
+def wait_for(condition, process=None):
+    """ until it holds. fails after a minute, or if the process that is to make it hold has ended """
+    end = time.time() + 60
+    while not condition():
+        assert time.time() < end and (process is None or process.poll() is None)
+        time.sleep(0.002)
+
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_at_any_moment_saves_and_the_run_goes_on_exactly(whole, tmp_path, number, code):
-    _, src, want, seconds = whole
+def test_a_signal_at_any_moment_saves_and_the_run_goes_on_exactly(whole, part, tmp_path, number, code):
+    _, src, want = whole
     rng = random.Random(0)
     for n in range(20 if number == signal.SIGTERM else 8):
         out = tmp_path / f"{n}"
-        pid = fork(run, out, src)
-        while not (out / 'lock').exists(): # its handlers are there before
-            time.sleep(0.001)
-        time.sleep(rng.random() * seconds * 0.9)
+        if n % 2: # at its beginning, or at its end
+            shutil.copytree(part[0], out)
+        pid = fork(go_on, out, src)
+        wait_for((out / 'lock').exists) # its handlers are there before
+        time.sleep(rng.random() * part[1] * 0.9)
         os.kill(pid, number)
         t = time.time()
         got = join(pid)
-        rows, (step, *_) = read_metrics(out), checkpoint.steps(out)
+        rows, step = logged(out, 'loss'), checkpoint.steps(out)[0]
         assert time.time() - t < 5 and (got == code or step == 24) and no_temps(out)
-        assert step == max((x['step'] for x in rows if 'loss' in x), default=0) # the step it was in, and no other
+        assert step == max((x for x, *_ in rows), default=0) # the step that it was in, and no other
         assert join(fork(run, out, src, resume=True)) == 0
         assert digest(out) == want
 
-@pytest.mark.parametrize('moment', ['save', 'evaluate', 'first step'])
-def test_a_signal_in_the_middle_of_something_waits_for_its_end(whole, tmp_path, monkeypatch, moment):
-    _, src, want, _ = whole
-    module, name = {'save': (checkpoint, 'save'), 'evaluate': (train, 'evaluate'), 'first step': (train.view, 'Log')}[moment]
+# in the nth call of a function, and the step after which the run is saved then
+@pytest.mark.parametrize('module, name, nth, saved', [
+    (checkpoint, 'save', 2, 9), (train, 'evaluate', 2, 7), (train, 'Log', 1, 0)], ids=['save', 'evaluate', 'start'])
+def test_a_signal_in_the_middle_of_something_waits_for_its_end(whole, tmp_path, monkeypatch, module, name, nth, saved):
+    _, src, want = whole
     original, count = getattr(module, name), itertools.count(1)
-    def interrupted(*args, **kwargs):
-        if next(count) == (1 if moment == 'first step' else 2):
+    def interrupted(*args):
+        if next(count) == nth:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
+        return original(*args)
     monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(SystemExit) as e:
         run(tmp_path / 'run', src)
-    assert e.value.code == 0 and checkpoint.steps(tmp_path / 'run')[0] == {'save': 9, 'evaluate': 7, 'first step': 0}[moment]
+    assert e.value.code == 0 and checkpoint.steps(tmp_path / 'run')[0] == saved
     monkeypatch.undo()
     run(tmp_path / 'run', src, resume=True)
     assert digest(tmp_path / 'run') == want
 
 def test_a_second_signal_does_not_wait(whole, tmp_path):
-    _, src, want, _ = whole
-    out = tmp_path / 'run'
+    _, src, want = whole
+    out, asleep = tmp_path / 'run', tmp_path / 'asleep'
     def stuck():
         train.Signals.GRACE = 0.05
-        evaluate, n = train.evaluate, itertools.count()
-        train.evaluate = lambda *args: (next(n) == 1 and time.sleep(60), evaluate(*args))[1]
+        evaluate, count = train.evaluate, itertools.count()
+        def slow(*args):
+            if next(count) == 1: # at step 6
+                asleep.touch()
+                time.sleep(60)
+            return evaluate(*args)
+        train.evaluate = slow
         run(out, src)
     pid = fork(stuck)
-    while not checkpoint.steps(out):
-        time.sleep(0.01)
-    time.sleep(0.3) # it sleeps in the validation at step 6
-    before = [(path.name, path.read_bytes()) for path in sorted((out / 'ckpt').iterdir())]
+    wait_for(asleep.exists)
+    before = files(out / 'ckpt')
     os.kill(pid, signal.SIGINT)
     time.sleep(0.1)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, signal.SIGINT)
     assert join(pid, 2) == 130
-    assert before == [(path.name, path.read_bytes()) for path in sorted((out / 'ckpt').iterdir())]
+    assert files(out / 'ckpt') == before
     run(out, src, resume=True)
     assert digest(out) == want
 
 def test_the_echo_of_a_signal_is_none(whole, tmp_path):
     """ torchrun and the cluster may both tell a process, milliseconds apart """
-    _, src, want, _ = whole
+    _, src, want = whole
     out = tmp_path / 'run'
     pid = fork(run, out, src)
-    while len(checkpoint.steps(out)) < 2:
-        time.sleep(0.001)
+    wait_for(lambda: len(checkpoint.steps(out)) == 2)
     for _ in range(3):
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.005)
@@ -509,41 +608,41 @@ def test_the_echo_of_a_signal_is_none(whole, tmp_path):
     assert digest(out) == want
 
 def test_nobody_who_reads_the_output_is_needed(whole, tmp_path):
-    _, src, want, _ = whole
+    _, src, want = whole
     def unread():
         r, w = os.pipe()
         os.dup2(w, 1)
-        os.close(r), os.close(w)
+        os.close(r)
+        os.close(w)
         sys.stdout = open(1, 'w', closefd=False)
         run(tmp_path / 'run', src)
     assert join(fork(unread)) == 0 and digest(tmp_path / 'run') == want
 
-def test_a_signal_to_the_command_itself(whole, tmp_path):
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_the_command_itself(whole, tmp_path, number, code):
     """ from cold, as a cluster does it """
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        out = tmp_path / f"{number}"
-        args = [f"--data={whole[1]}", f"--out_dir={out}", '--minutes=5', '--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=60', '--save_every=9', '--log_every=1', '--val_tasks=2']
-        process = subprocess.Popen([sys.executable, '-m', 'nanoarc.train', *args], stdout=subprocess.PIPE, text=True)
-        while not checkpoint.steps(out):
-            time.sleep(0.05)
-            assert process.poll() is None
-        process.send_signal(number)
-        text = process.communicate(timeout=10)[0]
-        assert process.returncode == code and f"stopped by signal {int(number)} after step {checkpoint.steps(out)[0]}" in text
+    out = tmp_path / 'run'
+    args = [f"--data={whole[1]}", f"--out_dir={out}", '--minutes=5', *MODEL_FLAGS, '--batch_tokens=60',
+            '--save_every=9', '--log_every=1', '--val_tasks=2']
+    process = subprocess.Popen([sys.executable, '-m', 'nanoarc', 'train', *args], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: checkpoint.steps(out), process)
+    process.send_signal(number)
+    text = process.communicate(timeout=10)[0]
+    assert process.returncode == code
+    assert f"stopped by signal {int(number)} after step {checkpoint.steps(out)[0]}" in text
 
 # -----------------------------------------------------------------------------
 # one run a directory, and only the run that it was
 
 def test_two_runs_cannot_write_one_directory(whole, tmp_path, capsys):
-    _, src, want, _ = whole
-    out = tmp_path / 'run'
+    _, src, want = whole
+    out, held = tmp_path / 'run', tmp_path / 'held'
     def hold():
         with checkpoint.lock(out):
-            (tmp_path / 'held').touch()
+            held.touch()
             time.sleep(60)
     pid = fork(hold)
-    while not (tmp_path / 'held').exists():
-        time.sleep(0.01)
+    wait_for(held.exists)
     (out / 'ckpt').mkdir()
     (out / 'ckpt' / '.step-000001.safetensors.tmp').write_bytes(b"of a save that goes on")
     for _ in range(2):
@@ -557,84 +656,95 @@ def test_two_runs_cannot_write_one_directory(whole, tmp_path, capsys):
     run(out, src) # the lock died with its holder
     assert digest(out) == want and no_temps(out)
 
-def test_a_run_that_went_on_before_the_lock_was_ours_is_not_set_back(whole, tmp_path, monkeypatch):
-    _, src, want, _ = whole
+def test_a_run_that_went_on_before_the_lock_was_ours_is_not_set_back(whole, part, tmp_path, monkeypatch):
+    _, src, want = whole
     out, lock = tmp_path / 'run', checkpoint.lock
-    run(out, src, max_iters=8)
+    shutil.copytree(part[0], out)
     def late(path): # the other process ends just before
         monkeypatch.undo()
-        run(out, src, resume=True, max_iters=24)
+        run(out, src, resume=True)
         return lock(path)
     monkeypatch.setattr(checkpoint, 'lock', late)
-    with pytest.raises(ValueError, match="another process has gone on with this run meanwhile"):
-        run(out, src, resume=True, max_iters=16)
-    assert checkpoint.steps(out) == [24, 20]
+    assert run(out, src, resume=True, max_iters=20)['step'] == 24
+    assert checkpoint.steps(out) == [24, 20] and digest(out) == want
 
-def test_rows_that_a_crash_spoilt_do_not_stop_a_resume(whole, tmp_path):
-    _, src, want, _ = whole
+def test_rows_that_a_crash_spoilt_do_not_stop_a_resume(whole, part, tmp_path):
+    _, src, want = whole
     out = tmp_path / 'run'
-    run(out, src, save_every=8, max_iters=24)
-    for kind in ('sha256', 'safetensors'):
-        checkpoint.file(out, 24, kind).unlink()
-    rows = (out / 'metrics.jsonl').read_bytes().splitlines(True)
-    (out / 'metrics.jsonl').write_bytes(b"".join(rows[:-3]) + bytes(512) + b"\n" + rows[-1][:9]) # all of it after the checkpoint at 16
+    shutil.copytree(part[0], out)
+    rows = (whole[0] / 'metrics.jsonl').read_bytes().splitlines(True)
+    spoilt = rows[:-3] + [bytes(512) + b"\n", rows[-1][:9]] # all of it after step 16
+    (out / 'metrics.jsonl').write_bytes(b"".join(spoilt))
     run(out, src, resume=True)
     assert digest(out) == want
 
+# settings that a resumed run must keep, with other values
+CHANGES = dict(seed=1, grad_accum=1, dtype='bfloat16', ns_steps=3, batch_tokens=61, block_size=512, batching='pack',
+               shots=1, max_pair=99, colors='all', p_identity=0.3, val_tasks=1, deal=3, allow_leak=True,
+               drop_overlap=True, loss_on='all', n_layer=1, n_embd=64, mixer='A', head_size=32, n_kv_head=1,
+               qk_norm=True, window=9, n_hidden=99, rope_bases=(9.0, 9.0, 9.0), loops=2, d_state=32, d_head=32,
+               d_conv=3, expand=4, chunk_size=64, vocab_size=17)
+
+def as_flags(name, x):
+    if x is True:
+        return [f"--{name}"]
+    if isinstance(x, tuple):
+        return [f"--{name}", *map(str, x)]
+    return [f"--{name}={x}"]
+
+def differing(run_dir, args, capsys):
+    """ resume it -> the names that the refusal gives """
+    with pytest.raises(SystemExit) as e:
+        cli(['train', '--resume', str(run_dir), *args])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1
+    return re.findall(r"(\w+) differs", err)
+
 def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, tmp_path, capsys):
-    run_dir, src, *_ = whole
-    changes = dict(seed=1, grad_accum=1, dtype='bfloat16', ns_steps=3, batch_tokens=61, block_size=512, batching='pack', shots=1, max_pair=99, colors='all', p_identity=0.3,
-                   val_tasks=1, deal=3, allow_leak=True, drop_overlap=True, n_layer=1, n_embd=64, mixer='A', head_size=32, n_kv_head=1, qk_norm=True, window=9,
-                   n_hidden=99, prefix=False, rope_bases=(9.0, 9.0, 9.0), loops=2, d_state=32, d_head=32, d_conv=3, expand=4, chunk_size=64, vocab_size=17)
-    for name, x in changes.items():
-        settings = ['--no_' + name] if x is False else [f"--{name}"] if x is True else [f"--{name}", *map(str, x)] if isinstance(x, tuple) else [f"--{name}={x}"]
-        with pytest.raises(SystemExit) as e:
-            cli(['train', '--resume', str(run_dir), *settings])
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and re.findall(r"(\w+) differs", err) == [name], (name, err)
-    task = sorted(Path(src).iterdir())[0]
+    out, src = tmp_path / 'run', Path(whole[1])
+    for name, x in CHANGES.items():
+        assert differing(whole[0], as_flags(name, x), capsys) == [name]
+    task = sorted(src.iterdir())[0]
     text = task.read_text()
     color = int(re.search(r'\d', text)[0])
-    for now in (re.sub(r'\d', str((color + 1) % 10), text, count=1), None): # one pixel, or one task less
-        task.write_text(now) if now else task.unlink()
-        with pytest.raises(SystemExit):
-            cli(['train', '--resume', str(run_dir)])
-        assert re.findall(r"(\w+) differs", capsys.readouterr().err) == ['corpus_sha256']
-        task.write_text(text)
-    out = tmp_path / 'run'
-    shutil.copytree(run_dir, out)
-    for step in checkpoint.steps(out): # of a later version
-        data = checkpoint.file(out, step).read_bytes()
-        data = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')
-        checkpoint.file(out, step).write_bytes(data)
-        checkpoint.file(out, step, 'sha256').write_bytes(checkpoint.signed(data, checkpoint.file(out, step)))
-    with pytest.raises(SystemExit):
-        cli(['train', '--resume', str(out)])
-    assert re.findall(r"(\w+) differs", capsys.readouterr().err) == ['format']
+    task.write_text(re.sub(r'\d', str((color + 1) % 10), text, count=1)) # one pixel
+    assert differing(whole[0], [], capsys) == ['corpus_sha256']
+    task.unlink() # one task less
+    assert differing(whole[0], [], capsys) == ['corpus_sha256']
+    task.write_text(text)
+    shutil.copytree(whole[0], out)
+    rewrite(out, lambda meta: meta['stream'].update(fancy=True)) # of a stream that we cannot make
+    assert differing(out, ['--max_iters=25'], capsys) == ['fancy']
+    rewrite(out, lambda meta: meta.update(format=9)) # of a later version
+    assert differing(out, [], capsys) == ['format']
 
 def poisoned(step, what='loss'):
-    """ the loss of that step is no number, or its gradient """
+    """ a Model.forward by which the loss of a step is no number, or its gradient """
     original, calls = Model.forward, itertools.count(1)
     def forward(self, *args, **kwargs):
         logits, loss = original(self, *args, **kwargs)
         if torch.is_grad_enabled() and next(calls) == 2 * step:
-            loss = loss * float('nan') if what == 'loss' else loss + (self.head.weight[0, 0] - self.head.weight[0, 0].detach()).abs().sqrt() # 0, its slope is not
+            if what == 'loss':
+                return logits, loss * float('nan')
+            x = self.head.weight[0, 0]
+            loss = loss + (x - x.detach()).abs().sqrt() # 0, but its slope is infinite
         return logits, loss
     return forward
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
-def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch, what):
-    _, src, want, _ = whole
-    out, seen = tmp_path / 'run', []
-    monkeypatch.setattr(Model, 'forward', poisoned(8, what)) # of which the checkpoint is due at once
-    original = ArcLoader.next_batch
+def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch,
+                                                                                           what):
+    _, src, want = whole
+    out, seen, next_batch = tmp_path / 'run', [], ArcLoader.next_batch
     def recorded(self):
-        seen.append(self.names(self.window, self.batch))
-        return original(self)
+        seen.append(set(self.names(self.window, self.batch)))
+        return next_batch(self)
+    monkeypatch.setattr(Model, 'forward', poisoned(8, what)) # of which the checkpoint is due at once
     monkeypatch.setattr(ArcLoader, 'next_batch', recorded)
-    with pytest.raises(ValueError, match="step 8: the loss or its gradient is not finite, in a batch of the tasks toy") as e:
+    error = "step 8: the loss or its gradient is not finite, in a batch of the tasks toy"
+    with pytest.raises(ValueError, match=error) as e:
         run(out, src)
-    assert re.findall(r"toy\d+", str(e.value)) == sorted({*seen[14], *seen[15]}) != sorted({name for names in seen for name in names})
+    assert re.findall(r"toy\d+", str(e.value)) == sorted(seen[14] | seen[15]) != sorted(set.union(*seen))
     assert checkpoint.steps(out) == [4]
     monkeypatch.undo()
     run(out, src, resume=True)
@@ -648,60 +758,72 @@ def ranks(world, path, f, *args):
     path.mkdir(parents=True, exist_ok=True)
     meet = path / f"meet{time.time_ns()}"
     def child(rank):
+        os.environ['RANK'] = str(rank) # as torchrun does
         dist.init_process_group('gloo', init_method=f"file://{meet}", rank=rank, world_size=world)
         f(rank, *args)
     pids = [fork(child, rank) for rank in range(world)]
     return [join(pid) for pid in pids]
 
-def recorded_run(rank, out, src, **kwargs):
-    """ go_on, and what each rank was given is written down: place in the stream -> a hash of each row's tensors """
-    rows, original = [], ArcLoader.next_batch
-    def next_batch(self):
+def hash_row(batch, i):
+    """ of row i of a Batch, all that a model is given of it """
+    return hashlib.sha256(b"".join(x[i].numpy().tobytes() for x in batch if x is not None)).hexdigest()
+
+def recorded_run(rank, out, src):
+    """ go_on, and what each rank was given is written down: its place in the stream, and a hash of each row """
+    given, next_batch = [], ArcLoader.next_batch
+    def recorded(self):
         window, place = self.window, self.batch
         r0, r1, _ = self.rows(window).batches[place]
-        mine = (r1 - r0) * (self.rank + 1) // self.world - (r1 - r0) * self.rank // self.world
-        batch = original(self)
-        rows.append((window, place, self.rank, [hashlib.sha256(b"".join(x[i].numpy().tobytes() for x in batch if x is not None)).hexdigest() for i in range(mine)]))
+        a, b = split(r1 - r0, self.rank, self.world)
+        batch = next_batch(self)
+        given.append((window, place, self.rank, [hash_row(batch, i) for i in range(b - a)]))
         return batch
-    ArcLoader.next_batch = next_batch
+    ArcLoader.next_batch = recorded
     try:
-        go_on(out, src, **kwargs)
+        go_on(out, src)
     finally:
-        (out / f"rows-{time.time_ns()}-{rank}.json").write_text(json.dumps(rows))
-
-def stream_of(out):
-    """ all that all ranks of a run were given, in the order of the stream """
-    rows = sorted(tuple(x) for path in out.glob('rows-*.json') for x in map(tuple, json.loads(path.read_text())))
-    return [h for *_, hashes in rows for h in hashes]
-
-def test_one_two_four_three_ranks_are_one_run(whole, tmp_path):
-    _, src, *_ = whole
-    alone, out = tmp_path / 'alone', tmp_path / 'run'
-    assert ranks(1, tmp_path, recorded_run, alone, src) == [0]
-    for world, to in ((1, 6), (2, 12), (4, 18), (3, 24)): # the schedule is that of 24 steps
-        assert ranks(world, tmp_path, stopped_run, out, src, to) == [0] * world
-    assert len(stream_of(alone)) > 80 and stream_of(out) == stream_of(alone)
-    for key in ('loss', 'val_loss'):
-        a, b = ([(x['step'], x[key]) for x in read_metrics(path) if key in x] for path in (alone, out))
-        assert [step for step, _ in a] == [step for step, _ in b] and len(a) > 3
-        assert max(abs(x - y) / x for (_, x), (_, y) in zip(a, b)) < 1e-5
-    assert checkpoint.load(alone)[1]['tokens'] == checkpoint.load(out)[1]['tokens']
-    for world in (2, 3, 4): # and from the beginning
-        assert ranks(world, tmp_path, recorded_run, tmp_path / f"{world}", src) == [0] * world
-        assert stream_of(tmp_path / f"{world}") == stream_of(alone)
-        losses = [[x['loss'] for x in read_metrics(path) if 'loss' in x] for path in (alone, tmp_path / f"{world}")]
-        assert max(abs(x - y) / x for x, y in zip(*losses)) < 1e-5
+        (out / f"rows-{time.time_ns()}-{rank}.json").write_text(json.dumps(given))
 
 def stopped_run(rank, out, src, to):
     """ recorded_run to a step, where one rank alone gets a SIGTERM: all stop there """
-    original = Model.forward
-    calls = itertools.count(1 + 2 * (checkpoint.steps(out) or [0])[0])
+    original, start = Model.forward, max(checkpoint.steps(out), default=0)
+    calls = itertools.count(1 + 2 * start)
+    is_last = rank == dist.get_world_size() - 1
     def forward(self, *args, **kwargs):
-        if torch.is_grad_enabled() and next(calls) == 2 * to and to < 24 and rank == dist.get_world_size() - 1:
+        if torch.is_grad_enabled() and next(calls) == 2 * to and to < 24 and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
     Model.forward = forward
     recorded_run(rank, out, src)
+
+def stream_of(out):
+    """ all that all ranks of a run were given, in the order of the stream """
+    given = []
+    for path in out.glob('rows-*.json'):
+        given += json.loads(path.read_text())
+    hashes = []
+    for *_, of_rows in sorted(given):
+        hashes += of_rows
+    return hashes
+
+def largest_gap(out, other, name):
+    """ between the values of two runs that logged the same steps """
+    a, b = logged(out, name), logged(other, name)
+    assert [step for step, *_ in a] == [step for step, *_ in b] and len(a) > 3
+    return max(abs(x - y) / x for (*_, x), (*_, y) in zip(a, b))
+
+def test_one_two_four_three_ranks_are_one_run(whole, tmp_path):
+    src, alone, out = whole[1], tmp_path / 'alone', tmp_path / 'run'
+    assert ranks(1, tmp_path, recorded_run, alone, src) == [0]
+    for world, to in ((1, 6), (2, 12), (4, 18), (3, 24)): # the schedule is that of 24 steps
+        assert ranks(world, tmp_path, stopped_run, out, src, to) == [0] * world
+    assert len(stream_of(alone)) > 80 and stream_of(out) == stream_of(alone)
+    assert largest_gap(alone, out, 'loss') < 1e-5 and largest_gap(alone, out, 'val_loss') < 1e-5
+    assert checkpoint.load(alone)[1]['tokens'] == checkpoint.load(out)[1]['tokens']
+    for world in (2, 3, 4): # and from the beginning
+        out = tmp_path / f"{world}"
+        assert ranks(world, tmp_path, recorded_run, out, src) == [0] * world
+        assert stream_of(out) == stream_of(alone) and largest_gap(alone, out, 'loss') < 1e-5
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
 def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
@@ -715,54 +837,89 @@ def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
 
 @pytest.mark.parametrize('how', ['raises', 'is killed', 'has a loss that is not finite'])
 def test_a_rank_that_dies_ends_all(whole, tmp_path, how):
-    def dies(rank):
-        if rank == 1 and how == 'has a loss that is not finite':
-            Model.forward = poisoned(9)
-        elif rank == 1:
-            original, calls = Model.forward, itertools.count()
-            def forward(self, *args, **kwargs):
-                if next(calls) == 20:
-                    os.kill(os.getpid(), signal.SIGKILL) if how == 'is killed' else 1 / 0
-                return original(self, *args, **kwargs)
-            Model.forward = forward
+    def one_dies(rank):
+        original, calls = Model.forward, itertools.count()
+        def forward(self, *args, **kwargs):
+            if next(calls) == 20:
+                if how == 'is killed':
+                    die()
+                raise RuntimeError("this rank ends here")
+            return original(self, *args, **kwargs)
+        if rank == 1:
+            Model.forward = poisoned(9) if how == 'has a loss that is not finite' else forward
         run(tmp_path / 'run', whole[1])
     t = time.time()
-    codes = ranks(3, tmp_path, dies)
+    codes = ranks(3, tmp_path, one_dies)
     assert 0 not in codes and time.time() - t < 30
     assert checkpoint.load(tmp_path / 'run')[1]['step'] in (4, 8)
 
 def test_torchrun_ends_when_a_rank_dies_and_stops_when_told(whole, tmp_path):
-    """ the real thing: its workers are killed, or it gets a SIGTERM, and the run goes on with another number of ranks """
+    """ the real thing: a worker is killed, then it gets a SIGTERM, and both times the run can go on """
     out = tmp_path / 'run'
-    args = ['-m', 'nanoarc.train', f"--data={whole[1]}", '--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=60', '--val_tasks=2', '--save_every=5', '--log_every=1',
-            '--minutes=0', '--max_iters=100000']
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    process = subprocess.Popen([*command, *args, f"--out_dir={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not checkpoint.steps(out):
-        time.sleep(0.05)
-        assert process.poll() is None
-    workers = [int(x) for x in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True).stdout.split()]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'nanoarc',
+               'train']
+    args = [f"--data={whole[1]}", f"--out_dir={out}", *MODEL_FLAGS, '--batch_tokens=60', '--val_tasks=2',
+            '--save_every=5', '--log_every=1', '--minutes=0', '--max_iters=100000']
+    process = subprocess.Popen([*command, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: checkpoint.steps(out), process)
+    ps = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True)
+    workers = [int(x) for x in ps.stdout.split()]
     os.kill(workers[-1], signal.SIGKILL)
     assert process.wait(timeout=30) != 0
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     step = checkpoint.steps(out)[0]
-    process = subprocess.Popen([*command, '-m', 'nanoarc.train', '--resume', str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while checkpoint.steps(out)[0] < step + 10:
-        time.sleep(0.05)
-        assert process.poll() is None
+    process = subprocess.Popen([*command, '--resume', str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True)
+    wait_for(lambda: checkpoint.steps(out)[0] >= step + 10, process)
     process.terminate()
     text = process.communicate(timeout=30)[0]
     assert f"stopped by signal 15 after step {checkpoint.steps(out)[0]}" in text and no_temps(out)
 
+def masked_run(rank, out, src, **kwargs):
+    """ run, in a world where blocks have a dropout -> its masks go to a file """
+    masks, forward = [], Block.forward
+    def dropped(self, x, ctx, cache=None):
+        mask = F.dropout(torch.ones(x.size(-1)), 0.2, self.training)
+        if torch.is_grad_enabled():
+            masks.append(mask.numpy().tobytes().hex())
+        return forward(self, x * mask, ctx, cache)
+    Block.forward = dropped
+    run(out, src, **kwargs)
+    (out / f"masks-{rank}-{time.time_ns()}.json").write_text(json.dumps(masks))
+
+def masks_of(out, rank):
+    """ all masks that a rank drew, in a run that may have been interrupted """
+    masks = []
+    for path in sorted(out.glob(f"masks-{rank}-*.json")):
+        masks += json.loads(path.read_text())
+    return masks
+
+def test_a_dropout_would_draw_other_masks_on_each_rank_and_the_same_ones_in_a_resumed_run(whole, tmp_path):
+    src, out, resumed = whole[1], tmp_path / 'run', tmp_path / 'resumed'
+    def all_of_it(rank):
+        masked_run(rank, out, src)
+    def first_part(rank):
+        masked_run(rank, resumed, src, max_iters=8)
+    def second_part(rank):
+        masked_run(rank, resumed, src, resume=True)
+    for f in (all_of_it, first_part, second_part):
+        assert ranks(2, tmp_path, f) == [0, 0]
+    first, second = masks_of(out, 0), masks_of(out, 1)
+    assert len(first) == len(second) == 24 * 2 * 2 # steps, micro batches, blocks
+    assert len({*first, *second}) == len(first + second) # no mask twice
+    assert (masks_of(resumed, 0), masks_of(resumed, 1)) == (first, second)
+
 def test_solve_gives_the_same_submission_on_any_number_of_ranks(tiny_run, tmp_path):
-    from nanoarc import solve
     run_dir, src = tiny_run
     def solved(rank, out):
-        solve.main(solve.SolveConfig(run=run_dir, data=src, out_dir=str(out), views=8, decode_rows=5, together=1, device='cpu', select='both', ttt_steps=1))
+        solve(SolveConfig(run=run_dir, data=src, out_dir=str(out), views=8, decode_rows=5, together=1, ttt_steps=1,
+                          device='cpu'))
+    want = None
     for world in (1, 2, 3, 7):
-        assert ranks(world, tmp_path, solved, tmp_path / f"{world}") == [0] * world
-        for name in ('submission.json', 'candidates.jsonl'):
-            assert (tmp_path / f"{world}" / name).read_bytes() == (tmp_path / '1' / name).read_bytes()
-    assert not (tmp_path / '1' / 'candidates.jsonl').read_text() == ""
+        out = tmp_path / f"{world}"
+        assert ranks(world, tmp_path, solved, out) == [0] * world
+        found = [(out / name).read_bytes() for name in ('submission.json', 'candidates.jsonl')]
+        want = want or found
+        assert found == want and all(want)

