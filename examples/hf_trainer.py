@@ -3,8 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from nanoarc.data import ArcDataset, DataConfig
-from nanoarc.grids import VOCAB_SIZE
+from nanoarc.data import VOCAB_SIZE, ArcDataset, DataConfig
 
 def to_hf(batch):
     """ Batch (B, T) -> arguments of a causal LM. transformers shifts labels to the left, so they go to the right """

@@ -3,8 +3,7 @@ import lightning
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from nanoarc.data import ArcDataset, ArcStream, DataConfig
-from nanoarc.grids import VOCAB_SIZE
+from nanoarc.data import VOCAB_SIZE, ArcDataset, ArcStream, DataConfig
 
 class ArcData(lightning.LightningDataModule):
     def __init__(self, cfg, num_workers=0):
@@ -15,8 +14,7 @@ class ArcData(lightning.LightningDataModule):
         stream = ArcStream(self.ds, self.trainer.global_rank, self.trainer.world_size)
         loader = StatefulDataLoader(stream, batch_size=None, num_workers=self.num_workers)
         loader.load_state_dict(self.place)
-        for batch in loader: # Lightning fetches ahead, so each batch brings along the place after it
-            yield batch, loader.state_dict()
+        yield from ((batch, loader.state_dict()) for batch in loader) # Lightning fetches ahead: each brings its place
     def on_before_batch_transfer(self, batch, dataloader_idx): # comes right before training_step
         batch, self.place = batch
         return batch
@@ -27,8 +25,10 @@ class Bigram(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.logits = torch.nn.Embedding(VOCAB_SIZE, VOCAB_SIZE) # of the next token by this one
-    def training_step(self, batch, _):
-        return torch.nn.functional.cross_entropy(self.logits(batch.idx).flatten(0, 1), batch.targets.flatten())
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self.logits(batch.idx).view(-1, VOCAB_SIZE), batch.targets.view(-1))
+        self.log('loss', loss, prog_bar=True)
+        return loss
     def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=0.1)
 
 def main(cfg=DataConfig(shots=-1, block_size=1024, batch_tokens=4096), steps=50, out='out/lightning', resume=None):

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from nanoarc.data import ArcDataset, ArcLoader, DataConfig
-from nanoarc.grids import VOCAB_SIZE
+from nanoarc.data import VOCAB_SIZE, ArcDataset, ArcLoader, DataConfig
 
 class GPT(nn.Module):
     def __init__(self, T, C=64, n_layer=2):
@@ -29,7 +27,7 @@ def main(cfg=DataConfig(shots=-1, batching='pad', block_size=512, batch_tokens=4
     for step in range(steps):
         x, y = loader.next_batch()[:2] # (B, T) each, y is -100 where there is no loss
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x).view(-1, VOCAB_SIZE), y.view(-1))
+        loss = nn.functional.cross_entropy(model(x).view(-1, VOCAB_SIZE), y.view(-1))
         loss.backward()
         optimizer.step()
         print(f"step {step} | loss {loss.item():.4f}")

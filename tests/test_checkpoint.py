@@ -1,4 +1,4 @@
-""" python -m pytest tests/test_checkpoint.py: what is saved, alone. test_reliability.py has it under kills and damage """
+""" python -m pytest tests/test_checkpoint.py: what is saved. under kills and damage: test_reliability.py """
 import os
 
 import pytest

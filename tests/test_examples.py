@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from nanoarc import data
-from nanoarc.data import VOCAB_SIZE, ArcDataset, ArcLoader, ArcStream, Batch, DataConfig
+from nanoarc.data import ArcDataset, ArcLoader, ArcStream, Batch, DataConfig
+from nanoarc.grids import VOCAB_SIZE
 
 EXAMPLES = sorted((Path(__file__).parent.parent / 'examples').glob('*.py'))
 LIBRARIES = {'dataloader': 'torchdata', 'hf_trainer': 'transformers', 'lightning_module': 'lightning'}
@@ -44,10 +45,16 @@ def same(a, b):
     """ are these two batches, or lists of batches, equal to the last byte? """
     if isinstance(a, (Batch, list)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 def take(batches, n):
     return [batch for _, batch in zip(range(n), batches)]
+
+def document(batch, j):
+    """ row j of a Batch """
+    return Batch(*(x if x is None else x[j] for x in batch))
 
 @pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_under_40_lines(path):
@@ -58,7 +65,8 @@ def test_an_example_is_under_40_lines(path):
 @pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_out_of_the_box(path, tmp_path):
     load(path.stem)
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
 
 # -----------------------------------------------------------------------------
@@ -72,9 +80,13 @@ def test_the_loop_resumes_exactly(cfg, tmp_path, capsys):
             example.main(cfg, steps, tmp_path / str(parts))
         losses.append([line.split(' | ')[1] for line in capsys.readouterr().out.splitlines()])
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
-    a, b = ([torch.load(tmp_path / str(parts) / 'ckpt.pt'), (tmp_path / str(parts) / 'loader.json').read_text()] for parts in ([6], [2, 4]))
-    assert a[1] == b[1] and json.loads(a[1])['batch'] == 6
-    assert all(torch.equal(a[0][0][key], b[0][0][key]) for key in a[0][0])
+    found = []
+    for parts in ([6], [2, 4]):
+        out = tmp_path / str(parts)
+        found.append((torch.load(out / 'ckpt.pt')[0], (out / 'loader.json').read_text()))
+    (weights, place), (weights_in_two, place_in_two) = found
+    assert place == place_in_two and json.loads(place)['batch'] == 6
+    assert all(torch.equal(x, weights_in_two[name]) for name, x in weights.items())
 
 # -----------------------------------------------------------------------------
 # dataloader
@@ -89,13 +101,18 @@ def test_two_workers_give_the_bytes_of_single_documents(cfg, shots, start):
     cfg.shots = shots
     ds = ArcDataset(cfg)
     batches = take(DataLoader(ds, batch_size=3, num_workers=2, collate_fn=ds.collate, multiprocessing_context=start), 4)
-    assert len(batches) == 4 and all(same(batch, ds.collate([ds[3 * i + j] for j in range(3)])) for i, batch in enumerate(batches))
-    assert all(same(Batch(*(x if x is None else x[j] for x in batch)), ds[3 * i + j]) for i, batch in enumerate(batches) for j in range(3))
+    assert len(batches) == 4
+    for i, batch in enumerate(batches):
+        assert same(batch, ds.collate([ds[3 * i + j] for j in range(3)]))
+        for j in range(3):
+            assert same(document(batch, j), ds[3 * i + j])
 
 def stateful(ds, workers, start, state=None, **kwargs):
     """ a StatefulDataLoader over a new stream, or over the dataset in kwargs, at a place that went through json """
     lib = pytest.importorskip('torchdata.stateful_dataloader')
-    loader = lib.StatefulDataLoader(**{'dataset': ArcStream(ds), 'batch_size': None, 'num_workers': workers, 'multiprocessing_context': start if workers else None, **kwargs})
+    args = {'dataset': ArcStream(ds), 'batch_size': None, 'num_workers': workers,
+            'multiprocessing_context': start if workers else None}
+    loader = lib.StatefulDataLoader(**{**args, **kwargs})
     if state is not None:
         loader.load_state_dict(json.loads(json.dumps(state)))
     return loader
@@ -105,7 +122,8 @@ def stateful(ds, workers, start, state=None, **kwargs):
 def test_workers_give_the_batches_of_the_loader_in_order(cfg, workers, start):
     ds = ArcDataset(cfg)
     assert same(take(stateful(ds, workers, start), 10), reference(ds, 10))
-    loader = DataLoader(ArcStream(ds, 1, 2), batch_size=None, num_workers=workers, multiprocessing_context=start if workers else None)
+    loader = DataLoader(ArcStream(ds, 1, 2), batch_size=None, num_workers=workers,
+                        multiprocessing_context=start if workers else None)
     assert same(take(loader, 5), reference(ds, 5, 1, 2))
 
 @pytest.mark.parametrize('start', STARTS)
@@ -115,7 +133,7 @@ def test_a_stateful_loader_resumes_exactly_wherever_it_was_saved(cfg, workers, s
         monkeypatch.setattr(data, 'WINDOW', 40)
     ds = ArcDataset(cfg)
     want = reference(ds, 32)
-    for k in (0, 1, 2, 3, 5, 10, 21) if start == 'fork' else (0, 2):
+    for k in (0, 1, 2, 10, 21) if start == 'fork' else (0, 2):
         loader = stateful(ds, workers, start)
         assert same(take(loader, k) if k else [], want[:k]) # k=0 is saved before there is an iterator
         state = loader.state_dict()
@@ -191,8 +209,9 @@ def test_a_place_of_the_loader_may_go_to_a_stream_with_any_workers(cfg, workers)
 def tiny_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                        pad_token_id=None, bos_token_id=None, eos_token_id=None))
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None))
 
 @pytest.mark.parametrize('batching', ['pad', 'pack', 'bucket'])
 @pytest.mark.parametrize('loss_on', ['query', 'outputs', 'all'])
@@ -210,11 +229,11 @@ def test_positions_count_from_0_within_a_document_and_attention_ends_at_padding(
     example = load('hf_trainer')
     cfg.batching = 'pack'
     batch = ArcLoader(ArcDataset(cfg)).next_batch()
-    fields, most = example.to_hf(batch), 0
-    for docs, positions, mask in zip(batch.doc.tolist(), fields['position_ids'].tolist(), fields['attention_mask'].tolist()):
-        most = max(most, *docs)
-        assert positions == [i - docs.index(n) for i, n in enumerate(docs)] and mask == [int(n >= 0) for n in docs]
-    assert most > 0 and (batch.doc == -1).any()
+    fields = {name: x.tolist() for name, x in example.to_hf(batch).items()}
+    for docs, places, mask in zip(batch.doc.tolist(), fields['position_ids'], fields['attention_mask']):
+        assert places == [i - docs.index(n) for i, n in enumerate(docs)]
+        assert mask == [int(n >= 0) for n in docs]
+    assert batch.doc.max() > 0 and (batch.doc == -1).any()
 
 def test_trainer_sees_the_documents_in_order_and_resumes_exactly(cfg, tmp_path, monkeypatch):
     example, seen, losses = load('hf_trainer'), [], {}
@@ -226,7 +245,9 @@ def test_trainer_sees_the_documents_in_order_and_resumes_exactly(cfg, tmp_path, 
     monkeypatch.setattr(example.ArcTrainer, 'train', record)
     example.main(cfg, steps=12, out=tmp_path)
     ds = ArcDataset(cfg)
-    assert len(seen) >= 12 and all(same(batch, ds.collate([ds[8 * i + j] for j in range(8)])) for i, batch in enumerate(seen))
+    assert len(seen) >= 12
+    for i, batch in enumerate(seen):
+        assert same(batch, ds.collate([ds[8 * i + j] for j in range(8)]))
     example.main(cfg, steps=12, out=tmp_path, resume=str(tmp_path / 'checkpoint-10'))
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
@@ -243,12 +264,14 @@ def fit(example, cfg, out, workers=0, resume=None, steps=9, **kwargs):
             return super().training_step(batch, batch_idx)
     torch.manual_seed(0)
     model, save = Recorder(), ModelCheckpoint(out, '{step}', every_n_train_steps=1, save_top_k=-1)
-    trainer = example.lightning.Trainer(max_steps=steps, accelerator='cpu', logger=False, callbacks=[save], enable_progress_bar=False, enable_model_summary=False, **kwargs)
+    trainer = example.lightning.Trainer(max_steps=steps, accelerator='cpu', logger=False, callbacks=[save],
+                                        enable_progress_bar=False, enable_model_summary=False, **kwargs)
     trainer.fit(model, datamodule=example.ArcData(cfg, workers), ckpt_path=resume)
     return seen, model.logits.weight.detach()
 
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('kwargs', [{}, {'limit_train_batches': 4}, {'accumulate_grad_batches': 2}], ids=['endless', 'epochs', 'accumulate'])
+@pytest.mark.parametrize('kwargs', [{}, {'limit_train_batches': 4}, {'accumulate_grad_batches': 2}],
+                         ids=['endless', 'epochs', 'accumulate'])
 def test_lightning_resumes_exactly(cfg, tmp_path, kwargs, workers, monkeypatch):
     example, per_step = load('lightning_module'), kwargs.get('accumulate_grad_batches', 1)
     monkeypatch.setattr(data, 'WINDOW', 20) # 5 batches a window

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import test_text
 from test_reliability import fork, join
-from test_text import made, text_run # noqa: F401, a fixture
+from test_text import made
 
 from nanoarc import hellaswag
 from nanoarc.cli import main as cli
 from nanoarc.hellaswag import HellaswagConfig, HubModel, OwnModel, SampleConfig
 from nanoarc.model import Model, ModelConfig
+
+text_run = test_text.text_run # a fixture
 
 ITEMS = [("a man", ["c", "bbb", "ccc", "dd"], 1), ("a dog", ["dd", "c", "bbbb", "ddd"], 1), ("x", ["bbbb", "c", "d", "dddd"], 0), ("y", ["cc", "d", "ddd", "bcb"], 3)]
 NATS = {'b': 1.0, 'c': 2.0, 'd': 3.0} # of each letter, whatever stands before

@@ -9,7 +9,7 @@ from conftest import toy_tasks
 
 from nanoarc import submission as sub
 from nanoarc.cli import main as cli
-from nanoarc.grids import Task, grid_bytes
+from nanoarc.grids import Task
 from nanoarc.sources import read_tasks
 from nanoarc.submission import Candidate, rank_candidates
 

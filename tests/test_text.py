@@ -8,21 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from slow_loader import EPOCH, bijection, hash64
 from test_promises import digest
 from test_reliability import fork, join
 
 from nanoarc import checkpoint, hellaswag, text
 from nanoarc.cli import main as cli
-from nanoarc.model import Model, ModelConfig
+from nanoarc.model import ModelConfig
 from nanoarc.text import PrepareConfig, TextConfig, TextDataset, open_shard, prepare, shard_bytes
 from nanoarc.train import TrainConfig
 from nanoarc.run import read_metrics
