@@ -1,4 +1,7 @@
-""" python -m pytest tests/test_page.py: the page of a solved directory, in a real browser. needs Debian's chromium and chromium-driver """
+"""
+python -m pytest tests/test_page.py: the page of a solved directory, in a real browser. needs Debian's chromium and
+chromium-driver
+"""
 import json
 import re
 import shutil
@@ -14,8 +17,14 @@ from nanoarc.sources import read_tasks
 
 def solved_directory(out, data, tasks, answered):
     """ as nanoarc solve writes it: of each task what answered(number, query, answer) says, a list of grids """
-    ranked = {(k, i): [(submission.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5) for n, g in enumerate(answered(k, i, y))]
-              for k, task in enumerate(tasks) for i, (_, y) in enumerate(task.queries)}
+    ranked = {
+        (k, i): [
+            (submission.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5)
+            for n, g in enumerate(answered(k, i, y))
+        ]
+        for k, task in enumerate(tasks)
+        for i, (_, y) in enumerate(task.queries)
+    }
     submission.write_results(out, tasks, ranked)
     (out / 'solve.json').write_text(json.dumps({'run': 'x', 'data': data, 'leaks': []}))
     return out
@@ -25,7 +34,15 @@ def page(tmp_path_factory):
     """ 4 tasks: one solved, one wrong in a cell, one without candidates, one wrong in its shape -> (page, tasks) """
     path = tmp_path_factory.mktemp('page')
     from conftest import toy_tasks
-    (path / 'toy.json').write_text(json.dumps({f"{name}<b>" if k == 3 else name: task for k, (name, task) in enumerate(toy_tasks(n=4, queries=2, side=5).items())}))
+
+    (path / 'toy.json').write_text(
+        json.dumps(
+            {
+                f"{name}<b>" if k == 3 else name: task
+                for k, (name, task) in enumerate(toy_tasks(n=4, queries=2, side=5).items())
+            }
+        )
+    )
     tasks = read_tasks(str(path / 'toy.json'))
     def answered(k, i, y):
         other = y.copy()
@@ -52,7 +69,12 @@ def driver():
 
 def test_the_page_holds_all_and_asks_for_nothing(page):
     text = page[0].read_text()
-    assert "2 of 4" not in text and "1 of 4 solved" in text and not re.search(r'(src|href)\s*=\s*"(?!data:)', text) and 'http' not in text
+    assert (
+        "2 of 4" not in text
+        and "1 of 4 solved" in text
+        and not re.search(r'(src|href)\s*=\s*"(?!data:)', text)
+        and 'http' not in text
+    )
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
     assert [task['state'] for task in data['tasks']] == ['solved', 'wrong', 'empty', 'wrong']
     assert data['tasks'][3]['name'] == 'toy0003<b>' and 'toy0003<b>' not in text # a name cannot end the script
@@ -88,7 +110,9 @@ def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver)
     driver.get(page[0].as_uri())
     pixels = driver.execute_script("""
         const canvas = [...document.querySelectorAll('article:first-of-type canvas')];
-        return canvas.map(c => ({ label: c.getAttribute('aria-label'), w: c.width, h: c.height, data: [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }));""")
+        const pixels = c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        return canvas.map(c => ({
+            label: c.getAttribute('aria-label'), w: c.width, h: c.height, data: [...pixels(c)] }));""")
     task = page[1][0]
     grids = [grid for pair in task.demos for grid in pair] + [task.queries[0][0], task.queries[0][1]]
     rgb = [tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in PALETTE]
@@ -99,19 +123,32 @@ def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver)
         assert (shown['w'], shown['h']) == (W * side + 1, H * side + 1)
         for r in range(H):
             for c in range(W):
-                assert tuple(data[r * side + side // 2, c * side + side // 2, :3]) == rgb[grid[r, c]] == tuple(data[r * side + 1, c * side + 1, :3])
+                assert (
+                    tuple(data[r * side + side // 2, c * side + side // 2, :3])
+                    == rgb[grid[r, c]]
+                    == tuple(data[r * side + 1, c * side + 1, :3])
+                )
     wrong = pixels[len(grids)] # attempt 1 differs in its first cell
     data, side = np.array(wrong['data']).reshape(wrong['h'], wrong['w'], 4), (wrong['w'] - 1) // grids[-1].shape[1]
     first = data[1:side, 1:side, :3].reshape(-1, 3).tolist()
-    assert [255] * 3 in first and [0] * 3 in first and len(np.unique(data[1:side, 1:side, :3].reshape(-1, 3), axis=0)) == 3
+    assert (
+        [255] * 3 in first and [0] * 3 in first and len(np.unique(data[1:side, 1:side, :3].reshape(-1, 3), axis=0)) == 3
+    )
     text = driver.execute_script("return document.querySelector('article').innerText")
-    assert "attempt 1: wrong" in text and "attempt 2: right\n8 votes, log p -2.25" in text and "candidate 3: wrong\n7 votes, log p -3.25" in text
+    assert (
+        "attempt 1: wrong" in text
+        and "attempt 2: right\n8 votes, log p -2.25" in text
+        and "candidate 3: wrong\n7 votes, log p -3.25" in text
+    )
 
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [1200, 380])
 def test_no_console_error_no_outside_request_and_nothing_wider_than_the_window(page, driver, width):
     driver.get_log('browser'), driver.get_log('performance')
-    driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 600})
+    driver.execute_cdp_cmd(
+        'Emulation.setDeviceMetricsOverride',
+        {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 600},
+    )
     driver.get(page[0].as_uri())
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert driver.get_log('browser') == []
@@ -124,16 +161,26 @@ def test_no_console_error_no_outside_request_and_nothing_wider_than_the_window(p
 def test_light_and_dark_follow_the_system(page, driver):
     seen = []
     for scheme in ('light', 'dark'):
-        driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
+        driver.execute_cdp_cmd(
+            'Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
+        )
         driver.get(page[0].as_uri())
         seen.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert seen == ['rgb(255, 255, 255)', 'rgb(22, 22, 22)']
 
 def test_400_tasks_are_less_than_5_megabytes(tmp_path):
     tasks = [replace(task, queries=task.queries) for task in read_tasks('arc1/evaluation')]
-    solved_directory(tmp_path, 'arc1/evaluation', tasks, lambda k, i, y: [y ^ n for n in range(1)] + [np.full_like(y, n) for n in range(5)])
+    solved_directory(
+        tmp_path,
+        'arc1/evaluation',
+        tasks,
+        lambda k, i, y: [y ^ n for n in range(1)] + [np.full_like(y, n) for n in range(5)],
+    )
     view.write_page(tmp_path, tmp_path / 'page.html')
-    assert len(json.loads((tmp_path / 'submission.json').read_text())) == 400 and (tmp_path / 'page.html').stat().st_size < 5e6
+    assert (
+        len(json.loads((tmp_path / 'submission.json').read_text())) == 400
+        and (tmp_path / 'page.html').stat().st_size < 5e6
+    )
 
 @pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line'])
 def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsys, missing):
@@ -150,4 +197,9 @@ def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsy
 def test_a_task_shows_itself_in_a_notebook(page):
     task = page[1][3]
     html = task._repr_html_()
-    assert html.count('<svg') == 2 * 3 + 2 * 2 and html.count('<rect') == sum(grid.size for pair in task.demos + task.queries for grid in pair) and '<b>' in html and '&lt;b&gt;' in html
+    assert (
+        html.count('<svg') == 2 * 3 + 2 * 2
+        and html.count('<rect') == sum(grid.size for pair in task.demos + task.queries for grid in pair)
+        and '<b>' in html
+        and '&lt;b&gt;' in html
+    )

@@ -20,8 +20,16 @@ def as_task(name, answers):
 
 def test_the_score_equals_a_hand_count():
     a, b = [[1, 2], [3, 4]], [[5]]
-    tasks = [as_task('first', [a]), as_task('second', [b]), as_task('shape', [a]), as_task('half', [a, b]), as_task('noattempt', [b]), as_task('leftout', [a]),
-             as_task('short', [a, b]), as_task('junk', [a])]
+    tasks = [
+        as_task('first', [a]),
+        as_task('second', [b]),
+        as_task('shape', [a]),
+        as_task('half', [a, b]),
+        as_task('noattempt', [b]),
+        as_task('leftout', [a]),
+        as_task('short', [a, b]),
+        as_task('junk', [a]),
+    ]
     submission = {
         'first': [{'attempt_1': a, 'attempt_2': b}], # 1
         'second': [{'attempt_1': a, 'attempt_2': b}], # 1: either attempt counts
@@ -33,20 +41,39 @@ def test_the_score_equals_a_hand_count():
         'stranger': [{'attempt_1': a}],
     }
     result = sub.score(submission, tasks)
-    assert result['score'] == 50.0 and result['solved'] == 3 and result['tasks'] == 8 # (1 + 1 + 0 + 1/2 + 1 + 0 + 1/2 + 0) / 8
+    # (1 + 1 + 0 + 1/2 + 1 + 0 + 1/2 + 0) / 8
+    assert result['score'] == 50.0 and result['solved'] == 3 and result['tasks'] == 8
     assert (result['right'], result['outputs']) == (5, 10)
     assert sub.score({'x': [{'attempt_1': [[True]]}]}, [as_task('x', [[[1]]])])['score'] == 0 # true is not 1
     assert result['missing'] == ['leftout', 'junk'] and result['unknown'] == ['stranger']
-    assert result['per_task'] == {'first': [1, 1], 'second': [1, 1], 'shape': [0, 1], 'half': [1, 2], 'noattempt': [1, 1], 'leftout': [0, 1], 'short': [1, 2], 'junk': [0, 1]}
+    assert result['per_task'] == {
+        'first': [1, 1],
+        'second': [1, 1],
+        'shape': [0, 1],
+        'half': [1, 2],
+        'noattempt': [1, 1],
+        'leftout': [0, 1],
+        'short': [1, 2],
+        'junk': [0, 1],
+    }
 
-@pytest.mark.parametrize('source, outputs', [('arc1/evaluation', 419), ('arc2/evaluation', 167), ('kaggle2025/evaluation', 172)])
+@pytest.mark.parametrize(
+    'source, outputs', [('arc1/evaluation', 419), ('arc2/evaluation', 167), ('kaggle2025/evaluation', 172)]
+)
 def test_a_perfect_submission_scores_100(source, outputs, tmp_path, capsys):
-    submission = {task.name: [{'attempt_1': [[0]], 'attempt_2': y.tolist()} for _, y in task.queries] for task in read_tasks(source)}
+    submission = {
+        task.name: [{'attempt_1': [[0]], 'attempt_2': y.tolist()} for _, y in task.queries]
+        for task in read_tasks(source)
+    }
     path = tmp_path / 'submission.json'
     path.write_text(json.dumps(submission))
     cli(['score', str(path), source])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result['score'] == 100 and result['right'] == result['outputs'] == outputs and result['solved'] == result['tasks']
+    assert (
+        result['score'] == 100
+        and result['right'] == result['outputs'] == outputs
+        and result['solved'] == result['tasks']
+    )
 
 def test_scoring_names_what_is_missing_and_refuses_unknown_answers(tmp_path, capsys):
     path, src = tmp_path / 'submission.json', tmp_path / 'src.json'
@@ -55,7 +82,9 @@ def test_scoring_names_what_is_missing_and_refuses_unknown_answers(tmp_path, cap
     src.write_text(json.dumps(tasks))
     cli(['score', str(path), str(src)])
     out = capsys.readouterr().out
-    assert "1 tasks not in the submission, worth 0: toy0001" in out and "1 tasks not in the source, ignored: other" in out
+    assert (
+        "1 tasks not in the submission, worth 0: toy0001" in out and "1 tasks not in the source, ignored: other" in out
+    )
     del tasks['toy0001']['test'][0]['output']
     src.write_text(json.dumps(tasks))
     with pytest.raises(SystemExit):
@@ -66,27 +95,40 @@ def candidate(grid, votes, logp, score=None):
     return Candidate(np.array(grid, np.uint8), votes, [(v, logp) for v in range(max(votes, 1))], score)
 
 def test_votes_rank_and_ties_are_decided_by_log_probability_then_bytes():
-    found = [candidate([[k] * k], votes, logp) for k, votes, logp in ((1, 1, -3.0), (2, 1, -1.0), (3, 2, -9.0), (4, 1, -1.0))]
+    found = [
+        candidate([[k] * k], votes, logp) for k, votes, logp in ((1, 1, -3.0), (2, 1, -1.0), (3, 2, -9.0), (4, 1, -1.0))
+    ]
     for part in (found, found[::-1]):
         ranked = rank_candidates([part], 'votes')
         assert [c.grid.shape[1] for c, _ in ranked] == [3, 2, 4, 1]
         assert ranked[0][1] == 2 / 5 and sum(belief for _, belief in ranked) == pytest.approx(1)
 
 def test_a_product_of_experts_hears_the_doubts_of_those_that_answer_otherwise():
-    a, b, c = candidate([[1]], 3, -0.1, -5.0), candidate([[2]], 1, -0.2, -1.0), candidate([[3]], 0, -2.0) # 3 was not asked about
+    # 3 was not asked about
+    a, b, c = candidate([[1]], 3, -0.1, -5.0), candidate([[2]], 1, -0.2, -1.0), candidate([[3]], 0, -2.0)
     assert [x.grid[0, 0] for x, _ in rank_candidates([[a, b, c]], 'votes')] == [1, 2, 3]
     assert [x.grid[0, 0] for x, _ in rank_candidates([[a, b, c]], 'product')] == [2, 1, 3]
     p = 1 / (1 + np.exp(-4.0))
     beliefs = [round(belief, 6) for _, belief in rank_candidates([[a, b, c]], 'product')]
     assert beliefs == [round(p, 6), round(1 - p, 6), 0]
-    assert [x.grid[0, 0] for x, _ in rank_candidates([[candidate([[1]], 3, -0.1)], [candidate([[2]], 1, -0.1)]], 'product')] == [1, 2] # nothing was asked about: votes
+    # nothing was asked about: votes
+    assert [
+        x.grid[0, 0] for x, _ in rank_candidates([[candidate([[1]], 3, -0.1)], [candidate([[2]], 1, -0.1)]], 'product')
+    ] == [1, 2]
 
 def test_the_second_attempt_is_the_more_probable_one_though_neither_is_believed():
-    sure, likely, found = candidate([[1]], 9, -0.1, -0.1), candidate([[2]], 0, -2.0, -24.0), candidate([[3]], 0, -1.0, -38.0)
+    sure, likely, found = (
+        candidate([[1]], 9, -0.1, -0.1),
+        candidate([[2]], 0, -2.0, -24.0),
+        candidate([[3]], 0, -1.0, -38.0),
+    )
     assert [x.grid[0, 0] for x, _ in rank_candidates([[found, likely, sure]], 'product')] == [1, 2, 3]
 
 def test_runs_that_agree_outvote_one_that_is_sure():
-    parts = [[candidate([[1]], 5, -0.1), candidate([[2]], 4, -0.1)], [candidate([[3]], 6, -0.1), candidate([[2]], 4, -0.1)]]
+    parts = [
+        [candidate([[1]], 5, -0.1), candidate([[2]], 4, -0.1)],
+        [candidate([[3]], 6, -0.1), candidate([[2]], 4, -0.1)],
+    ]
     merged = rank_candidates(parts, 'votes')
     assert [c.grid[0, 0] for c, _ in merged] == [2, 3, 1] and merged[0][0].votes == 8 and len(merged[0][0].found) == 8
 
@@ -96,15 +138,27 @@ def test_attempts_differ_and_every_query_has_an_entry_in_order(tmp_path):
     ranked = {(0, 1): [(g[1], 0.5), (g[2], 0.3), (g[3], 0.2)], (1, 0): [(g[3], 1.0)]}
     sub.write_results(tmp_path, tasks, ranked)
     assert json.loads((tmp_path / 'submission.json').read_text()) == {
-        'a': [{'attempt_1': [[0]], 'attempt_2': [[0]]}, {'attempt_1': [[1]], 'attempt_2': [[2]]}], 'b': [{'attempt_1': [[3]], 'attempt_2': [[3]]}]}
+        'a': [{'attempt_1': [[0]], 'attempt_2': [[0]]}, {'attempt_1': [[1]], 'attempt_2': [[2]]}],
+        'b': [{'attempt_1': [[3]], 'attempt_2': [[3]]}],
+    }
     again = sub.read_candidates(tmp_path / 'candidates.jsonl', tasks)
     assert {key: [c.grid[0, 0] for c in found] for key, found in again.items()} == {(0, 1): [1, 2, 3], (1, 0): [3]}
 
-@pytest.mark.parametrize('line, want', [
-    ("{", "line 1: not a candidate"), ('{"task": "a"}', "line 1: no field 'query'"), ('{"task": "a", "query": 2, "votes": 1, "log_prob": -1, "score": null, "views": []}', "task a has no query 2"),
-    ('{"task": "a", "query": 0, "votes": "1", "log_prob": -1, "score": null, "views": []}', "want numbers"),
-    ('{"task": "a", "query": 0, "votes": 1, "log_prob": -1, "score": null, "views": [], "grid": [[10]]}', "task a, query 0, grid"),
-    ('{"task": "c", "query": 0, "votes": 1, "log_prob": -1, "score": null, "views": []}', "no candidate for any"), ("", "no candidate for any")])
+@pytest.mark.parametrize(
+    'line, want',
+    [
+        ("{", "line 1: not a candidate"),
+        ('{"task": "a"}', "line 1: no field 'query'"),
+        ('{"task": "a", "query": 2, "votes": 1, "log_prob": -1, "score": null, "views": []}', "task a has no query 2"),
+        ('{"task": "a", "query": 0, "votes": "1", "log_prob": -1, "score": null, "views": []}', "want numbers"),
+        (
+            '{"task": "a", "query": 0, "votes": 1, "log_prob": -1, "score": null, "views": [], "grid": [[10]]}',
+            "task a, query 0, grid",
+        ),
+        ('{"task": "c", "query": 0, "votes": 1, "log_prob": -1, "score": null, "views": []}', "no candidate for any"),
+        ("", "no candidate for any"),
+    ],
+)
 def test_candidates_that_are_none_are_refused_by_line(tmp_path, line, want):
     path = tmp_path / 'candidates.jsonl'
     path.write_text(line)
@@ -122,7 +176,13 @@ def recomputed(submission, tasks):
         for number, (_, answer) in enumerate(task.queries):
             try:
                 entry = entries[number]
-                hits += bool([key for key in ('attempt_1', 'attempt_2') if same(entry[key] if type(entry) is dict and key in entry else None, answer.tolist())])
+                hits += bool(
+                    [
+                        key
+                        for key in ('attempt_1', 'attempt_2')
+                        if same(entry[key] if type(entry) is dict and key in entry else None, answer.tolist())
+                    ]
+                )
             except IndexError:
                 pass
         per_task[task.name] = hits / len(task.queries)
@@ -130,9 +190,25 @@ def recomputed(submission, tasks):
 
 def test_the_score_agrees_with_another_computation_on_200_crafted_submissions():
     tasks, rng = [task for task in read_tasks('arc2/evaluation')][:40], random.Random(0)
-    spoil = [lambda g: None, lambda g: "grid", lambda g: [], lambda g: [[]], lambda g: g[0], lambda g: [[float(x) for x in row] for row in g], lambda g: [[str(x) for x in row] for row in g],
-             lambda g: [[True if x == 1 else x for x in row] for row in g], lambda g: g[:-1], lambda g: [row + [0] for row in g], lambda g: [g], lambda g: {'0': g}, lambda g: [*g[:-1], g[-1][:-1]],
-             lambda g: [[x + 10 for x in row] for row in g], lambda g: [[(x + 1) % 10 for x in row] for row in g], lambda g: list(zip(*g)) and [list(row) for row in zip(*g)], lambda g: 7]
+    spoil = [
+        lambda g: None,
+        lambda g: "grid",
+        lambda g: [],
+        lambda g: [[]],
+        lambda g: g[0],
+        lambda g: [[float(x) for x in row] for row in g],
+        lambda g: [[str(x) for x in row] for row in g],
+        lambda g: [[True if x == 1 else x for x in row] for row in g],
+        lambda g: g[:-1],
+        lambda g: [row + [0] for row in g],
+        lambda g: [g],
+        lambda g: {'0': g},
+        lambda g: [*g[:-1], g[-1][:-1]],
+        lambda g: [[x + 10 for x in row] for row in g],
+        lambda g: [[(x + 1) % 10 for x in row] for row in g],
+        lambda g: list(zip(*g)) and [list(row) for row in zip(*g)],
+        lambda g: 7,
+    ]
     seen = set()
     for n in range(200):
         submission = {}
@@ -146,7 +222,9 @@ def test_the_score_agrees_with_another_computation_on_200_crafted_submissions():
                     if rng.random() < 0.1:
                         del pair[key]
                 entries.append(rng.choice([pair, pair, pair, pair, pair, None, [pair], "x"]))
-            entries = rng.choice([entries] * 6 + [entries[:-1], entries + [{}], entries[::-1], None, {'0': entries}, "x"])
+            entries = rng.choice(
+                [entries] * 6 + [entries[:-1], entries + [{}], entries[::-1], None, {'0': entries}, "x"]
+            )
             if rng.random() < 0.95:
                 submission[task.name] = entries
         if rng.random() < 0.5:
@@ -157,8 +235,15 @@ def test_the_score_agrees_with_another_computation_on_200_crafted_submissions():
     assert len(seen) > 50
 
 def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_path, capsys):
-    tasks = [task for task in read_tasks('arc2/evaluation') if len(task.queries) == 2 and not np.array_equal(task.queries[0][1], task.queries[1][1])][:3]
-    answers = {task.name: [{'attempt_1': y.tolist(), 'attempt_2': y.tolist()} for _, y in task.queries] for task in read_tasks('arc2/evaluation')}
+    tasks = [
+        task
+        for task in read_tasks('arc2/evaluation')
+        if len(task.queries) == 2 and not np.array_equal(task.queries[0][1], task.queries[1][1])
+    ][:3]
+    answers = {
+        task.name: [{'attempt_1': y.tolist(), 'attempt_2': y.tolist()} for _, y in task.queries]
+        for task in read_tasks('arc2/evaluation')
+    }
     a, b, c = (task.name for task in tasks)
     answers[a].reverse()
     answers[b].pop()
@@ -168,9 +253,17 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
     for name in ('out.csv', 'out.parquet'):
         cli(['score', str(path), 'arc2/evaluation', f"--out={tmp_path / name}"])
         out = capsys.readouterr().out
-        assert f"1 tasks have the right answers of their queries in another order: {a}" in out and f"{b} has 1 entries, want 2" in out and f"{c}, query 1: no attempt_2" in out
+        assert (
+            f"1 tasks have the right answers of their queries in another order: {a}" in out
+            and f"{b} has 1 entries, want 2" in out
+            and f"{c}, query 1: no attempt_2" in out
+        )
     import polars as pl
     frame = pl.read_csv(tmp_path / 'out.csv')
-    assert frame.equals(pl.read_parquet(tmp_path / 'out.parquet')) and len(frame) == 167 and int(frame['right'].sum()) == 164
+    assert (
+        frame.equals(pl.read_parquet(tmp_path / 'out.parquet'))
+        and len(frame) == 167
+        and int(frame['right'].sum()) == 164
+    )
     with pytest.raises(SystemExit):
         cli(['score', str(path), 'arc2/evaluation', '--out=x.txt'])

@@ -50,8 +50,25 @@ def study_of(out):
 
 def start(space, out, trials, *flags):
     """ a sweep in a process group of its own """
-    command = [sys.executable, '-m', 'nanoarc', 'sweep', str(space), f"--out_dir={out}", f"--trials={trials}", '--heartbeat=1', *flags]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    command = [
+        sys.executable,
+        '-m',
+        'nanoarc',
+        'sweep',
+        str(space),
+        f"--out_dir={out}",
+        f"--trials={trials}",
+        '--heartbeat=1',
+        *flags,
+    ]
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
 
 def wait_for_one_more(out, known, process, seconds=120):
     """ until a trial that is none of these has a checkpoint -> the trials that have been begun """
@@ -87,7 +104,12 @@ def test_a_bad_space_is_refused_by_file_and_key(tmp_path, capsys, text, want):
     with pytest.raises(SystemExit) as e:
         cli(['sweep', str(path), f"--out_dir={tmp_path / 'out'}", '--trials=0'])
     error = capsys.readouterr().err
-    assert e.value.code == 2 and error.count("\n") == 1 and error.startswith(f"nanoarc: {path}: ") and re.search(want, error), error
+    assert (
+        e.value.code == 2
+        and error.count("\n") == 1
+        and error.startswith(f"nanoarc: {path}: ")
+        and re.search(want, error)
+    ), error
     assert not (tmp_path / 'out').exists()
 
 @pytest.mark.parametrize('name', ['sweep_small', 'sweep_2024'])
@@ -103,11 +125,29 @@ def test_every_choice_of_the_shipped_spaces_is_a_model(name):
 def test_the_first_trial_of_the_small_space_is_the_default():
     _, search, base = read_space(ROOT / 'runs' / 'sweep_small.toml')
     first = first_trial(search, base)
-    assert first == {'n_layer': 4, 'n_embd': 128, 'lr': 5e-3, 'adam_lr': 5e-3, 'weight_decay': 0.1, 'decay_frac': 0.5, 'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.0}
+    assert first == {
+        'n_layer': 4,
+        'n_embd': 128,
+        'lr': 5e-3,
+        'adam_lr': 5e-3,
+        'weight_decay': 0.1,
+        'decay_frac': 0.5,
+        'batch_tokens': 2048,
+        'p_identity': 0.2,
+        'ema': 0.0,
+    }
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
-    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'qk_norm': True, 'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
+    values = {
+        'data': 'arc1/training*2+arc1/evaluation',
+        'lr': 1e-05,
+        'qk_norm': True,
+        'rope_bases': [100.0, 10.0, 10.0],
+        'n_layer': 3,
+        'mixer': 'MA',
+        'log': 'w"ä\\',
+    }
     (tmp_path / 'x.toml').write_text(to_toml(values))
     got = all_values(apply_toml(Run(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
     assert {key: list(x) if type(x) is tuple else x for key, x in got.items() if key in values} == values
@@ -129,7 +169,11 @@ def test_warm_up_as_a_share_of_steps_that_nobody_knows_is_refused(toy, tmp_path,
 
 def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path, capsys, monkeypatch):
     out, path = tmp_path / 'out', space(widths=(32, 33))
-    monkeypatch.setattr(optuna.samplers.TPESampler, 'sample_independent', lambda self, study, trial, name, d: d.choices[trial.number % 2] if name == 'n_embd' else 3e-3)
+    monkeypatch.setattr(
+        optuna.samplers.TPESampler,
+        'sample_independent',
+        lambda self, study, trial, name, d: d.choices[trial.number % 2] if name == 'n_embd' else 3e-3,
+    )
     monkeypatch.setattr(sweep, 'first_trial', lambda *_: {})
     monkeypatch.chdir(tmp_path)
     path.write_text(path.read_text().replace(f"{tmp_path}/", "")) # sources by relative paths
@@ -139,7 +183,11 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     cli(['sweep', str(path), f"--out_dir={out}", '--trials=0']) # the report alone, from elsewhere
     good, bad = (by_run(study_of(out))[f"trial-000{k}"] for k in (0, 1))
     assert good.state == TrialState.COMPLETE and good.value == read_metrics(out / 'trial-0000')[-1]['val_loss']
-    assert bad.state == TrialState.FAIL and 'divides n_embd=33' in bad.user_attrs['error'] and 'divides n_embd=33' in capsys.readouterr().out
+    assert (
+        bad.state == TrialState.FAIL
+        and 'divides n_embd=33' in bad.user_attrs['error']
+        and 'divides n_embd=33' in capsys.readouterr().out
+    )
     page = (out / 'report.html').read_text()
     assert f"{good.value:.4f}" in page and 'divides n_embd=33' in page and 'src="http' not in page
     cli(['train', '--config', str(out / 'best.toml'), '--out_dir', str(tmp_path / 'again')])
@@ -150,11 +198,15 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     assert "begun with another space, [fixed] save_every differ" in capsys.readouterr().err
 
 def test_a_trial_worse_than_the_others_is_stopped(space, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optuna.pruners, 'MedianPruner', lambda **_: optuna.pruners.ThresholdPruner(upper=0.0)) # everything is worse
+    # everything is worse
+    monkeypatch.setattr(optuna.pruners, 'MedianPruner', lambda **_: optuna.pruners.ThresholdPruner(upper=0.0))
     cli(['sweep', str(space(steps=3000)), f"--out_dir={tmp_path / 'out'}", '--trials=1'])
     trial, = study_of(tmp_path / 'out').trials
     assert trial.state == TrialState.PRUNED and 0 in trial.intermediate_values and 'pruned' in capsys.readouterr().out
-    assert "stopped by signal 15" in (tmp_path / 'out' / 'trial-0000' / 'output.txt').read_text() and not (tmp_path / 'out' / 'trial-0000' / 'ckpt').exists()
+    assert (
+        "stopped by signal 15" in (tmp_path / 'out' / 'trial-0000' / 'output.txt').read_text()
+        and not (tmp_path / 'out' / 'trial-0000' / 'ckpt').exists()
+    )
 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
@@ -171,7 +223,8 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
     one = kill(lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
     two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone
     until = time.monotonic() + 20
-    while not any("stopped by signal 15" in (out / name / 'output.txt').read_text() for name in known): # what it began stops too
+    # what it began stops too
+    while not any("stopped by signal 15" in (out / name / 'output.txt').read_text() for name in known):
         assert time.monotonic() < until, "an orphan trains on"
         time.sleep(0.1)
     three = kill(lambda pid: os.kill(pid, signal.SIGTERM)) # it stops by itself, and what it began
@@ -181,11 +234,17 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
     trials = study_of(out).trials
     done = {t.user_attrs['run']: t.value for t in trials if t.state == TrialState.COMPLETE}
     assert done.keys() == known and three.items() <= done.items()
-    assert [sum(t.state == state for t in trials) for state in (TrialState.COMPLETE, TrialState.FAIL)] == [4, 4] == [len(done), len(trials) - 4] # failed: was taken over
+    # failed: was taken over
+    assert (
+        [sum(t.state == state for t in trials) for state in (TrialState.COMPLETE, TrialState.FAIL)]
+        == [4, 4]
+        == [len(done), len(trials) - 4]
+    )
     for name in known:
         assert f"resumed {out / name} at step" in (out / name / 'output.txt').read_text()
     name = sorted(known)[1]
-    cli(['train', '--config', str(out / name / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')]) # as if nobody had killed it
+    # as if nobody had killed it
+    cli(['train', '--config', str(out / name / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')])
     assert read_metrics(tmp_path / 'alone')[-1]['val_loss'] == done[name]
     before = (out / 'study.db').read_bytes()
     assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0] and (out / 'study.db').read_bytes() == before
@@ -195,7 +254,11 @@ def test_two_workers_share_a_study(space, tmp_path):
     out, path = tmp_path / 'out', space(steps=100)
     texts = [p.communicate()[0] for p in [start(path, out, 6, '--jobs=2'), start(path, out, 6)]]
     trials = study_of(out).trials
-    assert 6 == sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials if 'extra' not in t.user_attrs) and trials[0].state == TrialState.COMPLETE # the last may be stopped
+    # the last may be stopped
+    assert (
+        6 == sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials if 'extra' not in t.user_attrs)
+        and trials[0].state == TrialState.COMPLETE
+    )
     done = [set(re.findall(r"^(trial-\d+) (?:[\d.]+ nats|pruned)", text, re.M)) for text in texts]
     assert done[0] and done[1] and not done[0] & done[1] and len(done[0] | done[1]) == 6
     spans = sorted((t.datetime_start, t.datetime_complete) for t in trials)
