@@ -146,7 +146,9 @@ def load(out_dir):
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
 def read_meta(data):
-    """ bytes of a checkpoint -> what was saved beside the tensors. a safetensors file begins with its header's length """
+    """
+    bytes of a checkpoint -> what was saved beside the tensors. a safetensors file begins with its header's length
+    """
     n = int.from_bytes(data[:8], 'little')
     header = json.loads(data[8 : 8 + n])
     return json.loads(header['__metadata__']['nanoarc'])

@@ -1,6 +1,7 @@
 """
-fine-tuning a pretrained language model: `nanoarc finetune --base HUB_ID --data arc1/training --minutes 60 --out_dir out/lm`,
-and `nanoarc export`. the corpus, the stream, the loop, the solver and the score are those of a model from scratch.
+fine-tuning a pretrained language model: `nanoarc finetune --base HUB_ID --data arc1/training --minutes 60 --out_dir
+out/lm`, and `nanoarc export`. the corpus, the stream, the loop, the solver and the score are those of a model from
+scratch.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,8 @@ def finetune(cfg, lm_cfg, data_cfg):
     if cfg.compile == 'on':
         raise ValueError("compile='on': a language model of transformers is run as it is")
     if lm_cfg.shard and (cfg.ema > 0 or cfg.draw_every > 0):
-        raise ValueError(f"shard: ema={cfg.ema} draw_every={cfg.draw_every}: averages and pictures want a whole model on "
-                         "one rank, --ema=0 --draw_every=0")
+        raise ValueError(f"shard: ema={cfg.ema} draw_every={cfg.draw_every}: averages and pictures want a whole model "
+                         "on one rank, --ema=0 --draw_every=0")
     lm_cfg = replace(lm_cfg, base_sha256=lm_cfg.base_sha256 or hash_base(lm_cfg.base))
     return train(cfg, lm_cfg, data_cfg)
 
@@ -41,8 +42,8 @@ class ExportConfig:
 
 def export(cfg):
     """
-    a fine-tuned run -> a directory that transformers loads by itself: adapters merged, the rows of the vocabulary back in
-    their places, the tokenizer, a model card
+    a fine-tuned run -> a directory that transformers loads by itself: adapters merged, the rows of the vocabulary
+    back in their places, the tokenizer, a model card
     """
     if Path(cfg.out).exists():
         raise ValueError(f"{cfg.out} is there already, choose another --out")
@@ -94,10 +95,10 @@ def model_card(cfg, lm, lm_cfg, data_cfg, meta):
         result = score(submission, read_fitting(cfg.data, data_cfg.max_pair, opened=True)[1])
         leaks = read_json(Path(cfg.run) / 'solve.json')['leaks']
         leaked = f", TRAINED ON {len(leaks)} OF THE ANSWERS" if leaks else ""
-        lines.append(f"- {cfg.data}: {result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} "
-                     f"tasks with every output right in one of two attempts{leaked}. what the base has read before, "
-                     "nobody checks: ARC-AGI-1 has been public since 2019")
+        lines.append(f"- {cfg.data}: {result['score']:.2f}% by the official rule, {result['solved']} of "
+                     f"{result['tasks']} tasks with every output right in one of two attempts{leaked}. "
+                     "what the base has read before, nobody checks: ARC-AGI-1 has been public since 2019")
     pair = "".join(lm.form.text[x] for x in (FIRST, 1, 2, ROW, 3, 4, ROW, OUT, 5, ROW, END))
-    lines += ["", "A pair is written so, demos first, the query last, and its answer is asked for behind the last marker:",
-              "", "```", pair, "```", ""]
+    lines += ["", "A pair is written so, demos first, the query last, and its answer is asked for behind the last "
+              "marker:", "", "```", pair, "```", ""]
     return "\n".join(lines)

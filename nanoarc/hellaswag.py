@@ -15,7 +15,9 @@ from nanoarc.run import get_device, get_ranks, load_run, over_ranks
 from nanoarc.text import PrepareConfig, TextConfig, make_tokenizer, need, read_tokenizer
 
 def load_text_run(run, device):
-    """ out_dir of a run of text -> (Model in eval mode, Tokenizer, number of the end-of-text token). raises ValueError """
+    """
+    out_dir of a run of text -> (Model in eval mode, Tokenizer, number of the end-of-text token). raises ValueError
+    """
     model, data_cfg, meta = load_run(run, device)
     if not isinstance(data_cfg, TextConfig):
         raise ValueError(f"{run}: a run of tasks, want one of text")
@@ -39,7 +41,9 @@ class OwnModel:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def ask(self, context, ends):
-        """ context (n,), endings (b, L) -> (b, L, vocab_size) logits that foretell the endings. the context is read once """
+        """
+        context (n,), endings (b, L) -> (b, L, vocab_size) logits that foretell the endings. the context is read once
+        """
         cache = self.model.cache()
         logits, _ = self.model(context[None], cache=cache)
         first = logits[:, -1:].expand(len(ends), -1, -1)
@@ -50,7 +54,10 @@ class OwnModel:
         return torch.cat([first, more], 1)
 
 class HubModel:
-    """ the same of a model of transformers. without plain keys and values in its cache it reads the context with each ending """
+    """
+    the same of a model of transformers. without plain keys and values in its cache it reads the context with each
+    ending
+    """
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -130,9 +137,12 @@ def read_item(line, where):
 
 @torch.no_grad()
 def ending_losses(lm, context, ends, device):
-    """ token ids of a context and of its endings -> (b,) sum of the losses over each ending, nats, and (b,) its tokens """
+    """
+    token ids of a context and of its endings -> (b,) sum of the losses over each ending, nats, and (b,) its tokens
+    """
     n = torch.tensor([len(x) for x in ends], device=device)
-    idx = torch.zeros(len(ends), int(n.max()), dtype=torch.int64, device=device) # what stands behind an ending nobody sees
+    # what stands behind an ending nobody sees
+    idx = torch.zeros(len(ends), int(n.max()), dtype=torch.int64, device=device)
     for row, x in zip(idx, ends):
         row[: len(x)] = torch.tensor(x)
     logits = lm.ask(torch.tensor(context, device=device), idx).float()
@@ -142,8 +152,8 @@ def ending_losses(lm, context, ends, device):
 
 def hellaswag(cfg):
     """
-    text hellaswag --model M --file F: how often is the right ending the most probable one? by the sum of its losses (acc),
-    by their mean (acc_norm)
+    text hellaswag --model M --file F: how often is the right ending the most probable one? by the sum of its losses
+    (acc), by their mean (acc_norm)
     """
     items = read_hellaswag(cfg.file)
     if cfg.limit > 0:

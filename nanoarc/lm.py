@@ -1,7 +1,8 @@
 """
 a pretrained language model that is told and asked our symbols. each of them is a piece of text:
 
-    IN 1 2 ROW 3 4 ROW OUT 3 ROW 5 ROW END      "I12\\n34\\nO3\\n5\\n</s>"      form='raw': a digit a cell, a newline a row
+    IN 1 2 ROW 3 4 ROW OUT 3 ROW 5 ROW END
+    "I12\\n34\\nO3\\n5\\n</s>"               form='raw': a digit a cell, a newline a row
 
 an LM is given and asked symbols as any Model here is. what it makes of them, tokens of its own, is its business alone.
 colors and ROW are one token each, so a grid is as long for it as for us and the grammar of answers holds. embedding and
@@ -37,8 +38,8 @@ FIRST = 15 # the unused token: the IN with which a document begins, it may have 
 class LMConfig:
     # the pretrained causal language model: an id on the Hugging Face hub, a directory, or a .gguf file
     base: str = ''
-    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = so, an input a turn of the user in
-    # its chat template
+    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = so, an input a turn of the
+    # user in its chat template
     form: str = 'raw'
     # of the LoRA adapters on every linear layer but the head (arxiv 2106.09685). 0 = all weights are trained
     rank: int = 32
@@ -48,7 +49,8 @@ class LMConfig:
     shrink: bool = True # keep only the rows of embedding and head that the text form needs, and train them too
     # forget activations and compute them again (gradient checkpointing): less memory, a third slower
     recompute: bool = False
-    # under torchrun each rank holds its part of the frozen weights alone (FSDP2), for a base that fits into no single gpu
+    # under torchrun each rank holds its part of the frozen weights alone (FSDP2), for a base that fits into no single
+    # gpu
     shard: bool = False
     # of weights that are not trained: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on
     # older, else float32
@@ -87,21 +89,25 @@ def make_lm(cfg, device, world=1):
 
 @cache
 def find_base(base):
-    """ where the files of a base are -> (directory, name of the .gguf in it or None). downloads what is not here. raises ValueError """
+    """
+    where the files of a base are -> (directory, name of the .gguf in it or None). downloads what is not here. raises
+    ValueError
+    """
     path = Path(base)
     if path.suffix == '.gguf' and path.is_file():
         return path.parent, path.name
     if (path / 'config.json').is_file():
         return path, None
     if path.exists() or base.startswith(('/', '.', '~')) or base.count('/') != 1:
-        raise ValueError(f"base={base!r}: want a directory with a config.json, a .gguf file, or an id on the Hugging Face "
-                         "hub like 'tiiuae/Falcon-H1-0.5B-Base'")
+        raise ValueError(f"base={base!r}: want a directory with a config.json, a .gguf file, or an id on the Hugging "
+                         "Face hub like 'tiiuae/Falcon-H1-0.5B-Base'")
     from huggingface_hub import snapshot_download
     wanted = ['*.json', '*.safetensors', '*.model', '*.jinja', '*.txt']
     try:
         return Path(snapshot_download(base, allow_patterns=wanted)), None
     except Exception as e: # no such model, no network, no permission: each of its libraries has errors of its own
-        raise ValueError(f"base={base!r}: no such file, and from the Hugging Face hub: {str(e).splitlines()[0]}") from None
+        error = str(e).splitlines()[0]
+        raise ValueError(f"base={base!r}: no such file, and from the Hugging Face hub: {error}") from None
 
 @cache
 def hash_base(base):
@@ -165,7 +171,8 @@ class TextForm:
         firsts = {ids[0] for ids in cells} | {self.ids[END][0]}
         if set(map(len, cells)) != {1} or len(firsts) < 12:
             found = dict(zip((*range(10), 'ROW', 'END'), [*cells, self.ids[END]]))
-            raise ValueError(f"the tokenizer of the base has not one token for each color and the end of a row: {found}")
+            raise ValueError("the tokenizer of the base has not one token for each color and the end of a row: "
+                             f"{found}")
 
     def tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -254,9 +261,9 @@ class Expanded(NamedTuple):
 
 class LM(nn.Module):
     """
-    a pretrained language model that is told and asked symbols: lm(*batch) -> logits (B, T, 16) and the loss, as for Model.
-    a symbol of several tokens is as probable as all of them, its logit is that of its first. its state dict is what is
-    trained, no more.
+    a pretrained language model that is told and asked symbols: lm(*batch) -> logits (B, T, 16) and the loss, as for
+    Model. a symbol of several tokens is as probable as all of them, its logit is that of its first. its state dict is
+    what is trained, no more.
     """
     n_task = 0 # there is no task embedding
     blocks = () # that torch.compile could compile
@@ -265,8 +272,8 @@ class LM(nn.Module):
         super().__init__()
         if base is None:
             if cfg.base_sha256 and hash_base(cfg.base) != cfg.base_sha256:
-                raise ValueError(f"base={cfg.base!r} is another model than the one that was fine-tuned: the sha256 of its "
-                                 f"files differs (saved {cfg.base_sha256[:12]}, now {hash_base(cfg.base)[:12]})")
+                raise ValueError(f"base={cfg.base!r} is another model than the one that was fine-tuned: the sha256 of "
+                                 f"its files differs (saved {cfg.base_sha256[:12]}, now {hash_base(cfg.base)[:12]})")
             base, tokenizer = read_base(cfg.base, getattr(torch, cfg.base_dtype))
         self.cfg, self.base, self.form = cfg, base, TextForm(tokenizer, cfg.form)
         self.look_at_base()
@@ -360,8 +367,8 @@ class LM(nn.Module):
 
     def expand(self, idx, doc, begins, to_the_right=False):
         """
-        (B, T) symbols, their documents or None -> Expanded. begins: does a document begin in column 0? e.g. in chat form,
-        where IN, OUT and END take three tokens each, here a a a, o o o, e e e:
+        (B, T) symbols, their documents or None -> Expanded. begins: does a document begin in column 0? e.g. in chat
+        form, where IN, OUT and END take three tokens each, here a a a, o o o, e e e:
 
             symbols   IN     1  ROW  OUT    2  ROW  END
             tokens    a a a  1  \\n   o o o  2  \\n   e e e
@@ -413,7 +420,9 @@ class LM(nn.Module):
         return logits.gather(1, last)[..., self.table[:, 0]], loss
 
     def begin_prompts(self, x, doc, cache):
-        """ prompts that end together, filler in front -> the same less filler that all of them have, and their places """
+        """
+        prompts that end together, filler in front -> the same less filler that all of them have, and their places
+        """
         real = x.k >= 0
         if doc is not None:
             real = real & (doc.gather(1, x.of) > 0)
@@ -428,8 +437,8 @@ class LM(nn.Module):
     def places_in_documents(self, place, begins):
         """ (B, t) places in a row of several documents -> each document from 0: so transformers tells them apart """
         if self.recurrent or not self.takes_places:
-            raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into the "
-                             "next: --batching=bucket")
+            raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into "
+                             "the next: --batching=bucket")
         return place - torch.where(begins, place, 0).cummax(1).values
 
     def loss(self, logits, targets, x):
@@ -465,7 +474,9 @@ class LM(nn.Module):
             return self.base(input_ids=ids, use_cache=cache is not None, **kwargs).logits
 
     def peak_rates(self, lr, adam_lr):
-        """ learning rates of the adapters, and of other weights: the rows of the vocabulary, or all. 0 = the usual ones """
+        """
+        learning rates of the adapters, and of other weights: the rows of the vocabulary, or all. 0 = the usual ones
+        """
         return lr or 3e-4, adam_lr or (1e-3 if self.cfg.rank > 0 else 5e-5)
 
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=0):
@@ -486,9 +497,10 @@ class LM(nn.Module):
             weights[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         again = ", and those of a layer that is computed again" if self.cfg.recompute else ""
-        return (f"{self.cfg.about()}: {trained:,} parameters are trained; memory: {sum(weights.values()) / 1e6:,.0f} MB of "
-                f"weights, {12 * trained / 1e6:,.0f} MB of gradients and AdamW's averages, {self.saved_bytes(weights) / 1e3:,.0f} "
-                f"MB of activations for each 1,000 tokens of a micro batch{again}")
+        fixed, saved = sum(weights.values()) / 1e6, self.saved_bytes(weights) / 1e3
+        return (f"{self.cfg.about()}: {trained:,} parameters are trained; memory: {fixed:,.0f} MB of weights, "
+                f"{12 * trained / 1e6:,.0f} MB of gradients and AdamW's averages, {saved:,.0f} MB of activations for "
+                f"each 1,000 tokens of a micro batch{again}")
 
     def saved_bytes(self, weights, n=512):
         """ bytes a token that backward needs, but for weights ({address: bytes}). counted on n tokens """

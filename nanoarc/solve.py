@@ -362,8 +362,9 @@ def refuse_unknown(cfg, tasks, row):
     unknown = [task.name for task, x in zip(tasks, row) if x < 0]
     if unknown:
         some = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {some}. --ttt_steps "
-                         f"gives them one, or train on their demos with --adapt {cfg.data}, or in context with --shots=-1")
+        raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {some}. "
+                         f"--ttt_steps gives them one, or train on their demos with --adapt {cfg.data}, "
+                         "or in context with --shots=-1")
 
 def warn_alone(tasks, sampler, rank):
     """ in context: names the queries before which no demo fits """

@@ -1,6 +1,6 @@
 """
-candidates, ranked; submission.json in Kaggle's shape and candidates.jsonl, written and read; the score of any submission.
-answers are opened by the score alone.
+candidates, ranked; submission.json in Kaggle's shape and candidates.jsonl, written and read; the score of any
+submission. answers are opened by the score alone.
 """
 import json
 import math
@@ -29,7 +29,10 @@ class ScoreConfig:
     out: str = '' # a .csv or .parquet with a row a query
 
 def read_fitting(data, max_pair, opened):
-    """ sources -> (list of Corpus, list of Task) without tasks that have a demo of over max_pair tokens. raises ValueError """
+    """
+    sources -> (list of Corpus, list of Task) without tasks that have a demo of over max_pair tokens. raises
+    ValueError
+    """
     corpora, tasks = [], {}
     for c, _ in read_sources(data, opened):
         c = c.select(fits(c, max_pair))
@@ -63,8 +66,9 @@ class Candidate:
 
 def beliefs(candidates, select):
     """
-    list of Candidates of one run for a query -> list of numbers that add up to 1: what share of the votes each has, or, if
-    select is 'product', of the probability under all views (a product of experts). one that was not asked for has none
+    list of Candidates of one run for a query -> list of numbers that add up to 1: what share of the votes each has,
+    or, if select is 'product', of the probability under all views (a product of experts). one that was not asked for
+    has none
     """
     asked = [c.score for c in candidates if c.score is not None]
     if select == 'product' and asked:
@@ -76,8 +80,8 @@ def beliefs(candidates, select):
 
 def rank_candidates(parts, select):
     """
-    candidates of a query, by run: list of lists of Candidate -> list of (Candidate, belief), the best first. beliefs add up
-    over the runs. where they are equal the log-probability decides, then the bytes of the grid.
+    candidates of a query, by run: list of lists of Candidate -> list of (Candidate, belief), the best first. beliefs
+    add up over the runs. where they are equal the log-probability decides, then the bytes of the grid.
     """
     merged, belief = {}, defaultdict(float) # by the bytes of a grid
     for part in parts:
@@ -100,8 +104,8 @@ def rank_candidates(parts, select):
 
 def write_results(out_dir, tasks, ranked):
     """
-    ranked: {(task number, query number): rank_candidates(...)} -> submission.json, {id: [{"attempt_1": rows, "attempt_2":
-    rows}, ...]} with every query of every task in order, and candidates.jsonl, a candidate a line.
+    ranked: {(task number, query number): rank_candidates(...)} -> submission.json, {id: [{"attempt_1": rows,
+    "attempt_2": rows}, ...]} with every query of every task in order, and candidates.jsonl, a candidate a line.
     """
     submission, lines = {}, []
     for k, task in enumerate(tasks):
@@ -121,8 +125,8 @@ def write_results(out_dir, tasks, ranked):
 
 def read_candidates(path, tasks):
     """
-    a candidates.jsonl -> {(task, query) by number: list of Candidates}. raises ValueError that names file, line and field,
-    or says that no task in it is asked for
+    a candidates.jsonl -> {(task, query) by number: list of Candidates}. raises ValueError that names file, line and
+    field, or says that no task in it is asked for
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file, want a candidates.jsonl of nanoarc solve")
@@ -162,9 +166,10 @@ def same_rows(rows, answer):
 
 def score(submission, tasks):
     """
-    a parsed submission.json and tasks with answers -> dict. the official rule: a query counts if either attempt equals its
-    answer, a task is worth the share of its queries that count, and the score is the mean over all tasks, in percent; a task
-    or attempt that is missing or malformed is worth 0. `solved` is stricter: tasks with every query right.
+    a parsed submission.json and tasks with answers -> dict. the official rule: a query counts if either attempt
+    equals its answer, a task is worth the share of its queries that count, and the score is the mean over all tasks,
+    in percent; a task or attempt that is missing or malformed is worth 0. `solved` is stricter: tasks with every
+    query right.
     """
     per_task, per_query, missing, misshapen, total = {}, [], [], [], 0.0
     for task in tasks:
@@ -247,7 +252,7 @@ def score_file(cfg):
     partly = [f"{name} {right}/{n}" for name, (right, n) in per_task.items() if 0 < right < n]
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))
     leaked = f", TRAINED ON {result['leaks']} OF THE ANSWERS" if result['leaks'] else ""
-    print(f"{result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every output "
-          f"right, {result['right']} of {result['outputs']} outputs{leaked}")
+    print(f"{result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every "
+          f"output right, {result['right']} of {result['outputs']} outputs{leaked}")
     print(json.dumps(result))
     return result

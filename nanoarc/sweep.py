@@ -9,10 +9,10 @@ task is opened.
     mixer = ['MA', 'A']                         choices
     lr = {low = 1e-3, high = 2e-2, log = true}  a range, of integers if the setting is one; `step` for a grid
 
-a trial is a run in out_dir/trial-0000, trained in a process of its own: what goes wrong there is recorded and the search
-goes on. if its worker dies, another one, or the same command again, goes on with it from its checkpoint. processes with
-the same out_dir, or the same --storage, work on one study. out_dir gets report.html, history.png, importance.png and
-best.toml, for `nanoarc train --config`.
+a trial is a run in out_dir/trial-0000, trained in a process of its own: what goes wrong there is recorded and the
+search goes on. if its worker dies, another one, or the same command again, goes on with it from its checkpoint.
+processes with the same out_dir, or the same --storage, work on one study. out_dir gets report.html, history.png,
+importance.png and best.toml, for `nanoarc train --config`.
 """
 import base64
 import contextlib
@@ -78,7 +78,9 @@ def all_values(run):
     return {**asdict(run.train), **asdict(run.model), **asdict(run.data)}
 
 def read_space(path):
-    """ a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError with file and key """
+    """
+    a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError with file and key
+    """
     try:
         tables = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:
@@ -200,13 +202,14 @@ def open_storage(cfg, out_dir):
 
 def open_study(cfg, out_dir, fixed, search, run):
     """
-    the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them). raises
-    ValueError if it has another space
+    the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them).
+    raises ValueError if it has another space
     """
     with alone(out_dir):
         storage = open_storage(cfg, out_dir)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3, n_min_trials=3)
-        study = optuna.create_study(storage=storage, study_name=Path(cfg.space).stem, load_if_exists=True, pruner=pruner)
+        study = optuna.create_study(storage=storage, study_name=Path(cfg.space).stem, load_if_exists=True,
+                                    pruner=pruner)
         space = study.user_attrs.get('space')
         if space is None:
             study.set_user_attr('settings', with_absolute(fixed))
@@ -221,7 +224,8 @@ def open_study(cfg, out_dir, fixed, search, run):
                 if now.get(key) != space[part].get(key):
                     wrong.append(f"[{part}] {key}")
         if wrong:
-            raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
+            raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: "
+                             "choose another --out_dir")
     return study, study.user_attrs['settings']
 
 def by_run(study):
@@ -337,7 +341,9 @@ class Sweep:
             study.stop()
 
 def sweep(cfg):
-    """ work on a study until it has its trials -> path of the report. raises ValueError, and SystemExit after a signal """
+    """
+    work on a study until it has its trials -> path of the report. raises ValueError, and SystemExit after a signal
+    """
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     cfg.check()

@@ -49,7 +49,9 @@ class TextConfig:
             raise ValueError(f"val_tokens={self.val_tokens}: want no negative number")
 
 def model_config(cfg, directory):
-    """ a ModelConfig made one for the tokens of a directory: rope over the place in the row, the vocabulary rounded up """
+    """
+    a ModelConfig made one for the tokens of a directory: rope over the place in the row, the vocabulary rounded up
+    """
     vocab_size = read_manifest(directory)['vocab_size']
     return replace(cfg, rope_bases=(10000.0,), n_task=0, vocab_size=-(-vocab_size // 64) * 64)
 
@@ -129,10 +131,10 @@ def check_fields(obj, names, file):
 
 class TextDataset:
     """
-    the stream: batch k for any k >= 0, a pure function of (seed, k), for any number of ranks. order='sequential': of (k,
-    rank, world), for there each rank goes on to the next shard when its own place says so, as in build-nanogpt. a window
-    that does not fit into its shard is left out, as is a shard too short for one. raises ValueError that names a shard that
-    is not what the manifest says.
+    the stream: batch k for any k >= 0, a pure function of (seed, k), for any number of ranks. order='sequential': of
+    (k, rank, world), for there each rank goes on to the next shard when its own place says so, as in build-nanogpt. a
+    window that does not fit into its shard is left out, as is a shard too short for one. raises ValueError that names
+    a shard that is not what the manifest says.
     """
 
     rows, leaks, val_pairs = {}, (), () # there are no tasks
@@ -207,7 +209,9 @@ class TextDataset:
         """ nothing: a batch is found by its number alone """
 
     def places(self, k, rank, world):
-        """ number of a global batch -> of each of this rank's rows (B,) its training shard, and where it begins there """
+        """
+        number of a global batch -> of each of this rank's rows (B,) its training shard, and where it begins there
+        """
         a, b = split(self.batch_rows, rank, world)
         if self.cfg.order == 'shuffle':
             return self.shuffled(k * self.batch_rows + np.arange(a, b))
@@ -224,8 +228,8 @@ class TextDataset:
 
     def shuffled(self, i):
         """
-        (n,) numbers of rows of the stream -> their shards, and where they begin there. an epoch has each window once, and
-        cuts each shard into windows a few tokens later or sooner than the last one
+        (n,) numbers of rows of the stream -> their shards, and where they begin there. an epoch has each window once,
+        and cuts each shard into windows a few tokens later or sooner than the last one
         """
         T, total = self.cfg.block_size, int(self.first[-1])
         epoch, i = np.divmod(i.astype(np.uint64), np.uint64(total))
@@ -263,8 +267,8 @@ class TextDataset:
 
 class TextLoader(ArcLoader):
     """
-    an ArcLoader whose batches are rows of shards: the same thread, ring of buffers, state. the place in the stream is (0,
-    number of the batch)
+    an ArcLoader whose batches are rows of shards: the same thread, ring of buffers, state. the place in the stream is
+    (0, number of the batch)
     """
 
     def after(self, window, batch):
@@ -457,7 +461,9 @@ def byte_chars():
     return chars
 
 def from_ranks(ranks, special):
-    """ tiktoken's {bytes: rank} of a BPE that cuts text as GPT-2 does -> the same as a Tokenizer, special tokens behind """
+    """
+    tiktoken's {bytes: rank} of a BPE that cuts text as GPT-2 does -> the same as a Tokenizer, special tokens behind
+    """
     from tokenizers import models
     chars = byte_chars()
     def text(token):
@@ -525,7 +531,9 @@ def read_tokenizer(data, where):
     return tok
 
 def tokenized(texts, tok, eot):
-    """ texts -> uint16 tokens of each, end-of-text first. tokenizers encodes a batch on all cores while the next is read """
+    """
+    texts -> uint16 tokens of each, end-of-text first. tokenizers encodes a batch on all cores while the next is read
+    """
     def encode(batch):
         encoded = tok.encode_batch_fast(batch, add_special_tokens=False)
         return [np.array([eot, *x.ids], np.uint16) for x in encoded]
@@ -561,7 +569,8 @@ def check_disk(cfg, files, done):
         tokens = min(tokens, cfg.max_tokens)
     size, free = 2 * (tokens - done), shutil.disk_usage(cfg.out_dir).free
     if size > free:
-        raise ValueError(f"{cfg.out_dir}: about {size / 1e9:.1f} GB of shards are to come, {free / 1e9:.1f} GB are free")
+        raise ValueError(f"{cfg.out_dir}: about {size / 1e9:.1f} GB of shards are to come, "
+                         f"{free / 1e9:.1f} GB are free")
 
 class Preparation:
     """ a directory of shards while it is made. state is what prepare.json holds, so that the same command can go on """
@@ -597,7 +606,8 @@ class Preparation:
                 if there != x:
                     wrong.append(f"{key} differs (there {str(there)[:60]}, now {str(x)[:60]})")
             if wrong:
-                raise ValueError(f"{self.out} holds shards made otherwise, choose another --out_dir: {'; '.join(wrong)}")
+                raise ValueError(f"{self.out} holds shards made otherwise, choose another --out_dir: "
+                                 f"{'; '.join(wrong)}")
             return state
         foreign = [x.name for x in self.out.iterdir() if x.suffix in ('.npy', '.bin')]
         if foreign:

@@ -369,8 +369,8 @@ def loop(run, signals):
         if cfg.log_every > 0 and (is_time(cfg.log_every, state.step) or state.step in (1, state.max_iters)):
             total, = over_ranks(world, 'SUM', float(total)) # waits for the device
             dt, waited = time.perf_counter() - t0, timer.spent['waiting for data']
-            run.log.row(state.step, state.max_iters, loss=total / n, lr=run.lr * factor, tok_s=(state.tokens - tokens0) / dt,
-                        wait=(waited - waited0) / dt)
+            run.log.row(state.step, state.max_iters, loss=total / n, lr=run.lr * factor,
+                        tok_s=(state.tokens - tokens0) / dt, wait=(waited - waited0) / dt)
             t0, tokens0, waited0 = time.perf_counter(), state.tokens, waited
     if not done: # a signal
         if state.step > start or not cfg.resume:

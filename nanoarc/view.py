@@ -68,7 +68,9 @@ def view_tasks(cfg):
             print_task(task, tried)
 
 def read_attempts(path, names):
-    """ submission.json ('' = none) -> of each task name a list of {'attempt_1': grid, ...} by query. raises ValueError """
+    """
+    submission.json ('' = none) -> of each task name a list of {'attempt_1': grid, ...} by query. raises ValueError
+    """
     submission = read_json(path) if path else {}
     if type(submission) is not dict:
         raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
@@ -134,8 +136,8 @@ def cell_text(x):
 
 def write_page(solved, out, most=6):
     """
-    a directory of nanoarc solve -> one self-contained html page: tasks, attempts, the `most` best candidates of a query.
-    raises ValueError
+    a directory of nanoarc solve -> one self-contained html page: tasks, attempts, the `most` best candidates of a
+    query. raises ValueError
     """
     solved = Path(solved)
     source = read_json(solved / 'solve.json')['data']
@@ -148,7 +150,8 @@ def write_page(solved, out, most=6):
         queries = []
         for i, (x, answer) in enumerate(task.queries):
             tried = submission[task.name][i]
-            queries.append({'input': pack_grid(x.tolist()), 'answer': answer if answer is None else pack_grid(answer.tolist()),
+            queries.append({'input': pack_grid(x.tolist()),
+                            'answer': None if answer is None else pack_grid(answer.tolist()),
                             'candidates': candidates.get((task.name, i), [])[:most],
                             'attempts': [pack_grid(tried[key]) for key in ATTEMPTS]})
         demos = [[pack_grid(x.tolist()), pack_grid(y.tolist())] for x, y in task.demos]
@@ -345,7 +348,8 @@ def print_stats(cfg, png=''):
     lost = int((shots < np.minimum(others, s.most)[docs.pairs[:, 0]]).sum())
     print_frame(f"in block_size={cfg.block_size}", pl.DataFrame([{
         'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
-        'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out, 'tasks malformed': len(ds.bad)}]))
+        'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
+        'tasks malformed': len(ds.bad)}]))
     if png:
         draw_stats(columns, docs.length, shots, cells, cfg, png)
         print(png)
