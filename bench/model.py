@@ -6,9 +6,9 @@ how fast is the model, and where does the time go?
   python bench/model.py --quickstart --against 7efbe0a      in turn with an older commit; --compiled: with torch.compile
   python bench/model.py --packed              packed rows from the loader, as a speedrun trains on (bench/gpu.sh)
 
-what is compared takes turns, so that a busy machine is unfair to nobody. flops are those that the mathematics needs: 6 a
-weight and token, causal attention half of the square, only within documents. 15 minutes on 2 cpu cores for the first,
-2 for the second. last line: json
+what is compared takes turns, so that a busy machine is unfair to nobody. flops are those that the mathematics needs:
+6 a weight and token, causal attention half of the square, only within documents. 15 minutes on 2 cpu cores for the
+first, 2 for the second. last line: json
 """
 import argparse
 import json
@@ -253,7 +253,7 @@ class Profile:
         return handles
 
     def steps(self, n, by_part):
-        """ -> seconds, tokens, useful tokens, FLOPs of n steps, and with by_part seconds by part, which costs a little """
+        """ what n steps took. with by_part there are clocks around the modules, which cost a little """
         self.parts.clear()
         handles = self.hooks() if by_part else []
         tokens, useful, work = 0, 0, 0.0
@@ -337,7 +337,7 @@ def quickstart(args):
     return print_quickstart(speed, by_part, median(top))
 
 def print_quickstart(speed, by_part, top):
-    """ of each server the results of steps without and with clocks around the parts; FLOP/s of a product -> a summary """
+    """ speed, by_part: {server: results of its rounds}, top: FLOP/s of a product -> a summary, for json """
     summary = {'ceiling_gflop_s': top / 1e9}
     for name, rounds in speed.items():
         faster = [a['useful'] / a['seconds'] / b['useful'] * b['seconds'] for a, b in zip(speed['now'], rounds)]
@@ -368,17 +368,17 @@ def show_kernels(what, n, f, device):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     with profile(activities=activities) as p:
         seconds = clock(f)
-    took, events = {}, {} # microseconds
+    kernels = [] # (seconds, times, name)
     for e in p.key_averages():
-        is_call = on_cuda and (e.device_type != torch.autograd.DeviceType.CUDA or e.is_user_annotation)
-        if not is_call: # kernels, not the calls that launch them
-            events[e.key] = e
-            took[e.key] = e.self_device_time_total if on_cuda else e.self_cpu_time_total
-    busy = sum(took.values()) / 1e6
+        if not on_cuda:
+            kernels.append((e.self_cpu_time_total / 1e6, e.count, e.key))
+        elif e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation: # no call that launches it
+            kernels.append((e.self_device_time_total / 1e6, e.count, e.key))
+    busy = sum(took for took, _, _ in kernels)
     print(f"{what} takes {1e3 * seconds / n:.1f} ms under the profiler, the device is at work for {busy / seconds:.0%} "
           "of it; the rest is waiting for python")
-    for key in sorted(took, key=took.get, reverse=True)[:12]:
-        print(f"  {took[key] / 1e3 / n:8.2f} ms  {events[key].count / n:6.0f} times  {key[:110]}")
+    for took, times, key in sorted(kernels, reverse=True)[:12]:
+        print(f"  {1e3 * took / n:8.2f} ms  {times / n:6.0f} times  {key[:110]}")
 
 def decoding(model, device, autocast, T=256, steps=32):
     """ what a step of decoding takes, by the number of prompts of several lengths; then the kernels of the last """

@@ -45,7 +45,7 @@ class LMConfig:
     rank: int = 32
     # what adapters say is scaled by alpha / rank, with rslora by alpha / sqrt(rank) (arxiv 2312.03732)
     alpha: float = 32.0
-    rslora: bool = True
+    rslora: bool = True # see alpha
     shrink: bool = True # keep only the rows of embedding and head that the text form needs, and train them too
     # forget activations and compute them again (gradient checkpointing): less memory, a third slower
     recompute: bool = False

@@ -134,7 +134,7 @@ class Context:
             self.masks['S'] = make_mask(x, self.past, doc, cfg.window, how)
 
 def same_document(doc, T, n):
-    """ doc (B, past + T) -> {k: mask (B, T, 1)} for k = 1..n: of the last T tokens, is the one k before of the same? """
+    """ doc (B, past + T) -> {k: mask (B, T, 1)} for k = 1..n: is the token k before the last T of the same? """
     doc = F.pad(doc, (n, 0), value=-2)[:, -T - n :] # what stands before the first token is of no document
     same = {}
     for k in range(1, n + 1):

@@ -187,7 +187,7 @@ class Training:
             checkpoint.restore_model(self.model, tensors)
             checkpoint.restore_optimizers(self.model, self.optimizers, tensors)
             if self.ema:
-                checkpoint.restore_model(self.ema, tensors, 'ema')
+                checkpoint.restore_model(self.ema, tensors, checkpoint.best_part(self.meta)) # 'model' if it had none
             self.scaler.load_state_dict(self.meta['scaler'])
             self.state = State(**{f.name: self.meta[f.name] for f in fields(State)})
             self.state.max_iters = cfg.max_iters or self.state.max_iters

@@ -105,7 +105,8 @@ def test_the_peak_of_a_card_is_known_by_its_name_or_given():
 def test_flops_a_token_are_those_of_the_batches():
     import leaderboard
     import model as bench
-    ds = make_dataset(DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512), 1)
+    cfg = DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512)
+    ds = make_dataset(cfg, 1)
     model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32), ds)
     batch = ds.loader(0, 1, 'cpu').next_batch()
     weights = 6 * (12 * 32 * 32 // 3 + 3 * 32 * 80 + 16 * 32) # of a token: qkv and proj, SwiGLU, head
@@ -142,7 +143,7 @@ def wait_for(process, path, pattern):
 def test_a_speedrun_that_is_stopped_in_the_middle_is_the_one_that_was_not(tmp_path):
     words = ["a | rehearsal", '--max_iters=150', '--save_every=20', '--n_embd=32', '--head_size=16', '--expand=4']
     def run(out, **env):
-        return start('speedrun.sh', words, tmp_path, REHEARSAL='1', OUT=str(out), **env)
+        return start('speedrun.sh', words, tmp_path, REHEARSAL='1', VIEWS='2', COMMIT='abc', OUT=str(out), **env)
     cut, other = tmp_path / 'cut', tmp_path / 'whole'
     whole = run(other)
     text = whole.communicate()[0]
@@ -165,7 +166,7 @@ def test_a_speedrun_that_is_stopped_in_the_middle_is_the_one_that_was_not(tmp_pa
     for name in ('what changed', 'target', 'score', 'solved', 'val nats', 'tokens', 'model', 'card', 'commit'):
         assert row[name] == want[name]
     assert (row['what changed'], row['target']) == ('a / rehearsal', 'arc1/evaluation')
-    assert row['solved'].endswith("of 22")
+    assert row['solved'].endswith("of 22") and row['commit'] == 'abc'
     for name in ('minutes', 'dollars', 'val nats'):
         assert re.fullmatch(r"[\d.]+", row[name])
     before = (cut / 'LEADERBOARD.md').read_bytes() # once more: it is done
