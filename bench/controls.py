@@ -51,12 +51,12 @@ CONTROLS = [
         "augments from a global generator", 'data.py',
         "self.copy[i].astype(U)\n",
         "self.copy[i].astype(U) + U(np.random.randint(8))\n",
-        "test_text.py::test_every_place_can_be_gone_back_to"),
+        "test_promises.py::test_every_place_can_be_gone_back_to"),
     Control(
         "batches that are not part of the state", 'data.py',
         "'batch': self.batch, 'seed'",
         "'batch': 0, 'seed'",
-        "test_text.py::test_every_place_can_be_gone_back_to"),
+        "test_promises.py::test_every_place_can_be_gone_back_to"),
     Control(
         "ranks that cut off the rest", 'data.py',
         "        a, b = split(r1 - r0, self.rank, self.world)\n",
@@ -66,7 +66,7 @@ CONTROLS = [
         "ranks that draw for themselves", 'data.py',
         "        rows = self.rows(window)\n        r0",
         "        rows = self.rows(window + self.rank)\n        r0",
-        "test_text.py::test_any_number_of_ranks_sees_the_same_global_stream"),
+        "test_promises.py::test_any_number_of_ranks_sees_the_same_global_stream"),
     Control(
         "batches that are kept", 'data.py',
         "        self.turn = (turn + 1) % 3\n",
@@ -77,7 +77,7 @@ CONTROLS = [
         "a ring of two", 'data.py',
         "self.turn = (turn + 1) % 3",
         "self.turn = (turn + 1) % 2",
-        "test_text.py::test_a_batch_is_valid_until_the_second_next_call"),
+        "test_promises.py::test_a_batch_is_valid_until_the_second_next_call"),
     Control(
         "workers that all do the same", 'data.py',
         "worker, n = (info.id, info.num_workers) if info else (0, 1)",
@@ -97,7 +97,7 @@ CONTROLS = [
         "a state that fits anything", 'data.py',
         "and saved.get(name) != now.get(name):",
         "and False:",
-        "test_text.py::test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs"),
+        "test_promises.py::test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs"),
     Control(
         "a setting that is newer than a saved state", 'data.py',
         "saved = {**asdict(type(self.ds.cfg)()), **state}",
@@ -202,7 +202,7 @@ CONTROLS = [
         "rope over the place in the row", 'model.py',
         "place = place - (place * is_first).cummax(1).values",
         "pass",
-        "test_lm.py::test_a_packed_row_equals_its_documents_alone"),
+        "test_model.py::test_a_packed_row_equals_its_documents_alone"),
     Control(
         "a state that is not quite forgotten", 'model.py',
         "FORGET = -30.0",
@@ -222,7 +222,7 @@ CONTROLS = [
         "a convolution over the border", 'model.py',
         "                earlier = earlier * same[k]",
         "                pass",
-        "test_lm.py::test_a_packed_row_equals_its_documents_alone"),
+        "test_model.py::test_a_packed_row_equals_its_documents_alone"),
     Control(
         "a convolution that looks the other way", 'model.py',
         "y + earlier * w[k]",
