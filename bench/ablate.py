@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.corpus import read_json
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, fits, hash64
 from nanoarc.grids import ROW
 from nanoarc.model import Model, ModelConfig, width_lr
@@ -178,7 +177,7 @@ class Stepper:
 def measure(arms, blind, path):
     """ seconds a step of the default, and how many times that an arm takes, in turn with it -> dict, kept in a file """
     run.get_device('cpu', 'float32') # its settings of the cpu
-    speed = read_json(path) if path.is_file() else {}
+    speed = json.loads(path.read_text()) if path.is_file() else {}
     for arm in ['default', *arms]:
         if arm in speed:
             continue
@@ -220,14 +219,14 @@ def work(arm, seed, steps, out):
     run.Model = patched(inputs, init) # whatever is built from a config now
     if checkpoint.steps(out_dir):
         cfg.resume = str(out_dir)
-    meta = train.train(cfg, model_cfg, data_cfg)
+    train.train(cfg, model_cfg, data_cfg)
     model, _, meta = run.load_run(out_dir, torch.device('cpu'))
     losses = [row['loss'] for row in run.read_metrics(out_dir) if 'loss' in row]
     result = {'val_nats': nats(model, data_cfg, meta['rows'], str(out / 'answers')), 'train_nats': mean(losses[-2:]),
               'tokens': meta['tokens'], 'steps': steps, 'solved': None}
     if inputs is not mdlarc_positions: # decoding tells ours
         path = solve.solve(solve.SolveConfig(run=str(out_dir), data=str(blind), views=8))
-        result['solved'] = score(read_json(path), read_tasks(str(out / 'answers')))['solved']
+        result['solved'] = score(json.loads(path.read_text()), read_tasks(str(out / 'answers')))['solved']
     checkpoint.write_file(out_dir / 'result.json', json.dumps(result).encode())
 
 def print_table(arms, speed, found):
@@ -274,7 +273,7 @@ def main():
             step = speed['default']
             if arm != 'default':
                 step *= speed[arm]
-            steps = round(60 * args.minutes / step)
+            steps = max(round(60 * args.minutes / step), 1)
             path = run_dir(out, arm, seed, steps) / 'result.json'
             wanted[arm].append(path)
             if not path.is_file():
@@ -292,7 +291,7 @@ def main():
         list(pool.map(start, jobs))
     found = {}
     for arm in arms:
-        found[arm] = [read_json(path) for path in wanted[arm] if path.is_file()]
+        found[arm] = [json.loads(path.read_text()) for path in wanted[arm] if path.is_file()]
     print(json.dumps(print_table(arms, speed, found)))
 
 if __name__ == '__main__':

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nanoarc import data
-from nanoarc.data import END, IN, OUT, PAD, ROW, WINDOW, ArcDataset, ArcLoader, Batch, DataConfig, Rows, Sampler
-from nanoarc.sources import Corpus, Task, read_source, read_tasks
+from nanoarc import data, grids
+from nanoarc.corpus import Corpus
+from nanoarc.data import WINDOW, ArcDataset, ArcLoader, Batch, DataConfig, Rows, Sampler
+from nanoarc.grids import END, IN, MAX_PAIR, MAX_SHOTS, OUT, PAD, ROW, Task
+from nanoarc.sources import read_source, read_tasks
 
 sides = st.integers(1, 30)
-grids = st.tuples(sides, sides).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
+any_grid = st.tuples(sides, sides).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
 small = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
 
 def sampler_of(*pairs, queries=(), **kwargs):
@@ -33,7 +35,7 @@ def written(sampler, docs, i=0):
 def documents(sampler, target, d=0, cmap=range(10)):
     """ a plan of one document under a given augment, its context in the order of the file """
     docs = sampler.plan([target], 0, 0, True, 0)
-    n = sum(sampler.grid(2 * p + i).size + data.dihedral(sampler.grid(2 * p + i), d).shape[0] for p in docs.pairs[0] if p >= 0 for i in range(2))
+    n = sum(sampler.grid(2 * p + i).size + grids.dihedral(sampler.grid(2 * p + i), d).shape[0] for p in docs.pairs[0] if p >= 0 for i in range(2))
     return docs._replace(dihedral=np.array([d], np.uint8), cmap=np.array([cmap], np.uint8), length=np.array([n + 3 * (docs.pairs >= 0).sum()]))
 
 def visits(sampler, pair, n, seed=1, **kwargs):
@@ -47,7 +49,7 @@ def pairs_of(idx):
     while idx:
         assert idx[0] == IN
         out, end = idx.index(OUT), idx.index(END)
-        pairs.append((data.decode_grid(idx[1:out]), data.decode_grid(idx[out + 1 : end])))
+        pairs.append((grids.decode_grid(idx[1:out]), grids.decode_grid(idx[out + 1 : end])))
         idx = idx[end + 1 :]
     return pairs
 
@@ -99,7 +101,7 @@ def test_an_over_long_document_loses_demos_never_cells(toy, block_size):
     for i in range(len(ds)):
         idx, _, _ = written(ds.sampler, docs, i)
         assert len(idx) == docs.length[i] <= block_size
-        pairs = [tuple(data.undo_dihedral(g, int(docs.dihedral[i])) for g in pair) for pair in pairs_of(idx)]
+        pairs = [tuple(grids.undo_dihedral(g, int(docs.dihedral[i])) for g in pair) for pair in pairs_of(idx)]
         assert {(x.tobytes(), y.tobytes(), *x.shape) for x, y in pairs} <= known # whole, every one of them
         n.append(len(pairs))
     assert min(n) >= 2 and (max(n) == 6 or block_size < 200) and (min(n) < 6 or block_size == 200)
@@ -143,22 +145,13 @@ def test_train_and_val_never_run_dry(toy):
 # -----------------------------------------------------------------------------
 # properties
 
-@given(grids, st.integers(0, 7))
-def test_a_dihedral_and_its_inverse_are_the_identity(grid, d):
-    assert np.array_equal(data.undo_dihedral(data.dihedral(grid, d), d), grid)
-    assert data.dihedral(grid, d).shape == (grid.shape[::-1] if d in (1, 3, 4, 6) else grid.shape)
-
-def test_the_eight_dihedrals_are_eight():
-    grid = np.arange(6).reshape(2, 3)
-    assert len({data.dihedral(grid, d).tobytes() + bytes(data.dihedral(grid, d).shape) for d in range(8)}) == 8
-
 @settings(max_examples=40, deadline=None)
-@given(grids, grids, st.integers(0, 7), st.permutations(range(10)))
+@given(any_grid, any_grid, st.integers(0, 7), st.permutations(range(10)))
 def test_decode_of_encode_is_the_pair_under_any_augment(x, y, d, cmap):
     c = sampler_of((x, y))
     idx, _, _ = written(c, documents(c, 0, d, cmap))
-    undone = [np.argsort(cmap)[data.undo_dihedral(g, d)] for g in pairs_of(idx)[0]]
-    assert same(undone, (x, y)) and len(idx) <= data.MAX_PAIR
+    undone = [np.argsort(cmap)[grids.undo_dihedral(g, d)] for g in pairs_of(idx)[0]]
+    assert same(undone, (x, y)) and len(idx) <= MAX_PAIR
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(small, small), min_size=1, max_size=4), st.integers(0, 7))
@@ -168,27 +161,20 @@ def test_every_cell_stands_one_to_the_right_of_the_token_before_it(pairs, d):
     pos = pos.astype(int)
     cells = np.flatnonzero(idx < ROW)
     assert (pos[cells] - pos[cells - 1] == (0, 1, 0)).all()
-    follow = np.array([data.next_pos(pos[i], idx[i + 1]) for i in range(len(idx) - 1)])
+    follow = np.array([grids.next_place(*pos[i], idx[i + 1]) for i in range(len(idx) - 1)])
     assert np.array_equal(follow, pos[1:]) # one rule for writing and for decoding
-    torch_pos = data.next_pos(torch.from_numpy(pos[:-1]), torch.from_numpy(idx[1:]))
-    assert np.array_equal(torch_pos.numpy(), pos[1:])
     assert pos[idx == IN][:, 2].tolist() == [2 * k for k in reversed(range(len(pairs)))] # the target is always 0 and 1
     # the grammar allows each answer and nothing that would not decode
     out = np.flatnonzero(idx == OUT)[-1]
     width = 0
     for i in range(out, len(idx) - 1):
-        legal = data.grammar(torch.from_numpy(pos[i][None]), torch.tensor([width]))[0]
         r, col = pos[i, 0], pos[i, 1]
+        legal = {token for token in range(16) if grids.may_follow(token, r, col, width)}
         want = set(range(10)) if col < (width or 30) and r < 30 else set()
         want |= {ROW} if col == width > 0 or (width == 0 and col > 0) else set()
         want |= {END} if col == 0 and r > 0 else set()
-        assert legal[idx[i + 1]] and set(legal.nonzero()[:, 0].tolist()) == want
+        assert idx[i + 1] in legal and legal == want
         width = width or (int(col) if idx[i + 1] == ROW else 0)
-
-def test_the_grammar_ends_at_thirty():
-    def legal(r, c, w):
-        return data.grammar(torch.tensor([[r, c, 1]]), torch.tensor([w]))[0].nonzero()[:, 0].tolist()
-    assert legal(0, 30, 0) == [ROW] and legal(30, 0, 5) == [END] and legal(29, 0, 5) == [*range(10), END] and legal(3, 5, 5) == [ROW]
 
 def test_same_seed_same_batches(toy):
     src = toy(n=5)
@@ -323,9 +309,17 @@ def test_an_augmented_copy_of_a_held_out_query_in_another_task_is_held_out_too(t
     assert len(ds.val_pairs) == 2 and ds.num_held >= 2
     hashes = {int(ds.sampler.hash[p]) for p in ds.val_pairs}
     seen = set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) - {-1}
-    others = {p for p in seen if int(ds.sampler.hash[p]) in hashes}
-    keys = {ds.sampler.key[ds.sampler.tables.pair_task[p]] for p in ds.val_pairs}
-    assert all(ds.sampler.key[ds.sampler.tables.pair_task[p]] in keys for p in others) # at most the task's own demos
+    assert not [p for p in seen if int(ds.sampler.hash[p]) in hashes]
+
+def test_an_augment_of_a_held_out_query_among_its_own_demos_is_held_out_too(tmp_path):
+    import json
+    from conftest import toy_tasks
+    tasks = toy_tasks(n=2, demos=3, side=9)
+    for task in tasks.values():
+        task['train'].append({key: np.rot90(np.array(x)).tolist() for key, x in task['test'][0].items()})
+    (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
+    ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), val_tasks=1))
+    assert len(ds.val_pairs) == 1 and ds.num_held == 2
 
 def test_the_order_of_the_demos_is_part_of_the_corpus(tmp_path):
     import json
@@ -361,10 +355,10 @@ def test_buckets_are_at_least_95_percent_useful():
 
 @pytest.mark.parametrize('shots', [0, -1])
 def test_packed_rows_are_at_least_99_percent_useful(shots, request):
-    for T, least in ((4096, 0.99), (2048, 0.985)):
+    for T, least in ((4096, 0.99), (2048, 0.99)):
         assert share('arc1/training', shots=shots, batching='pack', block_size=T, batch_tokens=4 * T) >= least
     zipped = request.getfixturevalue('test_data') / 're_arc_small.zip'
-    for T, least in ((4096, 0.99), (2048, 0.985)):
+    for T, least in ((4096, 0.99), (2048, 0.99)) if shots == 0 else ((4096, 0.93), (2048, 0.93)): # many long demos
         assert share(str(zipped), shots=shots, batching='pack', block_size=T, batch_tokens=4 * T) >= least
 
 @pytest.mark.parametrize('shots', [0, -1])
@@ -410,13 +404,6 @@ def test_a_prompt_that_leaves_no_room_stands_alone_and_whole():
 
 PAIRS = [(np.full((2, 3 + k), k, np.uint8), np.full((4, 1 + k), k, np.uint8)) for k in range(3)]
 
-def test_xy_makes_idx_and_targets_alone(toy):
-    ds = ArcDataset(DataConfig(data=toy(n=3), batching='pack', block_size=64, batch_tokens=256))
-    a, b = ArcLoader(ds), ArcLoader(ds, xy=True)
-    for _ in range(30):
-        x, y = a.next_batch(), b.next_batch()
-        assert torch.equal(x.idx, y.idx) and torch.equal(x.targets, y.targets) and y[2:] == (None,) * 4
-
 def test_small_tasks_of_arc1_are_81_and_34():
     corpora = {subset: c.select(data.fits(c, 100)) for subset in ('training', 'evaluation') for c in [read_source(f"arc1/{subset}", subset == 'training')]}
     assert [len(c) for c in corpora.values()] == [81, 34] and len(corpora['evaluation'].hash) - corpora['evaluation'].n_demos.sum() == 42
@@ -457,7 +444,7 @@ def test_hundreds_of_demos_are_drawn_and_ordered_by_the_same_hash():
     docs = c.plan([3] * 20, np.arange(20), np.arange(1, 21), False, 1)
     for i, row in enumerate(docs.pairs.tolist()):
         order = sorted(range(200), key=lambda k: slow_loader.hash64(k, h=i + 1))
-        assert row == [3] + [k for k in order if k != 3][: data.MAX_SHOTS]
+        assert row == [3] + [k for k in order if k != 3][: MAX_SHOTS]
 
 class Subclass(ArcDataset):
     def __getitem__(self, t):

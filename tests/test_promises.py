@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -144,15 +145,29 @@ def test_every_place_can_be_gone_back_to(toy, mode):
         other.load_state_dict(json.loads(states[i]))
         assert [digest([other.next_batch()]) for _ in range(60 - i)] == batches[i:]
 
+def test_a_setting_that_is_newer_than_a_saved_state_counts_as_its_default(toy):
+    cfg = dict(data=toy(n=4))
+    state = ArcLoader(ArcDataset(DataConfig(**cfg))).state_dict()
+    for field in asdict(DataConfig()):
+        if field in state:
+            older = {key: x for key, x in state.items() if key != field}
+            ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict(older)
+    state.pop('shots')
+    with pytest.raises(ValueError, match="^resume refused: shots differs .saved 0, now 1.$"):
+        ArcLoader(ArcDataset(DataConfig(**cfg, shots=1))).load_state_dict(state)
+    for field in ('format', 'seed', 'corpus_sha256'): # no settings: these have no default
+        older = {key: x for key, x in ArcLoader(ArcDataset(DataConfig(**cfg))).state_dict().items() if key != field}
+        with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
+            ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict(older)
+
 def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs(toy):
     cfg = dict(data=toy(n=4))
     state = ArcLoader(ArcDataset(DataConfig(**cfg))).state_dict()
     assert len(state) > 15
     for field in state:
         if field not in ('window', 'batch'):
-            for saved in ({**state, field: "other"}, {key: x for key, x in state.items() if key != field}):
-                with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
-                    ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict(saved)
+            with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
+                ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict({**state, field: "other"})
     changed = dict(shots=1, max_pair=90, block_size=99, batching='pad', batch_tokens=77, loss_on='all', colors='all', p_identity=0.3, val_tasks=1, deal=2,
                    allow_leak=True, drop_overlap=True)
     for field, x in changed.items():
