@@ -1,12 +1,13 @@
 """
-what is a way of solving worth? pass@2 on queries whose answers nobody trained on: a run's own validation queries, or a source
-with --src and --answers (out/ablate/blind and out/ablate/answers, after bench/ablate.py), never evaluation answers.
+what is a way of solving worth? pass@2 on queries whose answers nobody trained on: a run's own validation queries, or
+a source with --src and --answers (out/ablate/blind and out/ablate/answers, after bench/ablate.py), never evaluation
+answers.
 
-  python bench/solve.py out/quickstart                                 views x selector, and the oracle: is any candidate right?
-  python bench/solve.py out/a out/b --views 32 --p_min 0.3 0.1 0.03    the search; --samples 4 16, --ttt_steps 10 30 likewise
-  python bench/solve.py out/a --decode                                 cached decoding against the whole forward, in turn
+  python bench/solve.py out/quickstart views x selector, and the oracle: is any candidate right? python bench/solve.py
+  out/a out/b --views 32 --p_min 0.3 0.1 0.03 the search; --ttt_steps 10 30 likewise python bench/solve.py out/a
+  --decode cached decoding against the whole forward, in turn
 
-each setting solves all runs; seconds are per run, to propose candidates and (for product and both) to judge them. last line: json
+each setting solves all runs; seconds are per run, to propose candidates and to judge them. last line: json
 """
 import argparse
 import itertools
@@ -23,23 +24,34 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, solve
-from nanoarc.data import ArcDataset, DataConfig
+from nanoarc.data import ArcDataset
 from nanoarc.model import Cache
+from nanoarc.run import get_device, load_run, saved_configs
 from nanoarc.sources import read_tasks
-from nanoarc.train import get_device
+from nanoarc.submission import rank_candidates, read_candidates
+
+SELECT = 'votes', 'product'
 
 def write_val(run, out):
     """ the validation tasks of a run -> directories of them without and with their answers """
-    ds = ArcDataset(DataConfig(**checkpoint.load(run)[1]['data']))
+    ds = ArcDataset(saved_configs(checkpoint.load(run)[1])[1])
     s, found = ds.sampler, defaultdict(list)
     for p in ds.val_pairs.tolist():
         found[int(s.tables.pair_task[p])].append(p)
     for k, pairs in found.items():
         task = s.task(k)
         for folder in ('closed', 'open'):
-            queries = [{'input': s.grid(2 * p).tolist(), **({'output': s.grid(2 * p + 1).tolist()} if folder == 'open' else {})} for p in pairs]
+            queries = [
+                {
+                    'input': s.grid(2 * p).tolist(),
+                    **({'output': s.grid(2 * p + 1).tolist()} if folder == 'open' else {}),
+                }
+                for p in pairs
+            ]
             demos = [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.demos]
-            checkpoint.write_file(out / folder / f"{task.name}.json", json.dumps({'train': demos, 'test': queries}).encode())
+            checkpoint.write_file(
+                out / folder / f"{task.name}.json", json.dumps({'train': demos, 'test': queries}).encode()
+            )
     return str(out / 'closed'), str(out / 'open')
 
 def timed(name, spent):
@@ -53,31 +65,44 @@ def timed(name, spent):
 
 def measure(run, src, answers, settings, out):
     """ one solving -> seconds, pass@2 by selector, oracle, in right outputs; and the number of outputs """
-    start, spent, methods = time.perf_counter(), defaultdict(float), {name: getattr(solve.Solver, name) for name in ('propose', 'judge')}
+    start, spent, methods = (
+        time.perf_counter(),
+        defaultdict(float),
+        {name: getattr(solve.Solver, name) for name in ('propose', 'judge')},
+    )
     for name in methods:
         setattr(solve.Solver, name, timed(name, spent))
     try:
-        solve.main(solve.SolveConfig(run=run, data=src, out_dir=str(out), select='both', allow_leak=True, **settings)) # one validation query is an augment of a demo of its own task
+        # one validation query is an augment of a demo of its own task
+        solve.solve(solve.SolveConfig(run=run, data=src, out_dir=str(out), allow_leak=True, **settings))
     finally:
         for name, method in methods.items():
             setattr(solve.Solver, name, method)
     total = time.perf_counter() - start
     tasks = read_tasks(answers)
-    found = solve.read_candidates(out / 'candidates.jsonl', tasks)
-    right = {name: 0 for name in (*solve.SELECT, 'oracle')}
+    found = read_candidates(out / 'candidates.jsonl', tasks)
+    right = {name: 0 for name in (*SELECT, 'oracle')}
     for k, task in enumerate(tasks):
         for i, (_, y) in enumerate(task.queries):
-            for select in solve.SELECT:
-                right[select] += any(c.grid.tolist() == y.tolist() for c, _ in solve.rank_candidates([found[k, i]], select)[:2])
+            for select in SELECT:
+                right[select] += any(
+                    c.grid.tolist() == y.tolist() for c, _ in rank_candidates([found[k, i]], select)[:2]
+                )
             right['oracle'] += any(c.grid.tolist() == y.tolist() for c in found[k, i])
-    return {'propose_s': spent['propose'], 'judge_s': spent['judge'], 'other_s': total - sum(spent.values()), 'outputs': sum(len(task.queries) for task in tasks), **right}
+    return {
+        'propose_s': spent['propose'],
+        'judge_s': spent['judge'],
+        'other_s': total - sum(spent.values()),
+        'outputs': sum(len(task.queries) for task in tasks),
+        **right,
+    }
 
 def decode_speed(run):
     """ tokens/s of answers of 100 tokens to 8 prompts of 1,000, with caches and by the whole forward, in turn """
     device, _, autocast = get_device('auto', 'auto')
-    model = solve.load_model(run, device)[0]
+    model, _, _ = load_run(run, device)
     idx, pos = torch.randint(0, 10, (8, 1000), device=device), torch.zeros(8, 1000, 3, dtype=torch.uint8, device=device)
-    extra = [torch.zeros(8, 1, dtype=x, device=device) for x in (torch.int32, torch.uint8)] if model.cfg.n_task else []
+    extra = [torch.zeros(8, 1, dtype=x, device=device) for x in (torch.int32, torch.uint8)] if model.n_task else []
     def step(idx, pos, cache=None):
         with torch.no_grad(), autocast():
             logits = model(idx, None, pos, None, *(x.expand(idx.shape) for x in extra), cache=cache)[0][:, -1]
@@ -101,7 +126,10 @@ def decode_speed(run):
         whole(10) # they are all alike, and slow
         times.append((800 / (middle - start), 80 / (time.perf_counter() - middle)))
     a, b = (median(x) for x in zip(*times[1:]))
-    print(f"cached {a:,.0f} tokens/s, prompt included; whole forward {b:,.0f}; {median(x / y for x, y in times[1:]):.1f} times as fast")
+    print(
+        f"cached {a:,.0f} tokens/s, prompt included; whole forward {b:,.0f}; "
+        f"{median(x / y for x, y in times[1:]):.1f} times as fast"
+    )
     return {'cached_tok_s': a, 'whole_tok_s': b, 'ratio': median(x / y for x, y in times[1:])}
 
 def main():
@@ -111,7 +139,11 @@ def main():
     parser.add_argument('--answers', default='')
     parser.add_argument('--decode', action='store_true')
     parser.add_argument('--png', default='', help="pass@2 by views, one curve a selector")
-    names = {f.name: f.type for f in fields(solve.SolveConfig) if f.name in ('p_min', 'samples', 'temperature', 'top_p', 'ttt_steps', 'ttt_lr', 'ttt_tokens', 'together', 'minutes', 'score_most')}
+    names = {
+        f.name: f.type
+        for f in fields(solve.SolveConfig)
+        if f.name in ('p_min', 'ttt_steps', 'ttt_lr', 'ttt_tokens', 'together', 'minutes', 'score_most')
+    }
     parser.add_argument('--views', type=int, nargs='+', default=[1, 8, 32, 128])
     for name, kind in names.items():
         parser.add_argument(f"--{name}", type=kind, nargs='+', default=[getattr(solve.SolveConfig, name)])
@@ -121,24 +153,61 @@ def main():
         return
     results = []
     with tempfile.TemporaryDirectory() as temp:
-        sources = [(args.src, args.answers) if args.src else write_val(run, Path(temp) / f"{n}") for n, run in enumerate(args.runs)]
+        sources = [
+            (args.src, args.answers) if args.src else write_val(run, Path(temp) / f"{n}")
+            for n, run in enumerate(args.runs)
+        ]
         varied = [name for name in ('views', *names) if len(getattr(args, name)) > 1] or ['views']
         for values in itertools.product(*(getattr(args, name) for name in ('views', *names))):
             settings = dict(zip(('views', *names), values))
             rows = [measure(run, *src, settings, Path(temp) / 'out') for run, src in zip(args.runs, sources)]
-            results.append({**settings, **{key: sum(row[key] for row in rows) if key in (*solve.SELECT, 'oracle', 'outputs') else mean(row[key] for row in rows) for key in rows[0]}})
-            print({key: results[-1][key] for key in varied}, {key: results[-1][key] for key in (*solve.SELECT, 'oracle')}, flush=True)
-    table = Table(*varied, 'outputs', *(f"{name}, % right" for name in (*solve.SELECT, 'oracle')), 'propose s', 'judge s', 'other s')
+            results.append(
+                {
+                    **settings,
+                    **{
+                        key: sum(row[key] for row in rows)
+                        if key in (*SELECT, 'oracle', 'outputs')
+                        else mean(row[key] for row in rows)
+                        for key in rows[0]
+                    },
+                }
+            )
+            print(
+                {key: results[-1][key] for key in varied},
+                {key: results[-1][key] for key in (*SELECT, 'oracle')},
+                flush=True,
+            )
+    table = Table(
+        *varied, 'outputs', *(f"{name}, % right" for name in (*SELECT, 'oracle')), 'propose s', 'judge s', 'other s'
+    )
     for r in results:
-        table.add_row(*(f"{r[name]:g}" for name in varied), str(r['outputs']), *(f"{100 * r[name] / r['outputs']:.1f}" for name in (*solve.SELECT, 'oracle')), *(f"{r[name]:.1f}" for name in ('propose_s', 'judge_s', 'other_s')))
+        table.add_row(
+            *(f"{r[name]:g}" for name in varied),
+            str(r['outputs']),
+            *(f"{100 * r[name] / r['outputs']:.1f}" for name in (*SELECT, 'oracle')),
+            *(f"{r[name]:.1f}" for name in ('propose_s', 'judge_s', 'other_s')),
+        )
     Console(width=140).print(table)
     if args.png:
         from nanoarc.view import pyplot
         plt = pyplot()
         fig, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
-        for name in (*solve.SELECT, 'oracle'):
-            ax.plot([r['views'] for r in results], [100 * r[name] / r['outputs'] for r in results], marker='o', markersize=4, label=name, linestyle='--' if name == 'oracle' else '-')
-        ax.set(xscale='log', xlabel="views of a query", ylabel="outputs right in two attempts, %", xticks=[r['views'] for r in results], xticklabels=[r['views'] for r in results])
+        for name in (*SELECT, 'oracle'):
+            ax.plot(
+                [r['views'] for r in results],
+                [100 * r[name] / r['outputs'] for r in results],
+                marker='o',
+                markersize=4,
+                label=name,
+                linestyle='--' if name == 'oracle' else '-',
+            )
+        ax.set(
+            xscale='log',
+            xlabel="views of a query",
+            ylabel="outputs right in two attempts, %",
+            xticks=[r['views'] for r in results],
+            xticklabels=[r['views'] for r in results],
+        )
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend()

@@ -1,8 +1,9 @@
 """
-how fast is the text loader? for each order and batch, in turn and on one core: whole shards by the loader; a memcpy of the same bytes, from
-batches that lie in DRAM into the same ring of buffers; whole shards by build-nanogpt's DataLoaderLite as its description has it, which makes
-int64 of a shard first and then hands out views. shards lie in the page cache. medians of --rounds.
-usage: python bench/text.py [--rounds 7] [--tokens 100000000] [--shards 2] [--dir DIR]. a minute on one cpu core. last line: json
+how fast is the text loader? for each order and batch, in turn and on one core: whole shards by the loader; a memcpy
+of the same bytes, from batches that lie in DRAM into the same ring of buffers; whole shards by build-nanogpt's
+DataLoaderLite as its description has it, which makes int64 of a shard first and then hands out views. shards lie in
+the page cache. medians of --rounds. usage: python bench/text.py [--rounds 7] [--tokens 100000000] [--shards 2] [--dir
+DIR]. a minute on one cpu core. last line: json
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -20,7 +21,13 @@ from rich.table import Table
 
 from nanoarc.text import TextConfig, TextDataset, shard_bytes
 
-MODES = {'shuffle 64x1024': ('shuffle', 64, 1024), 'sequential 64x1024': ('sequential', 64, 1024), 'shuffle 16x1024': ('shuffle', 16, 1024), 'shuffle 8x4096': ('shuffle', 8, 4096), 'shuffle 32x256': ('shuffle', 32, 256)}
+MODES = {
+    'shuffle 64x1024': ('shuffle', 64, 1024),
+    'sequential 64x1024': ('sequential', 64, 1024),
+    'shuffle 16x1024': ('shuffle', 16, 1024),
+    'shuffle 8x4096': ('shuffle', 8, 4096),
+    'shuffle 32x256': ('shuffle', 32, 256),
+}
 POOL = 256 * 2**20 # bytes, far more than any cache
 
 class DataLoaderLite:
@@ -56,10 +63,17 @@ def run(loader, batches, tokens):
     return batches * tokens / (time.perf_counter() - start)
 
 def memcpy(loader, seconds=0.3):
-    """ -> tokens a second whose idx and targets are copied, from batches that lie in DRAM into the ring of buffers of the loader """
+    """
+    -> tokens a second whose idx and targets are copied, from batches that lie in DRAM into the ring of buffers of the
+    loader
+    """
     ring = [[x.numpy() for x in loader.next_batch()[:2]] for _ in range(3)]
     size = ring[0][0].size
-    pool, rates, start = [[x.copy() for x in ring[0]] for _ in range(max(POOL // (16 * size), 3))], [], time.perf_counter()
+    pool, rates, start = (
+        [[x.copy() for x in ring[0]] for _ in range(max(POOL // (16 * size), 3))],
+        [],
+        time.perf_counter(),
+    )
     while time.perf_counter() - start < seconds:
         t = time.perf_counter()
         for i, batch in enumerate(pool):
@@ -112,15 +126,40 @@ def main():
                 other.batch = k
                 other.next_batch()
                 at.append(time.perf_counter() - start)
-            results[mode] = {'tok_s': round(median(x for x, *_ in rounds)), 'memcpy_tok_s': round(median(x for _, x, _ in rounds)), 'lite_tok_s': round(median(x for *_, x in rounds)),
-                             'of_memcpy': round(median(a / b for a, b, _ in rounds), 2), 'vs_lite': round(median(a / c for a, _, c in rounds), 1),
-                             'mb': round(mine, 1), 'lite_mb': round(theirs, 1), 'batch_1e12_of_batch_0': round(median(at[1::2]) / median(at[0::2]), 2)}
+            results[mode] = {
+                'tok_s': round(median(x for x, *_ in rounds)),
+                'memcpy_tok_s': round(median(x for _, x, _ in rounds)),
+                'lite_tok_s': round(median(x for *_, x in rounds)),
+                'of_memcpy': round(median(a / b for a, b, _ in rounds), 2),
+                'vs_lite': round(median(a / c for a, _, c in rounds), 1),
+                'mb': round(mine, 1),
+                'lite_mb': round(theirs, 1),
+                'batch_1e12_of_batch_0': round(median(at[1::2]) / median(at[0::2]), 2),
+            }
     table = Table(title=f"{args.shards} shards of {args.tokens:,} tokens, one core", title_justify='left')
-    for name in ('order, batch', 'tokens / s', 'memcpy', 'of memcpy', 'lite', 'x', 'memory', 'its memory', 'batch 10^12'):
+    for name in (
+        'order, batch',
+        'tokens / s',
+        'memcpy',
+        'of memcpy',
+        'lite',
+        'x',
+        'memory',
+        'its memory',
+        'batch 10^12',
+    ):
         table.add_column(name, justify='left' if name == 'order, batch' else 'right', no_wrap=True)
     for mode, x in results.items():
-        table.add_row(mode, *(f"{x[key] / 1e6:,.0f} M" for key in ('tok_s', 'memcpy_tok_s')), f"{x['of_memcpy']:.0%}", f"{x['lite_tok_s'] / 1e6:,.0f} M", f"{x['vs_lite']:.1f}",
-                      f"{x['mb']:.0f} MB", f"{x['lite_mb']:,.0f} MB", f"{x['batch_1e12_of_batch_0']:.2f}")
+        table.add_row(
+            mode,
+            *(f"{x[key] / 1e6:,.0f} M" for key in ('tok_s', 'memcpy_tok_s')),
+            f"{x['of_memcpy']:.0%}",
+            f"{x['lite_tok_s'] / 1e6:,.0f} M",
+            f"{x['vs_lite']:.1f}",
+            f"{x['mb']:.0f} MB",
+            f"{x['lite_mb']:,.0f} MB",
+            f"{x['batch_1e12_of_batch_0']:.2f}",
+        )
     Console(width=110).print(table)
     print(json.dumps(results))
 

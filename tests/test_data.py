@@ -18,7 +18,9 @@ from nanoarc.sources import read_source, read_tasks
 
 sides = st.integers(1, 30)
 any_grid = st.tuples(sides, sides).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
-small = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9)))
+small = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
+    lambda hw: arrays(np.uint8, hw, elements=st.integers(0, 9))
+)
 
 def sampler_of(*pairs, queries=(), **kwargs):
     """ one task with these demos """
@@ -35,8 +37,17 @@ def written(sampler, docs, i=0):
 def documents(sampler, target, d=0, cmap=range(10)):
     """ a plan of one document under a given augment, its context in the order of the file """
     docs = sampler.plan([target], 0, 0, True, 0)
-    n = sum(sampler.grid(2 * p + i).size + grids.dihedral(sampler.grid(2 * p + i), d).shape[0] for p in docs.pairs[0] if p >= 0 for i in range(2))
-    return docs._replace(dihedral=np.array([d], np.uint8), cmap=np.array([cmap], np.uint8), length=np.array([n + 3 * (docs.pairs >= 0).sum()]))
+    n = sum(
+        sampler.grid(2 * p + i).size + grids.dihedral(sampler.grid(2 * p + i), d).shape[0]
+        for p in docs.pairs[0]
+        if p >= 0
+        for i in range(2)
+    )
+    return docs._replace(
+        dihedral=np.array([d], np.uint8),
+        cmap=np.array([cmap], np.uint8),
+        length=np.array([n + 3 * (docs.pairs >= 0).sum()]),
+    )
 
 def visits(sampler, pair, n, seed=1, **kwargs):
     """ the dihedrals and color maps of the first n visits of a pair """
@@ -76,7 +87,12 @@ def test_padding_carries_no_loss(toy):
     ds = ArcDataset(DataConfig(data=toy(), batching='pad', block_size=64, batch_tokens=256, loss_on='all'))
     batch = ArcLoader(ds).next_batch()
     pad = batch.idx == PAD
-    assert pad.any() and (batch.targets[pad] == -100).all() and (batch.doc[pad] == -1).all() and not pad[batch.doc >= 0].any()
+    assert (
+        pad.any()
+        and (batch.targets[pad] == -100).all()
+        and (batch.doc[pad] == -1).all()
+        and not pad[batch.doc >= 0].any()
+    )
     assert not (batch.targets == PAD).any()
 
 @pytest.mark.parametrize('loss_on', ['query', 'outputs', 'all'])
@@ -130,8 +146,14 @@ def test_augments_differ_between_epochs_and_never_touch_val(toy):
     assert len(ds.val_pairs) == 3 and (docs.dihedral == 0).all() and (docs.cmap == np.arange(10)).all()
     assert not set(ds.val_pairs) & set(ds.targets.tolist())
     assert all(torch.equal(a, b) for x, y in zip(ds.val_batches(), ds.val_batches()) for a, b in zip(x, y))
-    plans = [list(ArcDataset(DataConfig(data=ds.cfg.data, val_tasks=3, shots=-1), seed=seed).val_batches()) for seed in (1, 7)]
-    assert all(torch.equal(x, y) for a, b in zip(*plans) for x, y in zip(a[:4], b[:4])) and all((b.dihedral == 0).all() for b in ds.val_batches()) # each seed is judged on the same
+    plans = [
+        list(ArcDataset(DataConfig(data=ds.cfg.data, val_tasks=3, shots=-1), seed=seed).val_batches())
+        for seed in (1, 7)
+    ]
+    # each seed is judged on the same
+    assert all(torch.equal(x, y) for a, b in zip(*plans) for x, y in zip(a[:4], b[:4])) and all(
+        (b.dihedral == 0).all() for b in ds.val_batches()
+    )
 
 def test_train_and_val_never_run_dry(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3, demos=2), batch_tokens=64))
@@ -185,9 +207,15 @@ def test_same_seed_same_batches(toy):
     assert x.idx.shape != z.idx.shape or not torch.equal(x.idx, z.idx)
 
 def test_same_seed_same_batches_in_another_process():
-    code = ("import hashlib; from nanoarc.data import *; l = ArcLoader(ArcDataset(DataConfig(max_pair=60), seed=3)); h = hashlib.sha256()\n"
-            "for _ in range(20): [h.update(x.numpy().tobytes()) for x in l.next_batch()]\nprint(h.hexdigest())")
-    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    code = (
+        "import hashlib; from nanoarc.data import *\n"
+        "l = ArcLoader(ArcDataset(DataConfig(max_pair=60), seed=3)); h = hashlib.sha256()\n"
+        "for _ in range(20): [h.update(x.numpy().tobytes()) for x in l.next_batch()]\nprint(h.hexdigest())"
+    )
+    runs = {
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
     assert len(runs) == 1
 
 # -----------------------------------------------------------------------------
@@ -220,18 +248,29 @@ def test_a_fifth_of_the_documents_keep_their_colors(toy):
     assert 0.17 < (docs.cmap == np.arange(10)).all(1).mean() < 0.23
 
 def test_a_context_is_other_demos_and_never_a_query(toy):
-    ds = ArcDataset(DataConfig(data=toy('a', n=4, queries=2, side=6), adapt=toy('b', n=4, queries=2, side=6, seed=1), shots=-1, val_tasks=0))
+    ds = ArcDataset(
+        DataConfig(
+            data=toy('a', n=4, queries=2, side=6), adapt=toy('b', n=4, queries=2, side=6, seed=1), shots=-1, val_tasks=0
+        )
+    )
     c, orders = ds.sampler.tables, set()
     docs = ds.plan(np.arange(10 * len(ds)))
     for row in docs.pairs:
         target, context = row[0], row[1:][row[1:] >= 0]
         task = c.pair_task[target]
-        assert target not in context and (c.pair_task[context] == task).all() and (context < c.first[task] + c.n_demos[task]).all()
+        assert (
+            target not in context
+            and (c.pair_task[context] == task).all()
+            and (context < c.first[task] + c.n_demos[task]).all()
+        )
         assert len(context) == (2 if target < c.first[task] + c.n_demos[task] else 3)
         orders.add(tuple(row))
     assert len(orders) > 8 * 8 # demo order is shuffled
     assert {task for task in c.pair_task[ds.targets].tolist()} == set(range(8))
-    assert not any(ds.sampler.known[p] for task in range(4, 8) for p in range(c.first[task] + c.n_demos[task], c.first[task + 1])) # adapt: closed
+    # adapt: closed
+    assert not any(
+        ds.sampler.known[p] for task in range(4, 8) for p in range(c.first[task] + c.n_demos[task], c.first[task + 1])
+    )
 
 def test_up_to_k_shots_are_drawn(toy):
     ds = ArcDataset(DataConfig(data=toy(n=4, demos=5), shots=2, val_tasks=0))
@@ -241,12 +280,15 @@ def test_up_to_k_shots_are_drawn(toy):
 def test_a_repeated_source_is_seen_that_often_and_equal_tasks_share_a_row(toy):
     a = toy('a', n=2)
     ds = ArcDataset(DataConfig(data=f"{a}*3+{toy('b', n=3)}", val_tasks=0)) # b's first two tasks are a's
-    assert len(ds) == 2 * 4 * 3 + 3 * 4 and len(ds.sampler.rows) == 3 and ds.sampler.tables.row.tolist() == [0, 1, 0, 1, 2]
+    assert (
+        len(ds) == 2 * 4 * 3 + 3 * 4 and len(ds.sampler.rows) == 3 and ds.sampler.tables.row.tolist() == [0, 1, 0, 1, 2]
+    )
     docs = ds.plan(np.arange(8 * len(ds)))
     seen = defaultdict(list)
     for p, d in zip(docs.pairs[:, 0].tolist(), docs.dihedral.tolist()):
         seen[p].append(d)
-    assert all(np.bincount(d, minlength=8).tolist() == [3 * (p < 8) or 1] * 8 for p, d in seen.items()) # 24 visits, each dihedral 3 times
+    # 24 visits, each dihedral 3 times
+    assert all(np.bincount(d, minlength=8).tolist() == [3 * (p < 8) or 1] * 8 for p, d in seen.items())
 
 def test_a_held_out_query_is_trained_on_nowhere(toy):
     a = toy('a', n=4)
@@ -262,9 +304,17 @@ def test_a_held_out_query_stands_in_no_context_either(tmp_path):
     (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
     ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), shots=-1, val_tasks=1, colors='none'))
     c, held = ds.sampler, ds.val_pairs[0]
-    same = {p for p in range(len(c.is_demo)) if np.array_equal(c.grid(2 * p), c.grid(2 * held)) and np.array_equal(c.grid(2 * p + 1), c.grid(2 * held + 1))}
+    same = {
+        p
+        for p in range(len(c.is_demo))
+        if np.array_equal(c.grid(2 * p), c.grid(2 * held)) and np.array_equal(c.grid(2 * p + 1), c.grid(2 * held + 1))
+    }
     assert len(same) == 2 and ds.num_held == 2
-    assert not same & set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist()) and (c.plan(ds.val_pairs, 0, 0, True, 0).pairs[0] >= 0).sum() == 4 # itself and three others
+    # itself and three others
+    assert (
+        not same & set(ds.plan(np.arange(WINDOW)).pairs.ravel().tolist())
+        and (c.plan(ds.val_pairs, 0, 0, True, 0).pairs[0] >= 0).sum() == 4
+    )
 
 def names_of(ds):
     """ task names of the targets of an epoch """
@@ -273,15 +323,25 @@ def names_of(ds):
 
 def test_data_that_holds_a_query_of_adapt_is_refused_dropped_or_allowed():
     cfg = dict(data='arc1/training', adapt='arc1/evaluation', val_tasks=0)
-    with pytest.raises(ValueError, match=r"2 pairs of data .*40853293 \(arc1/training\) = 070dd51e query 0 \(arc1/evaluation\), verbatim; caa06a1f .* = 50a16a69 query 0 .*, augmented. --drop_overlap"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 pairs of data .*40853293 \(arc1/training\) = 070dd51e query 0 \(arc1/evaluation\), verbatim; "
+        r"caa06a1f .* = 50a16a69 query 0 .*, augmented. --drop_overlap",
+    ):
         ArcDataset(DataConfig(**cfg))
     ds = ArcDataset(DataConfig(**cfg, drop_overlap=True))
     names = names_of(ds)
-    assert ds.num_dropped == 2 and ds.leaks == [] and not {'40853293', 'caa06a1f'} & set(names) and len(ds) == 1718 + 1363 - 3 - 4
+    assert (
+        ds.num_dropped == 2
+        and ds.leaks == []
+        and not {'40853293', 'caa06a1f'} & set(names)
+        and len(ds) == 1718 + 1363 - 3 - 4
+    )
     assert names['070dd51e'] == 2 # the demos of adapt are never left out
     ds = ArcDataset(DataConfig(**cfg, allow_leak=True))
     assert ds.num_dropped == 0 and len(ds.leaks) == 2 and names_of(ds)['40853293'] == 3
-    assert ArcDataset(DataConfig(data='arc2/training', adapt='arc1/evaluation', drop_overlap=True)).num_dropped == 377 # 376 by their id, and caa06a1f
+    # 376 by their id, and caa06a1f
+    assert ArcDataset(DataConfig(data='arc2/training', adapt='arc1/evaluation', drop_overlap=True)).num_dropped == 377
     assert ArcDataset(DataConfig(data='arc1/training', adapt='arc2/evaluation')).leaks == []
 
 def test_a_tasks_own_demos_under_adapt_are_no_leak(tmp_path):
@@ -295,7 +355,8 @@ def test_a_tasks_own_demos_under_adapt_are_no_leak(tmp_path):
 def test_what_was_trained_on_is_written_down(toy):
     a, b = toy('a', n=2, side=9), toy('b', n=3, side=9, seed=5)
     lines = ArcDataset(DataConfig(data=a, adapt=b, val_tasks=1)).trained_on().splitlines()
-    assert len(lines) == 7 and all(len(line.split()[0]) == 16 and line.endswith(f"({a})") for line in lines) # 2 x 4 without the query that is held out
+    # 2 x 4 without the query that is held out
+    assert len(lines) == 7 and all(len(line.split()[0]) == 16 and line.endswith(f"({a})") for line in lines)
 
 def test_an_augmented_copy_of_a_held_out_query_in_another_task_is_held_out_too(tmp_path):
     import json
@@ -303,7 +364,10 @@ def test_an_augmented_copy_of_a_held_out_query_in_another_task_is_held_out_too(t
     tasks = toy_tasks(n=2, demos=3, side=9)
     for name, task in list(tasks.items()): # another task, that has the query turned and recolored among its demos
         pair = {key: (9 - np.rot90(np.array(x), 3)).tolist() for key, x in task['test'][0].items()}
-        tasks[f"{name}_copy"] = {'train': [pair, *toy_tasks(n=1, demos=2, side=9, seed=len(tasks))['toy0000']['train']], 'test': [tasks['toy0000']['train'][0]]}
+        tasks[f"{name}_copy"] = {
+            'train': [pair, *toy_tasks(n=1, demos=2, side=9, seed=len(tasks))['toy0000']['train']],
+            'test': [tasks['toy0000']['train'][0]],
+        }
     (tmp_path / 'x_challenges.json').write_text(json.dumps(tasks))
     ds = ArcDataset(DataConfig(data=str(tmp_path / 'x_challenges.json'), shots=-1, val_tasks=4))
     assert len(ds.val_pairs) == 2 and ds.num_held >= 2
@@ -337,11 +401,15 @@ def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, bat
     ds = ArcDataset(DataConfig(data=toy(n=5, side=6), batching=batching, block_size=128, batch_tokens=500))
     docs, start, order, batches, _ = ds.plan_window(3)
     assert sorted(order.tolist()) == list(range(WINDOW)) and start[0] == 0 and start[-1] == WINDOW
-    assert sorted(r for r0, r1, _ in batches for r in range(r0, r1)) == list(range(len(start) - 1)) # each row in one batch
+    # each row in one batch
+    assert sorted(r for r0, r1, _ in batches for r in range(r0, r1)) == list(range(len(start) - 1))
     for r0, r1, T in batches:
-        assert (r1 - r0) * T <= 500 and all(docs.length[order[start[r] : start[r + 1]]].sum() <= T for r in range(r0, r1))
+        assert (r1 - r0) * T <= 500 and all(
+            docs.length[order[start[r] : start[r + 1]]].sum() <= T for r in range(r0, r1)
+        )
     if batching != 'bucket':
-        assert set(batches[:, 2].tolist()) == {128} and set((batches[:, 1] - batches[:, 0]).tolist()) <= {2, 3} # even: none is a rest
+        # even: none is a rest
+        assert set(batches[:, 2].tolist()) == {128} and set((batches[:, 1] - batches[:, 0]).tolist()) <= {2, 3}
 
 def share(spec, **kwargs):
     """ useful tokens / all tokens of a window """
@@ -376,13 +444,19 @@ def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
         for want in batches[i : i + 5]:
             n = other.loss_tokens()
             got = other.next_batch()
-            assert all(x is y is None or torch.equal(x, y) for x, y in zip(got, want)) and n == (got.targets != -100).sum()
+            assert (
+                all(x is y is None or torch.equal(x, y) for x, y in zip(got, want)) and n == (got.targets != -100).sum()
+            )
 
 def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3), block_size=64), epochs=2)
     assert len(ds) == 2 * len(ds.targets) and ds[10**12].idx.shape == (64,)
     batch = next(iter(torch.utils.data.DataLoader(ds, batch_size=4, collate_fn=ds.collate)))
-    assert isinstance(batch, Batch) and all(torch.equal(batch.idx[i], ds[i].idx) for i in range(4)) and batch.pos.shape == (4, 64, 3)
+    assert (
+        isinstance(batch, Batch)
+        and all(torch.equal(batch.idx[i], ds[i].idx) for i in range(4))
+        and batch.pos.shape == (4, 64, 3)
+    )
     x, y = batch[:2]
     assert x.dtype == y.dtype == torch.int64 and batch.pos.dtype == torch.uint8 and batch.doc.dtype == torch.int32
     with pytest.raises(IndexError):
@@ -394,7 +468,11 @@ def test_a_prompt_is_a_document_without_its_answer(toy):
     closed = sampler_of(*PAIRS, queries=[(PAIRS[0][0], None)], shots=-1)
     for k in range(10):
         a, b = (written(x, x.plan([3], k, 5, False, 1)) for x in (whole, closed))
-        assert b[0][-1] == OUT and all(np.array_equal(x[: len(y)], y) for x, y in zip((a[0], a[2]), (b[0], b[2]))) and OUT not in a[0][len(b[0]) :]
+        assert (
+            b[0][-1] == OUT
+            and all(np.array_equal(x[: len(y)], y) for x, y in zip((a[0], a[2]), (b[0], b[2])))
+            and OUT not in a[0][len(b[0]) :]
+        )
 
 def test_a_prompt_that_leaves_no_room_stands_alone_and_whole():
     for block_size in (1, 20, 30):
@@ -405,20 +483,37 @@ def test_a_prompt_that_leaves_no_room_stands_alone_and_whole():
 PAIRS = [(np.full((2, 3 + k), k, np.uint8), np.full((4, 1 + k), k, np.uint8)) for k in range(3)]
 
 def test_small_tasks_of_arc1_are_81_and_34():
-    corpora = {subset: c.select(data.fits(c, 100)) for subset in ('training', 'evaluation') for c in [read_source(f"arc1/{subset}", subset == 'training')]}
-    assert [len(c) for c in corpora.values()] == [81, 34] and len(corpora['evaluation'].hash) - corpora['evaluation'].n_demos.sum() == 42
+    corpora = {
+        subset: c.select(data.fits(c, 100))
+        for subset in ('training', 'evaluation')
+        for c in [read_source(f"arc1/{subset}", subset == 'training')]
+    }
+    assert [len(c) for c in corpora.values()] == [81, 34] and len(corpora['evaluation'].hash) - corpora[
+        'evaluation'
+    ].n_demos.sum() == 42
     s = Sampler([(corpora['evaluation'], 1)], DataConfig())
     assert sum(len(domain_of(s, k)) < 9 for k in range(34)) == 14 # so many have colors that only outputs have
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
-    assert ds.sampler.tables.need[:, ds.sampler.is_demo].max() <= 100 and len(ds.val_pairs) >= 32 and ds.num_tasks_out == 685
+    assert (
+        ds.sampler.tables.need[:, ds.sampler.is_demo].max() <= 100
+        and len(ds.val_pairs) >= 32
+        and ds.num_tasks_out == 685
+    )
 
 def test_a_leak_is_seen_though_nobody_knows_the_answer(tmp_path):
     import json
-    obj = {t.name: {'train': [{'input': x.tolist(), 'output': y.tolist()} for x, y in t.demos], 'test': [{'input': x.tolist()} for x, _ in t.queries]}
-           for t in read_tasks('arc1/evaluation')}
+
+    obj = {
+        t.name: {
+            'train': [{'input': x.tolist(), 'output': y.tolist()} for x, y in t.demos],
+            'test': [{'input': x.tolist()} for x, _ in t.queries],
+        }
+        for t in read_tasks('arc1/evaluation')
+    }
     path = tmp_path / 'x_challenges.json' # as Kaggle hands them out
     path.write_text(json.dumps(obj))
-    for source, n in (('arc1/evaluation', 400), ('arc2/training', 377), ('arc1/training', 2)): # the last two are those that differ in their id
+    # the last two are those that differ in their id
+    for source, n in (('arc1/evaluation', 400), ('arc2/training', 377), ('arc1/training', 2)):
         with pytest.raises(ValueError, match="pairs of data are queries of adapt"):
             ArcDataset(DataConfig(data=source, adapt=str(path)))
         ds = ArcDataset(DataConfig(data=f"{source}+arc2/evaluation", adapt=str(path), drop_overlap=True))
@@ -455,7 +550,15 @@ def test_a_subclass_goes_to_a_worker_as_itself(toy):
     ds = pickle.loads(pickle.dumps(Subclass(DataConfig(data=toy()))))
     assert type(ds) is Subclass and ds[5].keys() == {'input_ids'}
 
-@pytest.mark.parametrize('kwargs, want', [(dict(data='arc1/training*0'), "at least once"), (dict(p_identity=7.0), "p_identity=7.0"), (dict(max_pair=-1), "max_pair=-1"), (dict(deal=0), "deal=0")])
+@pytest.mark.parametrize(
+    'kwargs, want',
+    [
+        (dict(data='arc1/training*0'), "at least once"),
+        (dict(p_identity=7.0), "p_identity=7.0"),
+        (dict(max_pair=-1), "max_pair=-1"),
+        (dict(deal=0), "deal=0"),
+    ],
+)
 def test_a_setting_that_cannot_be_is_refused(kwargs, want):
     with pytest.raises(ValueError, match=want):
         ArcDataset(DataConfig(**kwargs))

@@ -24,7 +24,14 @@ def test_the_eight_dihedrals_are_eight():
 def test_the_grammar_ends_at_thirty():
     def legal(r, c, w):
         return [token for token in range(16) if grids.may_follow(token, r, c, w)]
-    assert legal(0, 30, 0) == [ROW] and legal(30, 0, 5) == [END] and legal(29, 0, 5) == [*range(10), END] and legal(3, 5, 5) == [ROW]
+
+    assert (
+        legal(0, 30, 0) == [ROW]
+        and legal(30, 0, 5) == [END]
+        and legal(29, 0, 5) == [*range(10), END]
+        and legal(3, 5, 5) == [ROW]
+    )
+
 
 @given(any_grid, st.integers(0, 7), st.permutations(range(10)))
 def test_an_augment_can_be_undone(grid, d, cmap):
@@ -39,8 +46,21 @@ def test_a_grid_survives_the_round_trip(grid):
     assert len(tokens) == grid.shape[0] * (grid.shape[1] + 1) <= grids.MAX_GRID
     assert np.array_equal(grids.decode_grid(tokens), grid) and grids.decode_grid(tokens).dtype == np.uint8
 
-@pytest.mark.parametrize('tokens', [
-    [], [1], [ROW], [1, ROW, ROW], [1, 2, ROW, 3, ROW], [1, ROW, 2], [1, END], [PAD, ROW], [0] * 31 + [ROW], [0, ROW] * 31])
+@pytest.mark.parametrize(
+    'tokens',
+    [
+        [],
+        [1],
+        [ROW],
+        [1, ROW, ROW],
+        [1, 2, ROW, 3, ROW],
+        [1, ROW, 2],
+        [1, END],
+        [PAD, ROW],
+        [0] * 31 + [ROW],
+        [0, ROW] * 31,
+    ],
+)
 def test_what_is_no_grid_is_refused(tokens):
     with pytest.raises(ValueError):
         grids.decode_grid(tokens)

@@ -41,7 +41,9 @@ def test_kernels_follow_a_change_in_another_file(tmp_path, file, line, other):
     assert changed != before == digest(tmp_path, tmp_path / 'cache')
 
 def test_every_file_with_kernels_is_part_of_the_name_of_the_cache():
-    using = [path.name for path in PACKAGE.glob('*.py') if re.search(r"^@(jit|ufunc)\b", path.read_text(), re.MULTILINE)]
+    using = [
+        path.name for path in PACKAGE.glob('*.py') if re.search(r"^@(jit|ufunc)\b", path.read_text(), re.MULTILINE)
+    ]
     assert sorted(using) == ['corpus.py', 'data.py'] and set(using) <= set(jit.SOURCES)
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-""" python -m pytest tests/test_promises.py: what the loader promises, each as the exact test of it. bench/controls.py plants the bugs """
+"""
+python -m pytest tests/test_promises.py: what the loader promises, each as the exact test of it. bench/controls.py
+plants the bugs
+"""
 import gc
 import hashlib
 import json
@@ -32,15 +35,35 @@ def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_
         tasks = []
         for i in range(rng.choice([1, 1, 2, 3])):
             path = tmp_path / f"{n}_{i}.json"
-            path.write_text(json.dumps(toy_tasks(n=rng.randint(1, 5), demos=rng.randint(1, 5), queries=rng.randint(1, 3), side=rng.choice([2, 5, 9]), seed=rng.randint(0, 3))))
+            path.write_text(
+                json.dumps(
+                    toy_tasks(
+                        n=rng.randint(1, 5),
+                        demos=rng.randint(1, 5),
+                        queries=rng.randint(1, 3),
+                        side=rng.choice([2, 5, 9]),
+                        seed=rng.randint(0, 3),
+                    )
+                )
+            )
             repeat, kind = rng.choice([1, 1, 2, 5]), 'adapt' if i > 0 and rng.random() < 0.5 else 'data'
             specs[kind].append((f"{path}*{repeat}", [(task, repeat, kind == 'data') for task in read_tasks(str(path))]))
         tasks = [x for kind in ('data', 'adapt') for _, part_tasks in specs[kind] for x in part_tasks]
         cfg = DataConfig(
-            data='+'.join(spec for spec, _ in specs['data']), adapt='+'.join(spec for spec, _ in specs['adapt']), shots=rng.choice([0, 0, -1, -1, 1, 2, 3]),
-            block_size=rng.choice([40, 90, 200, 500]), batching=rng.choice(['bucket', 'pack', 'pad']), batch_tokens=rng.choice([1, 64, 300, 1000]),
-            loss_on=rng.choice(['query', 'outputs', 'all']), colors=rng.choice(['auto', 'domain', 'nonzero', 'all', 'none']), p_identity=rng.choice([0, 0.2, 1]),
-            val_tasks=rng.choice([0, 1, 2]), max_pair=rng.choice([0, 0, 60]), allow_leak=True, drop_overlap=rng.random() < 0.5)
+            data='+'.join(spec for spec, _ in specs['data']),
+            adapt='+'.join(spec for spec, _ in specs['adapt']),
+            shots=rng.choice([0, 0, -1, -1, 1, 2, 3]),
+            block_size=rng.choice([40, 90, 200, 500]),
+            batching=rng.choice(['bucket', 'pack', 'pad']),
+            batch_tokens=rng.choice([1, 64, 300, 1000]),
+            loss_on=rng.choice(['query', 'outputs', 'all']),
+            colors=rng.choice(['auto', 'domain', 'nonzero', 'all', 'none']),
+            p_identity=rng.choice([0, 0.2, 1]),
+            val_tasks=rng.choice([0, 1, 2]),
+            max_pair=rng.choice([0, 0, 60]),
+            allow_leak=True,
+            drop_overlap=rng.random() < 0.5,
+        )
         seed, window = rng.choice([0, 1, 1337, 2**40]), rng.choice([0, 1, rng.randrange(10**12)])
         slow = SlowLoader(tasks, cfg, seed, data.WINDOW)
         if len(slow.targets) == 0:
@@ -70,7 +93,14 @@ def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_
 # -----------------------------------------------------------------------------
 # the stream
 
-GOLDEN = {0: "fa4133b659afb537", 1: "337fc7d439e47ba3", 2: "32c3648c0e6615d0", 1337: "274025e94becab29", 2**63: "34c1efd45e3fd19c"} # sha256 by seed
+# sha256 by seed
+GOLDEN = {
+    0: "fa4133b659afb537",
+    1: "337fc7d439e47ba3",
+    2: "32c3648c0e6615d0",
+    1337: "274025e94becab29",
+    2**63: "34c1efd45e3fd19c",
+}
 
 def epoch_order(n, seed, epoch):
     return bijection(np.arange(n, dtype=np.uint64), np.uint64(n), hash64(seed, EPOCH, epoch))
@@ -83,7 +113,10 @@ def test_an_epoch_is_a_permutation_at_any_size():
 
 def test_the_order_is_the_one_that_it_always_was():
     """ or a resumed run would go on elsewhere: raise data.FORMAT when this has to change """
-    got = {seed: hashlib.sha256(epoch_order(1000, seed, 3).astype('<u8').tobytes()).hexdigest()[:16] for seed in (0, 1, 2, 1337, 2**63)}
+    got = {
+        seed: hashlib.sha256(epoch_order(1000, seed, 3).astype('<u8').tobytes()).hexdigest()[:16]
+        for seed in (0, 1, 2, 1337, 2**63)
+    }
     assert got == GOLDEN
 
 def test_every_target_comes_once_an_epoch_times_its_repeat():
@@ -102,7 +135,10 @@ def test_no_two_seeds_or_epochs_share_a_stream():
         for epoch in range(64):
             heads.add(tuple(ds.plan(np.arange(epoch * n, epoch * n + 64)).pairs[:, 0].tolist()))
     assert len(heads) == 64 * 64
-    orders = np.array([epoch_order(1000, seed, 0) for seed in range(64)] + [epoch_order(1000, 0, epoch) for epoch in range(1, 64)], dtype=float)
+    orders = np.array(
+        [epoch_order(1000, seed, 0) for seed in range(64)] + [epoch_order(1000, 0, epoch) for epoch in range(1, 64)],
+        dtype=float,
+    )
     rho = np.corrcoef(orders) - np.eye(len(orders))
     assert abs(rho).max() < 0.15
 
@@ -120,8 +156,11 @@ def test_resuming_costs_one_plan_wherever_it_is(toy, monkeypatch):
 # -----------------------------------------------------------------------------
 # state
 
-MODES = [dict(batching='bucket', batch_tokens=3000), dict(batching='pack', shots=-1, batch_tokens=2048, block_size=512, loss_on='outputs'),
-         dict(batching='pad', shots=2, batch_tokens=8192, block_size=256)]
+MODES = [
+    dict(batching='bucket', batch_tokens=3000),
+    dict(batching='pack', shots=-1, batch_tokens=2048, block_size=512, loss_on='outputs'),
+    dict(batching='pad', shots=2, batch_tokens=8192, block_size=256),
+]
 
 def digest(batches):
     h = hashlib.sha256()
@@ -168,8 +207,20 @@ def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differ
         if field not in ('window', 'batch'):
             with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
                 ArcLoader(ArcDataset(DataConfig(**cfg))).load_state_dict({**state, field: "other"})
-    changed = dict(shots=1, max_pair=90, block_size=99, batching='pad', batch_tokens=77, loss_on='all', colors='all', p_identity=0.3, val_tasks=1, deal=2,
-                   allow_leak=True, drop_overlap=True)
+    changed = dict(
+        shots=1,
+        max_pair=90,
+        block_size=99,
+        batching='pad',
+        batch_tokens=77,
+        loss_on='all',
+        colors='all',
+        p_identity=0.3,
+        val_tasks=1,
+        deal=2,
+        allow_leak=True,
+        drop_overlap=True,
+    )
     for field, x in changed.items():
         with pytest.raises(ValueError, match=f"^resume refused: {field} differs [^;]*$"):
             ArcLoader(ArcDataset(DataConfig(**{**cfg, field: x}))).load_state_dict(state)
@@ -185,8 +236,12 @@ def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differ
 def global_batch(loaders):
     """ the next batch of each rank -> the global one: their rows in order, without those that stand for none """
     parts = [loader.next_batch() for loader in loaders]
-    full = [torch.cat([x[(part.doc >= 0).any(1)] for x, part in zip(xs, parts)]) if xs[0] is not None else None for xs in zip(*parts)]
-    assert all(len(part.idx) == 1 and (part.targets == -100).all() for part in parts if not (part.doc >= 0).any()) # it ran a row of no loss
+    full = [
+        torch.cat([x[(part.doc >= 0).any(1)] for x, part in zip(xs, parts)]) if xs[0] is not None else None
+        for xs in zip(*parts)
+    ]
+    # it ran a row of no loss
+    assert all(len(part.idx) == 1 and (part.targets == -100).all() for part in parts if not (part.doc >= 0).any())
     return full
 
 def run(ds, schedule):
@@ -223,26 +278,40 @@ def test_each_validation_query_counts_once_on_any_number_of_ranks(toy):
     ds = ArcDataset(DataConfig(data=toy(n=23, queries=2), val_tasks=9, batch_tokens=300))
     n = len(ds.val_pairs)
     assert n == 18
-    want = sorted(tuple(row) for batch in ds.val_batches() for row in zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist()))
+    want = sorted(
+        tuple(row)
+        for batch in ds.val_batches()
+        for row in zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist())
+    )
     assert len(want) == n
     for world in range(1, 8):
         ranks = [list(ds.val_batches(rank, world)) for rank in range(world)]
         assert len({len(batches) for batches in ranks}) == 1 # they meet as often, none hangs
-        got = [row for batches in ranks for batch in batches
-               for row, real in zip(zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist()), (batch.doc >= 0).any(1)) if real]
+        got = [
+            row
+            for batches in ranks
+            for batch in batches
+            for row, real in zip(
+                zip(batch.task[:, 0].tolist(), (batch.targets != -100).sum(1).tolist()), (batch.doc >= 0).any(1)
+            )
+            if real
+        ]
         assert sorted(got) == want
 
 # -----------------------------------------------------------------------------
 # processes and memory
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning') # torch sometimes aborts a worker that it ends in the middle of an endless stream
+# torch sometimes aborts a worker that it ends in the middle of an endless stream
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('start, workers', [('fork', 1), ('fork', 2), ('fork', 3), ('forkserver', 2), ('spawn', 2)])
 def test_worker_processes_make_the_same_bytes_in_the_same_order(toy, start, workers):
     ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=128, batch_tokens=512, shots=-1))
     loader = ArcLoader(ds)
     loader.next_batch() # its thread must not trouble the children
     want = ArcLoader(ds)
-    with_workers = iter(torch.utils.data.DataLoader(ArcStream(ds), batch_size=None, num_workers=workers, multiprocessing_context=start))
+    with_workers = iter(
+        torch.utils.data.DataLoader(ArcStream(ds), batch_size=None, num_workers=workers, multiprocessing_context=start)
+    )
     for _ in range(100):
         assert digest([next(with_workers)]) == digest([want.next_batch()])
     del with_workers
