@@ -383,13 +383,14 @@ def refuse_changes(meta, cfg, model_cfg):
         new = replace(new, base='', recompute=False, shard=False)
     elif old.resolved() == new.resolved(): # written in another way
         old = new
-    changed = []
-    old_train = from_saved(type(cfg), meta['train'])
-    for name in ('grad_accum', 'dtype', 'ns_steps'):
-        changed.append((name, getattr(old_train, name), getattr(cfg, name)))
-    for f in fields(old):
-        changed.append((f.name, getattr(old, f.name), getattr(new, f.name)))
-    wrong = [f"{name} differs (saved {a}, now {b})" for name, a, b in changed if a != b]
+    saved_train = from_saved(type(cfg), meta['train'])
+    pairs = [(name, saved_train, cfg) for name in ('grad_accum', 'dtype', 'ns_steps')]
+    pairs += [(f.name, old, new) for f in fields(old)]
+    wrong = []
+    for name, saved, now in pairs:
+        a, b = getattr(saved, name), getattr(now, name)
+        if a != b:
+            wrong.append(f"{name} differs (saved {a}, now {b})")
     if wrong:
         raise ValueError("resume refused: " + "; ".join(wrong))
 

@@ -64,11 +64,20 @@ class Candidate:
         total = sum(x for _, x in self.found)
         return round(total / max(len(self.found), 1), 4)
 
+def merge(same):
+    """ Candidates of several runs with the same grid -> one. its score is the mean of those that have one """
+    found, scores = [], []
+    for c in same:
+        found += c.found
+        if c.score is not None:
+            scores.append(c.score)
+    score = sum(scores) / len(scores) if scores else None
+    return Candidate(same[0].grid, sum(c.votes for c in same), found, score)
+
 def beliefs(candidates, select):
     """
-    list of Candidates of one run for a query -> list of numbers that add up to 1: what share of the votes each has,
-    or, if select is 'product', of the probability under all views (a product of experts). one that was not asked for
-    has none
+    Candidates of one run for a query -> a number for each, together 1: its share of the votes, or for 'product' of the
+    probability under all views (a product of experts), where a candidate that was not asked for has none
     """
     asked = [c.score for c in candidates if c.score is not None]
     if select == 'product' and asked:
@@ -76,27 +85,25 @@ def beliefs(candidates, select):
         weights = [0.0 if c.score is None else math.exp(c.score - top) for c in candidates]
     else:
         weights = [c.votes for c in candidates]
-    return [x / (sum(weights) or 1) for x in weights]
+    total = sum(weights) or 1
+    return [x / total for x in weights]
 
 def rank_candidates(parts, select):
     """
     candidates of a query, by run: list of lists of Candidate -> list of (Candidate, belief), the best first. beliefs
     add up over the runs. where they are equal the log-probability decides, then the bytes of the grid.
     """
-    merged, belief = {}, defaultdict(float) # by the bytes of a grid
+    same, belief = defaultdict(list), defaultdict(float) # by the bytes of a grid
     for part in parts:
         for c, x in zip(part, beliefs(part, select)):
-            key = grid_bytes(c.grid)
-            belief[key] += x
-            old = merged.get(key, Candidate(c.grid))
-            scores = [x for x in (old.score, c.score) if x is not None]
-            score = sum(scores) / len(scores) if scores else None
-            merged[key] = Candidate(c.grid, old.votes + c.votes, old.found + c.found, score)
+            same[grid_bytes(c.grid)].append(c)
+            belief[grid_bytes(c.grid)] += x
+    merged = {key: merge(candidates) for key, candidates in same.items()}
     def order(key):
-        score = merged[key].score
-        if score is None or select == 'votes':
-            score = -1e9
-        return -round(belief[key], 6), -score, -merged[key].log_prob, key
+        c = merged[key]
+        asked = select == 'product' and c.score is not None
+        score = c.score if asked else -1e9
+        return -round(belief[key], 6), -score, -c.log_prob, key
     return [(merged[key], belief[key]) for key in sorted(merged, key=order)]
 
 # -----------------------------------------------------------------------------
@@ -160,9 +167,36 @@ def read_candidates(path, tasks):
 # -----------------------------------------------------------------------------
 # the score
 
-def same_rows(rows, answer):
-    """ does json equal a grid? compared as text, since in python [[True]] == [[1]] """
-    return json.dumps(rows) == json.dumps(answer.tolist())
+def attempts_of(task, submission):
+    """ its entries, one a query: dicts {'attempt_1': rows, ...} as json has them, {} for what is none """
+    entries = submission.get(task.name)
+    if type(entries) is not list:
+        return []
+    return [x if type(x) is dict else {} for x in entries]
+
+def score_task(task, attempts):
+    """ which attempts are right? -> a dict a query. raises ValueError where an answer is not known """
+    rows = []
+    for i, (_, answer) in enumerate(task.queries):
+        if answer is None:
+            raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
+        tried = attempts[i] if i < len(attempts) else {}
+        want = json.dumps(answer.tolist()) # compared as text: in python [[True]] == [[1]]
+        hits = [json.dumps(tried.get(key)) == want for key in ATTEMPTS]
+        rows.append({'task': task.name, 'query': i, 'attempt_1': hits[0], 'attempt_2': hits[1], 'right': any(hits)})
+    return rows
+
+def misordered(submission, tasks):
+    """ names of tasks whose attempts would be right for another query of theirs than the one they stand at """
+    names = []
+    for task in tasks:
+        answers = [json.dumps(answer.tolist()) for _, answer in task.queries]
+        for tried, answer in zip(attempts_of(task, submission), answers):
+            texts = {json.dumps(rows) for rows in tried.values()}
+            if answer not in texts and texts & set(answers):
+                names.append(task.name)
+                break
+    return names
 
 def score(submission, tasks):
     """
@@ -173,53 +207,31 @@ def score(submission, tasks):
     """
     per_task, per_query, missing, misshapen, total = {}, [], [], [], 0.0
     for task in tasks:
-        tried, n = submission.get(task.name), len(task.queries)
-        if not isinstance(tried, list):
+        attempts, n = attempts_of(task, submission), len(task.queries)
+        if type(submission.get(task.name)) is not list:
             missing.append(task.name)
-            tried = []
-        elif len(tried) != n:
-            misshapen.append(f"{task.name} has {len(tried)} entries, want {n}")
-        right = 0
-        for i, (_, answer) in enumerate(task.queries):
-            if answer is None:
-                raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
-            attempts = {}
-            if i < len(tried):
-                attempts = tried[i] if isinstance(tried[i], dict) else {}
-                lacks = [f"no {key}" for key in ATTEMPTS if key not in attempts]
-                if lacks:
-                    misshapen.append(f"{task.name}, query {i}: {' and '.join(lacks)}")
-            hits = [same_rows(attempts.get(key), answer) for key in ATTEMPTS]
-            per_query.append({'task': task.name, 'query': i, 'attempt_1': hits[0], 'attempt_2': hits[1],
-                              'right': any(hits)})
-            right += any(hits)
+        elif len(attempts) != n:
+            misshapen.append(f"{task.name} has {len(attempts)} entries, want {n}")
+        for i, tried in enumerate(attempts[:n]):
+            lacks = [f"no {key}" for key in ATTEMPTS if key not in tried]
+            if lacks:
+                misshapen.append(f"{task.name}, query {i}: {' and '.join(lacks)}")
+        rows = score_task(task, attempts)
+        right = sum(row['right'] for row in rows)
+        per_query += rows
         per_task[task.name] = [right, n]
         total += 100 * right / n
     return {'score': round(total / len(tasks), 2), 'solved': sum(right == n for right, n in per_task.values()),
-            'tasks': len(tasks), 'right': sum(right for right, _ in per_task.values()), 'outputs': len(per_query),
+            'tasks': len(tasks), 'right': sum(row['right'] for row in per_query), 'outputs': len(per_query),
             'per_task': per_task, 'per_query': per_query, 'missing': missing,
-            'unknown': [name for name in submission if name not in per_task], 'misshapen': misshapen}
+            'unknown': [name for name in submission if name not in per_task], 'misshapen': misshapen,
+            'misordered': misordered(submission, tasks)}
 
-def misordered(submission, tasks):
-    """ names of tasks whose attempts would be right for another query of theirs than the one they stand at """
-    names = []
-    for task in tasks:
-        tried = submission.get(task.name)
-        for i, (_, answer) in enumerate(task.queries):
-            if not isinstance(tried, list) or i >= len(tried) or not isinstance(tried[i], dict):
-                continue
-            grids = tried[i].values()
-            if any(same_rows(grid, answer) for grid in grids):
-                continue
-            others = [y for _, y in task.queries if not np.array_equal(y, answer)]
-            if any(same_rows(grid, y) for y in others for grid in grids):
-                names.append(task.name)
-                break
-    return names
-
-def some(names, sep=", "):
-    """ the first ten, in words """
-    return sep.join(names[:10]) + (f"{sep}..." if len(names) > 10 else "")
+# what may be odd about a submission: a key of `score` and how it is said
+ODD = {'misordered': "tasks have the right answers of their queries in another order",
+       'misshapen': "entries without their two attempts, what is missing is worth 0",
+       'missing': "tasks not in the submission, worth 0",
+       'unknown': "tasks not in the source, ignored"}
 
 def score_file(cfg):
     """ print the score of a submission, a json object as the last line -> the dict of `score`. raises ValueError """
@@ -240,14 +252,11 @@ def score_file(cfg):
             frame.write_csv(cfg.out)
         else:
             frame.write_parquet(cfg.out)
-    if wrong := misordered(submission, tasks):
-        print(f"{len(wrong)} tasks have the right answers of their queries in another order: {some(wrong)}")
-    if found := result.pop('misshapen'):
-        print(f"{len(found)} entries without their two attempts, what is missing is worth 0: {some(found, '; ')}")
-    if found := result.pop('missing'):
-        print(f"{len(found)} tasks not in the submission, worth 0: {some(found)}")
-    if found := result.pop('unknown'):
-        print(f"{len(found)} tasks not in the source, ignored: {some(found)}")
+    for key, what in ODD.items():
+        found = result.pop(key)
+        if found:
+            more = "; ..." if len(found) > 10 else ""
+            print(f"{len(found)} {what}: {'; '.join(found[:10])}{more}")
     solved = [name for name, (right, n) in per_task.items() if right == n]
     partly = [f"{name} {right}/{n}" for name, (right, n) in per_task.items() if 0 < right < n]
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))

@@ -1,6 +1,7 @@
 """ python -m pytest tests/test_view.py """
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from nanoarc import view
 from nanoarc.cli import main as cli
 from nanoarc.grids import PALETTE
+from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks
 
 def test_a_task_is_drawn_in_the_terminal():
@@ -69,3 +71,11 @@ def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
         cli(['view', '66e6c45b', '--submission', str(path)])
     err = capsys.readouterr().err
     assert e.value.code == 2 and want in err and "sub.json" in err and err.count("\n") == 1
+
+def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run[0], tmp_path / 'other')
+    cli(['view', tiny_run[0], str(tmp_path / 'other'), f"--out={tmp_path / 'x.png'}"])
+    assert (tmp_path / 'x.png').stat().st_size > 10000 and "at step" in capsys.readouterr().out
+    frame = view.run_frame([tiny_run[0], str(tmp_path / 'other')])
+    losses = [x['loss'] for x in read_metrics(tiny_run[0]) if 'loss' in x]
+    assert frame['step'].to_list() == [30, 30] and frame['loss'][0] == losses[-1]
