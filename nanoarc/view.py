@@ -77,7 +77,7 @@ def read_attempts(path, names):
     attempts = []
     for name in names:
         entries, tried = submission.get(name, []), []
-        if type(entries) is not list or not set(map(type, entries)) <= {dict}:
+        if type(entries) is not list or any(type(x) is not dict for x in entries):
             raise ValueError(f"{path}: task {name}: want a list of attempts by query")
         for i, x in enumerate(entries):
             where = f"{path}: task {name}, query {i}"
@@ -205,12 +205,13 @@ def save_figure(fig, out):
     fig.savefig(out, dpi=110)
     pyplot().close(fig)
 
-def draw_grid(ax, grid, title="", color='black'):
+def draw_grid(ax, grid, title):
     """ one grid into a matplotlib axis """
     from matplotlib.colors import ListedColormap
     ax.pcolormesh(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, edgecolors='#555555', linewidth=0.5)
     ax.set(aspect='equal', xticks=[], yticks=[], ylim=(grid.shape[0], 0))
-    ax.set_title(title, fontsize=8, color=color)
+    ink = {'right': 'green', 'wrong': 'red'}.get(title.rpartition(" ")[2], 'black') # of an attempt
+    ax.set_title(title, fontsize=8, color=ink)
     ax.axis('on')
 
 def draw_tasks(tasks, out):
@@ -226,8 +227,7 @@ def draw_tasks(tasks, out):
             ax.axis('off')
         for i, (caption, grids) in enumerate(columns):
             if caption.startswith("attempt"): # beside the answer
-                color = 'green' if caption.endswith("right") else 'red' if caption.endswith("wrong") else 'black'
-                draw_grid(axes[1, i], grids[0], caption, color)
+                draw_grid(axes[1, i], grids[0], caption)
             else:
                 titles = [caption, "answer" if caption.startswith("query") else ""]
                 for j, grid in enumerate(grids):
@@ -318,41 +318,40 @@ def print_stats(cfg, png=''):
     s, t = ds.sampler, ds.sampler.tables
     docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
     print_frame("tasks", pl.DataFrame([count_tasks(c) for c in s.corpora]))
-    h, w = t.h.astype(int), t.w.astype(int)
-    long = np.maximum(h, w)
-    known = s.known
-    columns = {'input side': long[::2][known], 'output side': long[1::2][known], 'input cells': (h * w)[::2][known],
-               'output cells': (h * w)[1::2][known], 'tokens, longer way': t.need.max(0)[known],
-               'demos a task': t.n_demos, f"tokens a document, shots={cfg.shots}": docs.length,
-               "of them with loss": docs.loss_tokens}
-    lines = []
-    for name, x in columns.items():
-        line = {'': name}
-        for q in (0, 5, 25, 50, 75, 95, 99, 100):
-            line[f"{q}%"] = int(np.percentile(x, q, method='nearest'))
-        lines.append({**line, 'mean': float(x.mean())})
-    print_frame("percentiles", pl.DataFrame(lines))
-    cells = np.zeros(10, np.int64)
+    inputs = 2 * np.flatnonzero(s.known) # numbers of grids
+    outputs = inputs + 1
+    side = np.maximum(t.h, t.w).astype(int)
+    area = t.h.astype(int) * t.w
+    columns = {'input side': side[inputs], 'output side': side[outputs], 'input cells': area[inputs],
+               'output cells': area[outputs], 'tokens, longer way': t.need.max(0)[s.known], 'demos a task': t.n_demos,
+               f"tokens a document, shots={cfg.shots}": docs.length, "of them with loss": docs.loss_tokens}
+    print_frame("percentiles", pl.DataFrame([percentiles(name, x) for name, x in columns.items()]))
+    cells = np.zeros(10, np.int64) # of each color
     for start in range(0, len(t.cells), 2**24): # they may be more than memory holds
         cells += np.bincount(t.cells[start : start + 2**24], minlength=10)
-    sets = s.join('colors')
-    lines = []
+    sets, lines = s.join('colors'), []
     for color in range(10):
         has = sets >> color & 1
         lines.append({'color': color, 'cells': cells[color] / cells.sum(),
-                      'inputs that have it': float(has[::2][known].mean()),
-                      'outputs that have it': float(has[1::2][known].mean())})
+                      'inputs that have it': has[inputs].mean(), 'outputs that have it': has[outputs].mean()})
     print_frame("colors", pl.DataFrame(lines))
     shots = (docs.pairs >= 0).sum(1) - 1
     others = np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable # demos that could stand before each pair
     lost = int((shots < np.minimum(others, s.most)[docs.pairs[:, 0]]).sum())
-    print_frame(f"in block_size={cfg.block_size}", pl.DataFrame([{
-        'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
-        'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
-        'tasks malformed': len(ds.bad)}]))
+    counts = {'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
+              'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
+              'tasks malformed': len(ds.bad)}
+    print_frame(f"in block_size={cfg.block_size}", pl.DataFrame([counts]))
     if png:
         draw_stats(columns, docs.length, shots, cells, cfg, png)
         print(png)
+
+def percentiles(name, x):
+    """ an array -> a row of the table of percentiles """
+    line = {'': name}
+    for q in (0, 5, 25, 50, 75, 95, 99, 100):
+        line[f"{q}%"] = int(np.percentile(x, q, method='nearest'))
+    return {**line, 'mean': float(x.mean())}
 
 def count_tasks(c):
     """ Corpus -> a row of the table of tasks """

@@ -28,8 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import rewrite, write_toy
 
-from nanoarc import checkpoint, corpus, train
+from nanoarc import checkpoint, train
 from nanoarc.cli import main as cli
+from nanoarc.corpus import Corpus
 from nanoarc.data import ArcLoader, DataConfig, split
 from nanoarc.model import Block, Model, ModelConfig
 from nanoarc.run import read_metrics
@@ -489,10 +490,10 @@ def open_toxic_files(tmp_path, src):
         good, about = path.read_bytes(), json.loads(manifest)
         path.write_bytes(npy)
         assert path.stem in about['sha256']
-        about['sha256'][path.stem] = corpus.hash_file(path)[0]
+        about['sha256'][path.stem] = hashlib.sha256(npy).hexdigest()
         (packed / 'manifest.json').write_text(json.dumps(about))
-        with pytest.raises(ValueError, match="not an array|damaged"):
-            corpus.Corpus.open(packed)
+        with pytest.raises(ValueError, match="not an array"):
+            Corpus.open(packed)
         path.write_bytes(good)
     for name in ('a.json', 'a.jsonl', 'a.parquet', 'a.zip', 'a.npy'):
         (tmp_path / name).write_bytes(pickled)
