@@ -19,7 +19,7 @@ from nanoarc.decode import decode
 from nanoarc.grids import PALETTE, ROW, captioned, decode_grid, to_grid
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks
-from nanoarc.submission import ATTEMPTS
+from nanoarc.submission import ATTEMPTS, read_candidates
 
 @dataclass
 class ViewConfig:
@@ -141,42 +141,31 @@ def write_page(solved, out, most=6):
     """
     solved = Path(solved)
     source = read_json(solved / 'solve.json')['data']
-    submission = read_json(solved / 'submission.json')
-    candidates = read_page_candidates(solved / 'candidates.jsonl')
+    known = read_tasks(source)
+    attempts = read_attempts(solved / 'submission.json', [task.name for task in known])
+    candidates = read_candidates(solved / 'candidates.jsonl', known)
     tasks = []
-    for task in read_tasks(source):
-        if task.name not in submission: # over --max_pair
+    for k, task in enumerate(known):
+        if not attempts[k]: # over --max_pair
             continue
         queries = []
         for i, (x, answer) in enumerate(task.queries):
-            tried = submission[task.name][i]
-            queries.append({'input': pack_grid(x.tolist()),
-                            'answer': None if answer is None else pack_grid(answer.tolist()),
-                            'candidates': candidates.get((task.name, i), [])[:most],
-                            'attempts': [pack_grid(tried[key]) for key in ATTEMPTS]})
-        demos = [[pack_grid(x.tolist()), pack_grid(y.tolist())] for x, y in task.demos]
+            best = []
+            for c in candidates[k, i][:most]:
+                best.append([pack_grid(c.grid), c.votes, c.log_prob if c.score is None else c.score])
+            queries.append({'input': pack_grid(x), 'answer': None if answer is None else pack_grid(answer),
+                            'candidates': best, 'attempts': [pack_grid(grid) for grid in attempts[k][i].values()]})
+        demos = [[pack_grid(x), pack_grid(y)] for x, y in task.demos]
         tasks.append({'name': task.name, 'state': state_of(queries), 'demos': demos, 'queries': queries})
     states = [task['state'] for task in tasks]
-    title, known = source, len(states) - states.count('unknown')
-    if known:
-        title += f": {states.count('solved')} of {known} solved"
+    title, n = source, len(states) - states.count('unknown')
+    if n > 0:
+        title += f": {states.count('solved')} of {n} solved"
     data = json.dumps({'title': title, 'colors': PALETTE, 'tasks': tasks}, separators=(',', ':'))
     data = data.replace('<', '\\u003c') # no name may end the script
     page = (Path(__file__).parent / 'page.html').read_text().replace('DATA', data, 1)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(page)
-
-def read_page_candidates(path):
-    """ candidates.jsonl -> {(task id, query): [[grid, votes, log-probability], ...]}, the best first """
-    found = {}
-    for n, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            x = json.loads(line)
-            log_prob = x['log_prob'] if x['score'] is None else x['score']
-            found.setdefault((x['task'], x['query']), []).append([pack_grid(x['grid']), x['votes'], log_prob])
-        except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{path}: line {n}: not a candidate ({e})") from None
-    return found
 
 def state_of(queries):
     """ how a task of the page went """
@@ -186,9 +175,9 @@ def state_of(queries):
         return 'unknown'
     return 'solved' if all(q['answer'] in q['attempts'] for q in queries) else 'wrong'
 
-def pack_grid(rows):
+def pack_grid(grid):
     """ [[0, 1], [2, 3]] -> '01|23' """
-    return "|".join("".join(map(str, row)) for row in rows)
+    return "|".join("".join(map(str, row)) for row in grid)
 
 # -----------------------------------------------------------------------------
 # pictures
@@ -269,16 +258,25 @@ def draw_loss(runs, out):
         name, train_color, val_color = "", "C0", "C1"
         if len(runs) > 1:
             name, train_color, val_color = f"{Path(run).name} ", f"C{k}", f"C{k}"
-        x = [(row['step'], row['loss']) for row in rows if 'loss' in row]
-        if x:
-            ax.plot(*zip(*x), color=train_color, label=f"{name}training", alpha=0.5, linewidth=1)
-        x = [(row['step'], row['val_loss']) for row in rows if 'val_loss' in row]
-        if x:
-            ax.plot(*zip(*x), color=val_color, label=f"{name}validation", marker='o', markersize=3)
+        steps, loss = curve(rows, 'loss')
+        if steps:
+            ax.plot(steps, loss, color=train_color, label=f"{name}training", alpha=0.5, linewidth=1)
+        steps, loss = curve(rows, 'val_loss')
+        if steps:
+            ax.plot(steps, loss, color=val_color, label=f"{name}validation", marker='o', markersize=3)
     ax.set(xlabel="step", ylabel="nats per output token", yscale='log')
     ax.grid(alpha=0.3, which='both')
     ax.legend()
     save_figure(fig, out)
+
+def curve(rows, key):
+    """ rows of metrics -> (steps, values) of those that have the key """
+    steps, values = [], []
+    for row in rows:
+        if key in row:
+            steps.append(row['step'])
+            values.append(row[key])
+    return steps, values
 
 def need_metrics(run):
     """ read_metrics, or ValueError where there are none """
@@ -299,13 +297,14 @@ def run_frame(runs):
         last = {}
         for row in rows:
             last.update(row)
-        val = [(row['val_loss'], row['step']) for row in rows if 'val_loss' in row]
-        best, at = min(val) if val else (None, None)
-        speeds = [row['tok_s'] for row in rows if 'tok_s' in row]
-        waits = [row['wait'] for row in rows if 'wait' in row]
+        steps, val = curve(rows, 'val_loss')
+        best = min(val, default=None)
+        _, speed = curve(rows, 'tok_s')
+        _, wait = curve(rows, 'wait')
         lines.append({'run': str(run), 'step': last['step'], 'loss': last.get('loss'), 'val_loss': last.get('val_loss'),
-                      'best val_loss': best, 'at step': at, 'tok_s': float(np.median(speeds)) if speeds else None,
-                      'wait': float(np.mean(waits)) if waits else None})
+                      'best val_loss': best, 'at step': steps[val.index(best)] if val else None,
+                      'tok_s': float(np.median(speed)) if speed else None,
+                      'wait': float(np.mean(wait)) if wait else None})
     return pl.DataFrame(lines, infer_schema_length=None)
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from test_decode import next_scores
 
-from nanoarc import checkpoint, solve as solving
+from nanoarc import checkpoint, grids, solve as solving
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig, Sampler
 from nanoarc.grids import END, IN, OUT, ROW, dihedral, encode_grid, next_place, undo_augment
@@ -33,6 +33,11 @@ def change_tasks(src, change, out=None):
 def without_answers(name, task):
     for pair in task['test']:
         pair.pop('output', None)
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """ a model that has learned nothing fills the largest grid that there is: let that be a small one """
+    monkeypatch.setattr(grids, 'MAX_SIDE', 9)
 
 def first_query(sampler, k):
     """ number of the pair of task k that is its first query """
@@ -176,7 +181,7 @@ def test_a_model_that_has_learned_its_tasks_solves_them(toy, tmp_path, capsys):
     assert json.loads(result)['score'] == 100 and json.loads(result)['leaks'] == 3
     assert "TRAINED ON 3 OF THE ANSWERS" in warning
 
-def test_a_leak_that_training_was_allowed_is_in_its_checkpoint_and_in_the_score(toy, tmp_path, capsys):
+def test_a_leak_that_training_was_allowed_is_in_its_checkpoint_and_in_the_score(toy, tmp_path, capsys, short_answers):
     src, run = toy(n=2, side=9), str(tmp_path / 'run')
     train_it = ['train', f"--data={src}", f"--adapt={src}", f"--out_dir={run}", '--max_iters=1', '--val_tasks=0', *TINY]
     with pytest.raises(SystemExit):
@@ -207,7 +212,7 @@ def test_a_task_without_an_embedding_row_is_refused_by_name_with_the_way_out(tin
     for words in ("120 of 120 tasks have no embedding row", "0934a4d8", "--adapt arc2/evaluation"):
         assert words in err
 
-def test_a_query_before_which_no_demo_fits_is_named(toy, tmp_path, capsys):
+def test_a_query_before_which_no_demo_fits_is_named(toy, tmp_path, capsys, short_answers):
     run = str(tmp_path / 'run')
     cli(['train', f"--data={toy(side=3)}", '--shots=-1', '--block_size=70', f"--out_dir={run}", '--max_iters=1', *TINY])
     cli(['solve', '--run', run, '--data', toy('big', n=2, side=9), '--views=1', '--device=cpu'])
@@ -223,7 +228,7 @@ def test_a_wrong_setting_is_one_line_and_exit_2(args, want, tiny_run, capsys):
     err = capsys.readouterr().err
     assert e.value.code == 2 and want in err and err.count("\n") == 1
 
-def test_in_context_needs_no_row(toy, tmp_path):
+def test_in_context_needs_no_row(toy, tmp_path, short_answers):
     run = tmp_path / 'run'
     cli(['train', f"--data={toy()}", '--shots=-1', '--mixer=MA', f"--out_dir={run}", '--max_iters=2', *TINY])
     other = toy('other', n=2, seed=5, side=9)
@@ -301,7 +306,8 @@ def test_test_time_training_learns_new_tasks_and_leaves_the_run_alone(toy, tmp_p
     assert checkpoint.file(run, 30).read_bytes() == before
 
 @pytest.mark.parametrize('shots', [-1, 0])
-def test_test_time_training_runs_in_context_too_and_where_there_is_nothing_to_train_on(toy, tmp_path, shots):
+def test_test_time_training_runs_in_context_too_and_where_there_is_nothing_to_train_on(toy, tmp_path, short_answers,
+                                                                                       shots):
     run = str(tmp_path / 'run')
     cli(['train', f"--data={toy(n=4)}", f"--out_dir={run}", '--max_iters=2', f"--shots={shots}", *TINY])
     for name, demos in (('many', 3), ('one', 1)): # one demo: in context there is nothing before it
