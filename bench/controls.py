@@ -300,8 +300,8 @@ CONTROLS = [
         "test_reliability.py::test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing"),
     Control(
         "temps that stay", 'checkpoint.py',
-        "            if path.name[1:-4] in WRITTEN or",
-        "            if False and",
+        "            is_ours = path.name[1:-4] in WRITTEN or",
+        "            is_ours = False and",
         "test_reliability.py::test_two_runs_cannot_write_one_directory"),
     Control(
         "rows that stay in the log", 'run.py',

@@ -61,7 +61,8 @@ def lock(out_dir):
         f.write(f"{os.getpid()}\n")
         f.flush()
         for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]:
-            if path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name):
+            is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
+            if is_ours:
                 path.unlink()
         yield
 
@@ -106,7 +107,7 @@ def save(out_dir, step, model, optimizers, meta, ema=None):
 
 def prune(out_dir, step):
     """ keep this checkpoint and the ones before it, KEEP in all """
-    # a later one is damaged: we hold the lock, and began with the newest that is whole
+    # we hold the lock and began with the newest that is whole: one of a later step is damaged, it goes too
     older = [x for x in steps(out_dir) if x < step]
     keep = [step, *older][:KEEP]
     for x in steps(out_dir):

@@ -128,16 +128,16 @@ def bijection(i, n, key):
 
 class Tables(NamedTuple):
     """ what the kernels know of K tasks and their P pairs. pair p is the grids 2p and 2p + 1 """
-    cells: np.ndarray # these six as in corpus.Corpus
-    off: np.ndarray
-    h: np.ndarray
+    cells: np.ndarray # uint8, of all grids one after another, row by row
+    off: np.ndarray # (2P,) where each grid begins in cells
+    h: np.ndarray # (2P,) uint8 its sides, 0 = an answer that is not known
     w: np.ndarray
-    first: np.ndarray
-    n_demos: np.ndarray
+    first: np.ndarray # (K + 1,) task k owns the pairs first[k] to first[k + 1] - 1
+    n_demos: np.ndarray # (K,) its demos are the first so many of them
     pair_task: np.ndarray # (P,) int32
     tokens: np.ndarray # (2, P) int32 tokens of a pair, upright and turned
     answer: np.ndarray # (2, P) int32 those of its output, END among them. 0 = not known
-    need: np.ndarray # (2, P) int32 tokens that a pair may take, once its answer is known
+    need: np.ndarray # (2, P) int32 the same as tokens, and room for the longest output of the task where that is hidden
     usable: np.ndarray # (P,) bool: a demo that may stand before a target
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
@@ -164,7 +164,7 @@ def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap):
             colors[n] = x
             n += 1
             total *= U(n)
-    # a number below n! is a permutation: its digits say with which color behind it each one is swapped
+    # a number below n! is a permutation: fisher-yates, where its digits say with which color behind it each is swapped
     code = bijection(visit % total, total, mix(mix(h_colors, pair), visit // total))
     for j in range(n):
         a, b = colors[j], colors[j + np.int64(code % U(n - j))]
@@ -177,7 +177,7 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
     """
     (n,) target pairs, how often each was visited before, and hashes that order their contexts -> Documents.
     the context is the other demos of the task in a drawn order, each that still finds room in block_size, `most` of
-    them. as_is (n,): no augment, and the order of the file.
+    them. the first one stands next to the target. as_is (n,): no augment, and the order of the file.
     """
     n = len(target)
     pairs = np.full((n, 1 + most), -1, np.int32)
@@ -213,7 +213,7 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
                     room -= tab.need[turned, q]
                     length[i] += tab.tokens[turned, q]
             if loss_on == 'outputs':
-                for k in range(1, shots): # not the first pair: nothing stands before it
+                for k in range(1, shots): # not pair `shots`, the first of the document: nothing stands before it
                     loss_tokens[i] += tab.answer[turned, pairs[i, k]]
         if loss_on == 'all':
             loss_tokens[i] = length[i] - 1
@@ -222,6 +222,7 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
 @jit
 def write_grid(tab, g, d, cmap, z, idx, pos, at):
     """ grid number g, turned by d and recolored, into a row of T tokens from `at` on -> where it ends """
+    # the turned grid: where its first cell lies, the steps from there to the row below and to the right, its sides
     cell, down, right, H, W = walk(tab.off[g], np.int64(tab.h[g]), np.int64(tab.w[g]), d)
     for r in range(H):
         for c in range(W):
@@ -353,7 +354,7 @@ def even_batches(n_rows, B, T):
 def bucket_widths(length, T):
     """
     (n,) lengths -> (n,) widths of rows, a little longer, of which there are few: 16 of them from a power of two to the
-    next, at least 4 apart. so a compiler sees few shapes. none is over T, where a learned position would end.
+    next, at least 4 apart. so a compiler sees few shapes. none is over T, which may be all that a model can take.
     """
     step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4)
     width = np.ceil(length / step) * step
@@ -380,7 +381,8 @@ class Sampler:
     corpora, and what a config makes of them: lengths, color domains, contexts. it plans documents and writes them.
     sources is a list of (Corpus, repeat). they are joined: task k and pair p count through all of them.
 
-    rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1.
+    rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1. (not to be
+    confused with Rows, which are those of batches.)
     None: rows are numbered as the tasks come. tasks with equal demos share one row.
     """
 
@@ -391,7 +393,8 @@ class Sampler:
         sizes = [len(c) for c in self.corpora]
         self.part = np.repeat(np.arange(len(sizes)), sizes) # (K,) number of its corpus
         self.repeat = np.repeat([repeat for _, repeat in sources], sizes) # (K,)
-        self.hash, self.key = self.join('hash'), self.join('key')
+        self.hash = self.join('hash') # (P,) corpus.pair_hash: the same for all augments of a pair, 0 = not known
+        self.key = self.join('key') # (K,) tasks of one key are the same task
         self.is_demo = np.concatenate([c.is_demo() for c in self.corpora]) # (P,)
         h, w, n_demos = self.join('h'), self.join('w'), self.join('n_demos')
         self.known = h[1::2] > 0 # (P,)
@@ -452,7 +455,7 @@ class Sampler:
     def plan(self, target, visit, order, as_is, seed, p_identity=0.0):
         """ see plan_documents; arrays of n or scalars -> Documents """
         n = len(target)
-        visit = np.full(n, visit, U)
+        visit = np.full(n, visit, U) # an array as it is, a number n times
         order = np.full(n, order, U)
         as_is = np.full(n, as_is, bool)
         target = np.asarray(target, np.int64)
@@ -472,6 +475,7 @@ class Sampler:
             ends = cut_buckets(width[row_docs], self.cfg.batch_tokens)
             batches = np.stack([np.append(0, ends[:-1]), ends, width[row_docs[ends - 1]]], 1)
         else:
+            # rows are filled, then renumbered at random, then documents sorted by the new number of their row
             longest_first = np.argsort(-docs.length, kind='stable')
             row = np.empty(n, np.int64)
             row[longest_first] = best_fit(docs.length[longest_first], T)
@@ -499,7 +503,7 @@ class Sampler:
         return batch
 
 class Buffers:
-    """ memory for a Batch of at most n tokens. tasked: with task and dihedral. xy: idx and targets alone """
+    """ memory for a Batch of at most n tokens. tasked: with task and dihedral. xy: idx and targets alone, for text """
 
     def __init__(self, n, tasked, xy=False, pin=False):
         def empty(shape, dtype, wanted):
@@ -531,7 +535,7 @@ class ArcDataset(torch.utils.data.Dataset):
     closed: all that is kept of one is a hash, for the leak guard.
 
     ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not
-    iterate). len(ds) = targets x epochs. torch's DataLoader wants collate_fn=ds.collate.
+    iterate). len(ds) = targets x epochs, all that epochs is for. torch's DataLoader wants collate_fn=ds.collate.
 
     what is left out is counted: num_tasks_out (tasks over max_pair), num_dropped (tasks, by drop_overlap); of pairs
     num_held (a validation query, or an augment of one), num_long (over block_size), num_alone (without context,
@@ -541,6 +545,7 @@ class ArcDataset(torch.utils.data.Dataset):
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
+    # the loop asks these of any dataset, see run.py
     vocab_size = VOCAB_SIZE
     tokenizer_sha256 = 'grids' # what its tokens mean
     files = {} # {name: bytes} that training keeps beside the checkpoint
@@ -590,7 +595,7 @@ class ArcDataset(torch.utils.data.Dataset):
         s, t, cfg = self.sampler, self.sampler.tables, self.cfg
         in_data = s.part[t.pair_task] < n_data # (P,) as all masks here
         val, held = self.hold_out(s.known & ~s.is_demo & in_data)
-        t.usable[held] = False
+        t.usable[held] = False # before has_context looks at it
         long = t.need.max(0)
         short = long <= cfg.block_size
         near = np.ones(len(long), bool)
@@ -858,7 +863,7 @@ class ArcStream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, n = (info.id, info.num_workers) if info else (0, 1)
         loader = ArcLoader(*self.args, prefetch=False)
-        skip = worker # batches of the workers before this one
+        skip = worker # batches of the workers before this one: of 3 workers, number 1 makes the batches 1, 4, 7, ...
         saved = start.pop('workers', 1)
         if start:
             if saved not in (1, n):

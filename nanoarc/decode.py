@@ -82,7 +82,8 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         pos = torch.stack([live['row'], live['col'], live['z']], -1)
         logits, _ = model(live['tokens'][:, -1:], pos=pos[:, None], **told, cache=cache)
         logits = logits[:, -1]
-    return found + to_answers(live, torch.ones_like(live['greedy'])) # cut short
+    # cut short. never at the default of `most`: by then the grammar has forced an END
+    return found + to_answers(live, torch.ones_like(live['greedy']))
 
 def to_answers(live, which):
     """ the rows of open answers that a (b,) mask names -> list of Answers """
@@ -108,7 +109,7 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
         tokens[i, : len(x)] = x
     tokens = torch.from_numpy(tokens).to(idx.device) # (b, n)
     filler = tokens == PAD
-    # where the token before each one stands, be it OUT, ROW or a cell
+    # where the token before each one stands, be it OUT, ROW or a cell. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
     place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)
     row, col = place // (width + 1), place % (width + 1)
     prompt = torch.tensor(prompt, device=idx.device)
@@ -116,7 +117,7 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     logits = logits[prompt, None]
     if n > 1:
         told = {name: x[prompt].expand(-1, n - 1) for name, x in told.items()}
-        pos = torch.stack([row, col, torch.ones_like(row)], -1)
+        pos = torch.stack([row, col, torch.ones_like(row)], -1) # z = 1: the output of the target
         more, _ = model(tokens[:, :-1], pos=pos[:, 1:], **told, cache=cache)
         logits = torch.cat([logits, more], 1) # (b, n, 16)
     known_width = torch.where(row == 0, 0, width)

@@ -85,11 +85,12 @@ def next_place(row, col, z, token):
         IN demo OUT demo  IN demo OUT demo  IN query OUT answer
         4       5         2       3         0        1
     """
-    is_in, is_out, is_row = token == IN, token == OUT, token == ROW
-    same_grid = (token != IN) & (token != OUT) # True counts as 1
+    is_in, is_out, is_row = token == IN, token == OUT, token == ROW # True counts as 1
+    same_grid = (token != IN) & (token != OUT)
     row = (row + is_row) * same_grid
     col = (col + 1) * (same_grid & (token != ROW))
-    return row, col, z + 1 * is_out - 3 * is_in
+    z = z + 1 * is_out - 3 * is_in # an output is one up from its input, the next input three down from that
+    return row, col, z
 
 def may_follow(token, row, col, width):
     """
@@ -212,7 +213,8 @@ def at_task(name, where):
 def to_task(obj, name, source, where, opened=True, solutions=None):
     """
     {"train": pairs, "test": pairs} -> Task. solutions: Kaggle's list of answers, None = as the file has them.
-    opened=False: answers are to stay closed, so a malformed one is not ours to judge, it is None. raises ValueError.
+    opened=False: answers are to be closed (by Corpus.close, which drops them), so a malformed one is not ours to judge:
+    it is None. raises ValueError.
     """
     where = at_task(name, where)
     check_keys(obj, ('train', 'test'), ('name',), where) # 11 files of ARC-AGI-1 carry a stray "name"
@@ -225,7 +227,7 @@ def to_task(obj, name, source, where, opened=True, solutions=None):
         raise ValueError(f"{where}: {len(obj['test'])} queries but {len(solutions)} solutions")
     demos = []
     for i, pair in enumerate(obj['train']):
-        check_keys(pair, ('input', 'output'), (), f"{where}, demo {i}")
+        check_keys(pair, ('input', 'output'), (), f"{where}, demo {i}") # to_pair would take BARC's lists too
         demos.append(to_pair(pair, f"{where}, demo {i}"))
     queries = []
     for i, pair in enumerate(obj['test']):

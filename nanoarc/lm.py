@@ -1,13 +1,13 @@
 """
-a pretrained language model that is told and asked our symbols. each of them is a piece of text:
+a pretrained language model that reads and writes our symbols. each symbol is a piece of text:
 
     IN 1 2 ROW 3 4 ROW OUT 3 ROW 5 ROW END
     "I12\\n34\\nO3\\n5\\n</s>"               form='raw': a digit a cell, a newline a row
 
-an LM is given and asked symbols as any Model here is. what it makes of them, tokens of its own, is its business alone.
-colors and ROW are one token each, so a grid is as long for it as for us and the grammar of answers holds. embedding and
-head keep only the rows of the tokens that the text form needs: a vocabulary of 50,000 costs as much as the rest of a
-small model.
+from outside an LM looks like model.Model: symbols go in, logits of symbols come out. inside it turns them into tokens
+of its own. a color and a ROW are one token each, so a grid has as many tokens there as here, and the grammar of answers
+holds. embedding and head keep only the rows of tokens that the text form needs: a vocabulary of 50,000 costs as much as
+the rest of a small model.
 """
 import contextlib
 import copy
@@ -27,35 +27,35 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 from nanoarc import checkpoint
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, encode_pair
 from nanoarc.model import is_recent
 
-FIRST = 15 # the unused token: the IN with which a document begins, it may have more text before it
+FIRST = 15 # the unused symbol stands for the IN that begins a document: there may be more text before it
 
 @dataclass
 class LMConfig:
     # the pretrained causal language model: an id on the Hugging Face hub, a directory, or a .gguf file
     base: str = ''
-    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = so, an input a turn of the
-    # user in its chat template
+    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = grids as in raw, inputs are turns
+    # of the user and outputs turns of the assistant, in the base's chat template
     form: str = 'raw'
-    # of the LoRA adapters on every linear layer but the head (arxiv 2106.09685). 0 = all weights are trained
+    # rank of the LoRA adapters on every linear layer but the head (arxiv 2106.09685). 0 = all weights are trained
     rank: int = 32
-    # what adapters say is scaled by alpha / rank, with rslora by alpha / sqrt(rank) (arxiv 2312.03732)
+    # the output of an adapter is scaled by alpha / rank, with rslora by alpha / sqrt(rank) (arxiv 2312.03732)
     alpha: float = 32.0
     rslora: bool = True # see alpha
     shrink: bool = True # keep only the rows of embedding and head that the text form needs, and train them too
-    # forget activations and compute them again (gradient checkpointing): less memory, a third slower
+    # forget activations and compute them again in backward (gradient checkpointing): less memory, a third slower
     recompute: bool = False
-    # under torchrun each rank holds its part of the frozen weights alone (FSDP2), for a base that fits into no single
-    # gpu
+    # under torchrun each rank holds a part of the frozen weights (FSDP2), for a base that fits into no single gpu
     shard: bool = False
-    # of weights that are not trained: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on
+    # dtype of the frozen weights: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on
     # older, else float32
     base_dtype: str = 'auto'
-    base_sha256: str = '' # of its files, set when they are read first
+    base_sha256: str = '' # of the files of the base, set when they are first read
 
     def check(self):
         """ raises ValueError that names the setting """
@@ -89,10 +89,7 @@ def make_lm(cfg, device, world=1):
 
 @cache
 def find_base(base):
-    """
-    where the files of a base are -> (directory, name of the .gguf in it or None). downloads what is not here. raises
-    ValueError
-    """
+    """ where the files of a base are -> (directory, name of the .gguf or None). downloads them. raises ValueError """
     path = Path(base)
     if path.suffix == '.gguf' and path.is_file():
         return path.parent, path.name
@@ -128,6 +125,7 @@ def hash_base(base):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 def read_tokenizer(base):
+    """ -> its tokenizer, of transformers """
     from transformers import AutoTokenizer
     folder, gguf = find_base(base)
     return AutoTokenizer.from_pretrained(folder, gguf_file=gguf) if gguf else AutoTokenizer.from_pretrained(folder)
@@ -146,7 +144,10 @@ def read_base(base, dtype):
 # tasks as text
 
 class TextForm:
-    """ symbols -> pieces of text -> tokens of a tokenizer. raises ValueError if it has none for a color, or no end """
+    """
+    symbols -> pieces of text -> tokens of a tokenizer. text: {symbol: its piece}, ids: {symbol: its list of tokens}.
+    raises ValueError if a color or the end of a row is not one token, or if there is no end-of-sequence token
+    """
 
     def __init__(self, tokenizer, form):
         self.tokenizer = tokenizer
@@ -157,35 +158,35 @@ class TextForm:
         if form == 'chat':
             start, ask, answer, end = chat_pieces(tokenizer)
         else:
+            start, ask, answer, end = '', 'I', 'O', tokenizer.eos_token
             bos = tokenizer.bos_token_id
-            with_bos = bos is not None and tokenizer('I').input_ids[0] == bos
-            start, ask, answer, end = tokenizer.bos_token if with_bos else '', 'I', 'O', tokenizer.eos_token
+            if bos is not None and tokenizer('I').input_ids[0] == bos: # the base is used to one before a text
+                start = tokenizer.bos_token
         self.text = {color: str(color) for color in range(10)}
         self.text.update({ROW: '\n', IN: ask, OUT: answer, END: end, FIRST: start + ask})
-        # what a text becomes depends on what stands before it: of each symbol, something that may
+        # the tokens of a piece depend on the text before it. so each symbol gets an example of what may stand there
         pair = f"{start}{ask}1\n{answer}1\n"
-        before = dict.fromkeys(range(10), start + ask)
+        before = {color: start + ask for color in range(10)}
         before.update({ROW: f"{start}{ask}1", OUT: f"{start}{ask}1\n", END: pair, IN: pair + end, FIRST: ''})
-        self.ids = {x: self.tokens_after(before[x], text) for x, text in self.text.items()} # {symbol: its tokens}
-        cells = [self.ids[x] for x in (*range(10), ROW)]
-        firsts = {ids[0] for ids in cells} | {self.ids[END][0]}
-        if set(map(len, cells)) != {1} or len(firsts) < 12:
-            found = dict(zip((*range(10), 'ROW', 'END'), [*cells, self.ids[END]]))
-            raise ValueError("the tokenizer of the base has not one token for each color and the end of a row: "
-                             f"{found}")
+        self.ids = {x: self.tokens_after(before[x], text) for x, text in self.text.items()}
+        answers = {x: self.ids[x] for x in (*range(10), ROW, END)} # an answer is made of these
+        firsts = {ids[0] for ids in answers.values()} # by which they are told apart
+        if len(firsts) < 12 or any(len(self.ids[x]) != 1 for x in (*range(10), ROW)):
+            raise ValueError("the tokenizer of the base has not one token for each color and the end of a row, symbols "
+                             f"and their tokens: {answers}")
 
     def tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def tokens_after(self, before, text):
-        """ tokens of a text that stands behind another. where they would melt into one, those that it has alone """
+        """ the tokens of a text that stands behind another. if the two melt into one token: those of the text alone """
         a, b = self.tokens(before), self.tokens(before + text)
         if b[: len(a)] == a and len(b) > len(a):
             return b[len(a) :]
         return self.tokens(text)
 
     def write(self, symbols):
-        """ symbols of a document, from IN on -> its text, and its tokens """
+        """ the symbols of a document, from IN on -> its text, its tokens """
         text, ids = "", []
         for x in [FIRST, *symbols[1:]]:
             text += self.text[x]
@@ -193,7 +194,7 @@ class TextForm:
         return text, ids
 
     def differs(self, documents):
-        """ where the tokenizer itself would write the text of one of these documents in other tokens, '' = nowhere """
+        """ where the tokenizer would write one of these documents in other tokens than we do, '' = nowhere """
         names = self.tokenizer.convert_ids_to_tokens
         for symbols in documents:
             text, ids = self.write(symbols)
@@ -207,8 +208,8 @@ class TextForm:
 
 def chat_pieces(tokenizer):
     """
-    the text that a chat template has before the first turn, before an input, before an answer and behind it. found by a
-    talk of four marks. raises ValueError
+    the text that a chat template puts before the first turn, before an input, before an answer, and behind either.
+    found by a talk of four turns that say @0@ to @3@. raises ValueError
     """
     marks = [f"@{i}@" for i in range(4)]
     roles = 'user', 'assistant', 'user', 'assistant'
@@ -231,7 +232,8 @@ def chat_pieces(tokenizer):
 
 def random_documents(n, seed=0):
     """ n lists of symbols, documents of 1 to 3 pairs of random grids """
-    rng, documents = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    documents = []
     for _ in range(n):
         symbols = []
         for _ in range(rng.integers(1, 4)):
@@ -245,28 +247,28 @@ def random_documents(n, seed=0):
 # -----------------------------------------------------------------------------
 # the model
 
-# given several tokens behind a cache, other recurrent models forget their state, Mamba-1 for one
+# recurrent models that go on from their cache by several tokens at once. others forget their state, Mamba-1 for one
 TAKES_SEVERAL = 'falcon_h1', 'zamba2', 'granitemoehybrid', 'bamba', 'nemotron_h', 'lfm2', 'mamba2'
-PADS = (*TAKES_SEVERAL, 'jamba') # told what is filler, they keep it out of their state
-# peft refuses the layers called out_proj there: fused kernels go around the adapter
+PADS = (*TAKES_SEVERAL, 'jamba') # recurrent models that keep filler out of their state, if a mask says where it is
+# peft refuses the layers called out_proj in these: their fused kernels would go around the adapter
 NO_OUT_PROJ = 'falcon_h1', 'mamba', 'mamba2', 'falcon_mamba', 'nemotron_h'
 
 class Expanded(NamedTuple):
-    """ (B, T) symbols as (B, t) tokens """
+    """ (B, T) symbols as (B, t) tokens. LM.expand has an example """
     ids: torch.Tensor # (B, t) tokens
-    of: torch.Tensor # (B, t) number of the symbol that each token is of
+    of: torch.Tensor # (B, t) the number 0..T-1 of the symbol that a token belongs to
     ends: torch.Tensor # (B, T) where the last token of each symbol stands
-    k: torch.Tensor # (B, t) how many tokens of its symbol come before this one, < 0 on filler
-    begins: torch.Tensor # (B, t) does a document begin here?
+    k: torch.Tensor # (B, t) how many tokens of its symbol come before a token, < 0 on filler in front
+    begins: torch.Tensor # (B, t) bool, is it the first token of a document?
 
 class LM(nn.Module):
     """
-    a pretrained language model that is told and asked symbols: lm(*batch) -> logits (B, T, 16) and the loss, as for
-    Model. a symbol of several tokens is as probable as all of them, its logit is that of its first. its state dict is
-    what is trained, no more.
+    a pretrained language model that reads and writes symbols: lm(*batch) -> logits (B, T, 16) and the loss, as for
+    model.Model. the logit of a symbol is that of its first token, the loss counts all of its tokens. the state dict
+    holds what is trained, no more.
     """
     n_task = 0 # there is no task embedding
-    blocks = () # that torch.compile could compile
+    blocks = () # nothing for torch.compile
 
     def __init__(self, cfg, base=None, tokenizer=None):
         super().__init__()
@@ -282,14 +284,14 @@ class LM(nn.Module):
             print(f"note: this tokenizer would write {odd}: it is given a token a symbol all the same, "
                   "which is not what it was pretrained on")
         ids = [self.form.ids.get(x, self.form.ids[ROW]) for x in range(VOCAB_SIZE)] # PAD is any token: nobody sees it
-        self.kept = [] # tokens of the tokenizer whose rows embedding and head have, [] = all
+        self.kept = [] # the tokens whose rows are left in embedding and head, [] = all
         if cfg.shrink:
-            self.kept = sorted({i for part in ids for i in part})
-            ids = [list(map(self.kept.index, part)) for part in ids]
+            self.kept = sorted(set().union(*ids))
+            ids = [list(map(self.kept.index, part)) for part in ids] # from here on a token is the number of its row
             shrink(base, self.kept)
-        longest = max(map(len, ids))
-        table = torch.tensor([part + [0] * (longest - len(part)) for part in ids])
-        self.register_buffer('size', torch.tensor(list(map(len, ids))), persistent=False) # (16,) tokens of each symbol
+        size = torch.tensor([len(part) for part in ids])
+        table = pad_sequence([torch.tensor(part) for part in ids], batch_first=True)
+        self.register_buffer('size', size, persistent=False) # (16,) how many tokens each symbol is
         self.register_buffer('table', table, persistent=False) # (16, longest) and which
         base.requires_grad_(cfg.rank == 0)
         if cfg.rank > 0:
@@ -306,7 +308,7 @@ class LM(nn.Module):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
 
     def look_at_base(self):
-        """ what kind of model it is """
+        """ what the base is, and what it can take """
         from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
         config = self.base.config
         layers = DynamicCache(config=config).layers
@@ -320,13 +322,13 @@ class LM(nn.Module):
         self.pads = self.takes_places and 'attention_mask' in accepted
         if self.recurrent:
             self.pads = config.model_type in PADS
-        self.longest = config.to_dict().get('max_position_embeddings') or float('inf') # tokens that it knows places for
+        self.longest = config.to_dict().get('max_position_embeddings') or float('inf') # the most tokens it can place
         self.dtype = self.base.dtype
 
     def add_adapters(self):
         """
-        LoRA on every linear layer, but for the head, what peft refuses, and what would get no gradient: Mamba-1's scan
-        takes dt_proj's weights past it, Zamba2 has adapters for other layers
+        LoRA on every linear layer but the head, what peft refuses, and what would get no gradient: Mamba-1's scan reads
+        the weights of dt_proj directly, and Zamba2 has a list of adapters of its own, each used in some layers only
         """
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D # GPT-2's linear layers
@@ -343,7 +345,7 @@ class LM(nn.Module):
         inject_adapter_in_model(lora, self.base)
 
     def share_out(self, device, world):
-        """ frozen weights over all ranks, a layer at a time; what is trained each rank has, as DDP wants it """
+        """ the frozen weights shared out over all ranks, layer by layer. what is trained stays whole, for DDP """
         mesh = init_device_mesh(device.type, (world,))
         frozen = [name for name, _ in self.named_parameters() if name not in self.trained]
         ours = {p for p in self.parameters() if p.requires_grad}
@@ -359,7 +361,7 @@ class LM(nn.Module):
         return self.table.device
 
     def train(self, mode=True):
-        """ the base stays as it is when it is asked: without dropout, without fused kernels """
+        """ always in eval mode: no dropout, no fused kernels, and the base answers in training as it does later """
         return super().train(False)
 
     def cache(self):
@@ -367,8 +369,8 @@ class LM(nn.Module):
 
     def expand(self, idx, doc, begins, to_the_right=False):
         """
-        (B, T) symbols, their documents or None -> Expanded. begins: does a document begin in column 0? e.g. in chat
-        form, where IN, OUT and END take three tokens each, here a a a, o o o, e e e:
+        (B, T) symbols, (B, T) the documents they are of or None -> Expanded. begins: does a document begin in column 0?
+        e.g. in chat form, where IN, OUT and END are three tokens each, here a a a, o o o, e e e:
 
             symbols   IN     1  ROW  OUT    2  ROW  END
             tokens    a a a  1  \\n   o o o  2  \\n   e e e
@@ -376,7 +378,7 @@ class LM(nn.Module):
             k         0 1 2  0  0    0 1 2  0  0    0 1 2
             ends          2  3  4        7  8  9        12
 
-        rows of fewer tokens end in filler; to_the_right: they begin with it, since prompts have to end together.
+        rows of fewer tokens than others end in filler. to_the_right: they begin with it, for prompts must end together.
         """
         begun = torch.zeros_like(idx, dtype=torch.bool)
         begun[:, 0] = begins
@@ -388,26 +390,28 @@ class LM(nn.Module):
         t = int(ends.max()) + 1 # waits for the device
         if to_the_right:
             ends = ends + (t - 1 - ends[:, -1:])
+        starts = ends - size + 1
         place = torch.arange(t, device=idx.device).repeat(len(idx), 1) # (B, t)
         of = torch.searchsorted(ends, place) # the first symbol that does not end before
-        of = of.clamp(max=idx.size(1) - 1) # filler behind is of the last one, nobody asks for it
-        starts = ends - size + 1
+        of = of.clamp(max=idx.size(1) - 1) # filler at the end counts as the last symbol, its logits are not used
         k = place - starts.gather(1, of)
         ids = self.table[idx.gather(1, of), k.clamp(0, self.table.size(1) - 1)]
         return Expanded(ids, of, ends, k, begun.gather(1, of) & (k == 0))
 
     def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
+        """ as model.Model. the base has places of its own and no embeddings of tasks: pos, task, dihedral are unused """
         n = cache.n if cache is not None else 0 # tokens so far
         is_prompt = cache is not None and n == 0
         x = self.expand(idx, doc, n == 0, to_the_right=is_prompt)
+        # place: (B, t) the place of each token in its document, filler not counted
         if is_prompt:
             x, place = self.begin_prompts(x, doc, cache)
-        elif cache is not None and cache.real is not None:
+        elif cache is not None and cache.real is not None: # the prompts began with filler
             cache.real = F.pad(cache.real, (0, x.ids.size(1)), value=True)
             place = (cache.real.cumsum(1) - 1)[:, n:]
         else:
             place = torch.arange(n, n + x.ids.size(1), device=idx.device).expand_as(x.ids)
-            if cache is None and doc is not None and doc.max() > 0: # packed. waits for the device
+            if cache is None and doc is not None and doc.max() > 0: # several documents a row. waits for the device
                 place = self.places_in_documents(place, x.begins)
         if n > 0 and not self.takes_several:
             logits = [self.call(x.ids[:, i : i + 1], place[:, i : i + 1], cache) for i in range(x.ids.size(1))]
@@ -416,46 +420,52 @@ class LM(nn.Module):
             logits = self.call(x.ids, place, cache)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) # (B, t, its vocabulary)
         loss = None if targets is None else self.loss(logits, targets, x)
-        last = x.ends[..., None].expand(-1, -1, logits.size(-1)) # the last token of a symbol foretells the next symbol
-        return logits.gather(1, last)[..., self.table[:, 0]], loss
+        # at the last token of a symbol it says what the first token of the next one is
+        last = x.ends[..., None].expand(-1, -1, logits.size(-1))
+        first = self.table[:, 0] # (16,) of each symbol
+        return logits.gather(1, last)[..., first], loss
 
     def begin_prompts(self, x, doc, cache):
         """
-        prompts that end together, filler in front -> the same less filler that all of them have, and their places
+        prompts that end together, with filler in front -> Expanded without the filler that all rows have, (B, t) places
         """
-        real = x.k >= 0
+        real = x.k >= 0 # no filler
         if doc is not None:
             real = real & (doc.gather(1, x.of) > 0)
         place = torch.arange(x.ids.size(1), device=x.ids.device).expand_as(x.ids)
         if not real.all(): # waits for the device
-            first = int(real.any(0).int().argmax())
+            first = int(real.any(0).int().argmax()) # where the longest prompt begins
             cache.real = real[:, first:]
             x = x._replace(ids=x.ids[:, first:], ends=(x.ends - first).clamp(min=0))
             place = (cache.real.cumsum(1) - 1).clamp(min=0)
         return x, place
 
     def places_in_documents(self, place, begins):
-        """ (B, t) places in a row of several documents -> each document from 0: so transformers tells them apart """
+        """
+        (B, t) places in a row of several documents -> (B, t) in each document from 0 on: by these attention in
+        transformers keeps documents apart. e.g. 0 1 2 3 4, of which 0 and 3 begin a document -> 0 1 2 0 1
+        """
         if self.recurrent or not self.takes_places:
             raise ValueError(f"batching='pack': {type(self.base).__name__} would carry its state from a document into "
                              "the next: --batching=bucket")
+        # less the place where the document of each token began
         return place - torch.where(begins, place, 0).cummax(1).values
 
     def loss(self, logits, targets, x):
-        """ summed over all tokens of the symbols that are predicted """
-        predicted = F.pad(targets[:, :-1] != -100, (1, 0)) # (B, T)
-        asked = predicted.gather(1, x.of)
+        """ summed over all tokens of the symbols that carry loss """
+        predicted = F.pad(targets[:, :-1] != -100, (1, 0)) # (B, T) is this symbol the target of the one before?
+        asked = predicted.gather(1, x.of) # (B, t)
         asked &= torch.arange(x.ids.size(1), device=x.ids.device) <= x.ends[:, -1:] # no filler
         wanted = torch.where(asked, x.ids, -100)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), reduction='sum')
 
     def call(self, ids, place, cache):
-        """ tokens and their places -> logits over its own vocabulary """
+        """ (B, t) tokens and their places -> logits over the base's own vocabulary """
         n = ids.size(1) + (cache.n if cache is not None else 0)
         if n > self.longest:
             raise ValueError(f"a document of {ids.size(1)} tokens: {type(self.base).__name__} knows places for "
                              f"{self.longest}: want a smaller --block_size")
-        if self.cfg.recompute: # only what is in training computes again, and nothing else is to be
+        if self.cfg.recompute: # transformers does so in training mode alone. only these layers get into it
             for m in self.base.modules():
                 if hasattr(m, 'gradient_checkpointing'):
                     m.training = torch.is_grad_enabled()
@@ -468,15 +478,14 @@ class LM(nn.Module):
             if cache.real is not None:
                 kwargs['attention_mask'] = cache.real[:, :n].long()
         autocast = contextlib.nullcontext()
-        if self.dtype != torch.float32 and not torch.is_autocast_enabled(ids.device.type): # what is trained is fp32
+        # what is trained is fp32, the rest may not be
+        if self.dtype != torch.float32 and not torch.is_autocast_enabled(ids.device.type):
             autocast = torch.autocast(ids.device.type, self.dtype)
         with autocast:
             return self.base(input_ids=ids, use_cache=cache is not None, **kwargs).logits
 
     def peak_rates(self, lr, adam_lr):
-        """
-        learning rates of the adapters, and of other weights: the rows of the vocabulary, or all. 0 = the usual ones
-        """
+        """ learning rates of the adapters and of all else that is trained, 0 = the usual ones """
         return lr or 3e-4, adam_lr or (1e-3 if self.cfg.rank > 0 else 5e-5)
 
     def optimizers(self, lr, adam_lr, weight_decay, ns_steps=0):
@@ -491,20 +500,21 @@ class LM(nn.Module):
 
     def about(self):
         """ a line: what it is, and what memory training takes """
-        weights = {}
+        sizes = {} # {address: bytes} of the weights
         for x in [*self.parameters(), *self.buffers()]:
-            x = x.to_local() if isinstance(x, DTensor) else x
-            weights[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        weights, states = sum(sizes.values()) / 1e6, 12 * trained / 1e6 # a gradient and two averages, 4 bytes each
+        activations = self.saved_bytes(sizes) / 1e3
         again = ", and those of a layer that is computed again" if self.cfg.recompute else ""
-        fixed, saved = sum(weights.values()) / 1e6, self.saved_bytes(weights) / 1e3
-        return (f"{self.cfg.about()}: {trained:,} parameters are trained; memory: {fixed:,.0f} MB of weights, "
-                f"{12 * trained / 1e6:,.0f} MB of gradients and AdamW's averages, {saved:,.0f} MB of activations for "
-                f"each 1,000 tokens of a micro batch{again}")
+        return (f"{self.cfg.about()}: {trained:,} parameters are trained; memory: {weights:,.0f} MB of weights, "
+                f"{states:,.0f} MB of gradients and AdamW's averages, {activations:,.0f} MB of activations for each "
+                f"1,000 tokens of a micro batch{again}")
 
     def saved_bytes(self, weights, n=512):
-        """ bytes a token that backward needs, but for weights ({address: bytes}). counted on n tokens """
-        saved, alive = {}, [] # by address. kept alive, or another tensor may get it
+        """ the bytes a token that a forward pass of n tokens keeps for backward, less weights ({address: bytes}) """
+        saved, alive = {}, [] # {address: bytes}. tensors are kept alive, or two of them may have the same address
         def pack(x):
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             alive.append(x)
@@ -515,14 +525,14 @@ class LM(nn.Module):
         return sum(size for address, size in saved.items() if address not in weights) / n
 
     def state_dict(self):
-        """ what is trained """
+        """ {name: tensor} of what is trained """
         return {name: p.detach() for name, p in self.named_parameters() if name in self.trained}
 
     def load_state_dict(self, state):
         super().load_state_dict(state, strict=False) # checkpoint.restore_model has compared the names
 
     def __deepcopy__(self, memo):
-        """ a copy has what is trained of its own and shares the rest """
+        """ a copy has what is trained for itself and shares the rest """
         memo[id(self.form)] = self.form
         for name, x in [*self.named_parameters(), *self.named_buffers()]:
             if name not in self.trained:
@@ -532,7 +542,7 @@ class LM(nn.Module):
         return new
 
 def shrink(base, kept):
-    """ embedding and head of a model of transformers with the rows of these tokens alone, in this order """
+    """ leaves the rows of these tokens in embedding and head of a model of transformers, in this order """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head.weight is embedding.weight
     kept = torch.tensor(kept, device=embedding.weight.device)
@@ -546,13 +556,13 @@ def shrink(base, kept):
         head.weight = embedding.weight
 
 class LMCache:
-    """ as model.Cache, around that of transformers """
+    """ as model.Cache, around the cache of transformers """
 
     def __init__(self, lm):
         from transformers import DynamicCache
         self.state = DynamicCache(config=lm.base.config)
         self.n = 0 # tokens so far
-        self.real = None # (B, n) which of them are no filler, None = all
+        self.real = None # (B, n) bool, which of them are no filler. None = all
 
     def keep(self, rows):
         """ go on with these rows of the batch only, (b,) int64 """

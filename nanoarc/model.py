@@ -116,7 +116,8 @@ class Context:
         # on cpu values may be asked for. elsewhere to ask would be to wait for the device
         on_cpu = x.is_cpu and not torch.compiler.is_compiling()
         if 'M' in cfg.kinds and doc is not None:
-            if not (on_cpu and doc.max() <= 0): # one document a row, and PAD after it: no border to heed
+            one_a_row = on_cpu and doc.max() <= 0 # and PAD after it: no border to heed
+            if not one_a_row:
                 self.same = same_document(doc, T, cfg.d_conv - 1)
         if not cfg.attends:
             return
@@ -305,7 +306,7 @@ def recur(x, a, Bm, Cm, state):
 def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     """
     many tokens, in n chunks of q, Q at most: inside the chunks, all at once, it is masked attention, from chunk to
-    chunk one state is handed on.
+    chunk one state is handed on. y = what a token gets from its own chunk + what from the state before that.
 
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
     None = zero -> y (B, T, nh, hs) and the last state, None if there is one chunk and nobody wants it.
@@ -364,7 +365,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x, ctx, cache=None):
         B, T, C = x.shape
-        gate, u, dt = self.in_proj(x).split([self.inner, self.mixed, self.nh], -1)
+        gate, u, dt = self.in_proj(x).split([self.inner, self.mixed, self.nh], -1) # u holds values v, Bm and Cm
         last, state = None, None # what is remembered of earlier calls
         if cache is not None:
             last, state = cache.inputs, cache.state
@@ -434,7 +435,8 @@ class Model(nn.Module):
     model(*batch) -> logits (B, T, vocab_size) and the loss, summed over the tokens that carry it, in nats; None without
     targets. with a cache it goes on where the last call ended: first the prompts, then a token at a time, or several.
     """
-    # the solver may decode prompts of several lengths together: filler before a shorter one is a document of its own
+    # the solver may decode prompts of several lengths together: filler before a shorter one is a document of its own.
+    # some language models (lm.LM) cannot
     pads = True
 
     def __init__(self, cfg):
@@ -499,6 +501,7 @@ class Model(nn.Module):
         -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings, head and convolutions with weight
         decay, norms, biases and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at their lr.
         """
+        # a matrix that is several in one (qkv, gate and value, in_proj) is orthogonalized as one. conv is no .weight
         matrices, decayed, plain = [], [], []
         for name, p in self.named_parameters():
             if p.ndim < 2:
@@ -517,7 +520,7 @@ class Model(nn.Module):
         return optimizers
 
 def init_weights(m):
-    """ the whole initialization as one table. norms begin at 1 """
+    """ the whole initialization as one table. norms begin at 1, the head is not tied, no projection is scaled down """
     if isinstance(m, (nn.Linear, nn.Embedding)):
         nn.init.normal_(m.weight, std=0.02)
     elif isinstance(m, Mamba2): # the paper's: decays of 1..16 a unit of time, steps of 0.001 to 0.1

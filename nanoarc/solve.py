@@ -231,7 +231,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
                        batch_tokens=cfg.ttt_tokens)
     sources = [(c, 1) for c in corpora]
     tuned = copy.deepcopy(model)
-    new_rows = Sampler(sources, data_cfg).rows
+    new_rows = Sampler(sources, data_cfg).rows # as the dataset below numbers them too
     if model.n_task > 0:
         known = model.wtask.weight.detach()
         weight = known.mean(0).repeat(len(new_rows), 1)

@@ -18,6 +18,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -49,7 +50,6 @@ from nanoarc.view import pyplot
 GRACE = 3 # heartbeats that a worker may miss
 # these decide on what is validated: val nats compare only where they are fixed
 MEASURE = 'data', 'val_tasks', 'max_pair', 'block_size', 'on_bad', 'deal', 'seed'
-OWN = 'out_dir' # each trial has one
 
 @dataclass
 class SweepConfig:
@@ -93,8 +93,8 @@ def read_space(path):
     run = apply_values(Run(TrainConfig(), ModelConfig(), DataConfig()), fixed, f"{path}: [fixed]")
     for name, x in search.items():
         check_search(name, x, fixed, run, f"{path}: [search]")
-    if OWN in fixed or OWN in search:
-        raise ValueError(f"{path}: {OWN}: each trial has its own, want --{OWN} of the sweep")
+    if 'out_dir' in fixed or 'out_dir' in search:
+        raise ValueError(f"{path}: out_dir: each trial has its own, want --out_dir of the sweep")
     if run.data.val_tasks < 1:
         raise ValueError(f"{path}: [fixed]: val_tasks = {run.data.val_tasks}, want some to judge by")
     return fixed, search, run
@@ -117,17 +117,17 @@ def check_search(name, x, fixed, run, where):
         raise ValueError(f"{where}: {name} decides what is validated on, it belongs into [fixed]")
     if type(x) is dict:
         kind = type(all_values(run)[name])
-        if kind not in (int, float):
+        ranges = {int: optuna.distributions.IntDistribution, float: optuna.distributions.FloatDistribution}
+        if kind not in ranges:
             raise ValueError(f"{where}: {name} = {x!r}, a range of {kind.__name__} there is not, "
                              "want a list of choices")
-        ranges = optuna.distributions
         try:
-            (ranges.IntDistribution if kind is int else ranges.FloatDistribution)(**x)
+            ranges[kind](**x)
         except (TypeError, ValueError) as e:
             raise ValueError(f"{where}: {name}: {e}") from None
 
 def first_trial(search, run):
-    """ what is searched as the defaults have it, the first trial, to compare with. {} if that is not in the space """
+    """ the defaults of what is searched: the first trial, to compare with. {} where one is not in the space """
     model = run.model.resolved()
     lr = width_lr(model.n_embd)
     now = {**all_values(run), **asdict(model), 'lr': run.train.lr or lr, 'adam_lr': run.train.adam_lr or lr}
@@ -205,31 +205,31 @@ def open_study(cfg, out_dir, fixed, search, run):
     the study, begun here or by another worker -> (study, its [fixed] with sources as whoever began it finds them).
     raises ValueError if it has another space
     """
+    now = {'fixed': fixed, 'search': search}
     with alone(out_dir):
         storage = open_storage(cfg, out_dir)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3, n_min_trials=3)
         study = optuna.create_study(storage=storage, study_name=Path(cfg.space).stem, load_if_exists=True,
                                     pruner=pruner)
-        space = study.user_attrs.get('space')
-        if space is None:
+        begun = study.user_attrs.get('space')
+        if begun is None:
             study.set_user_attr('settings', with_absolute(fixed))
-            study.set_user_attr('space', {'fixed': fixed, 'search': search})
+            study.set_user_attr('space', now)
             first = first_trial(search, run)
             if first:
                 study.enqueue_trial({name: to_param(x) for name, x in first.items()})
-            return study, study.user_attrs['settings']
-        wrong = []
-        for part, now in (('fixed', fixed), ('search', search)):
-            for key in {**now, **space[part]}:
-                if now.get(key) != space[part].get(key):
-                    wrong.append(f"[{part}] {key}")
-        if wrong:
-            raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: "
-                             "choose another --out_dir")
+            begun = now
+    wrong = []
+    for part in now:
+        for key in {**now[part], **begun[part]}:
+            if now[part].get(key) != begun[part].get(key):
+                wrong.append(f"[{part}] {key}")
+    if wrong:
+        raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
     return study, study.user_attrs['settings']
 
 def by_run(study):
-    """ {name of a run: its trial}, of one that was taken over the last """
+    """ {name of a run: its trial}. a run that was taken over is several trials: the last one """
     found = {}
     for trial in study.get_trials(deepcopy=False):
         if 'run' in trial.user_attrs and 'extra' not in trial.user_attrs:
@@ -248,13 +248,13 @@ class Sweep:
 
     def __init__(self, cfg, signals):
         self.cfg, self.signals = cfg, signals
-        self.fixed, self.search, self.run = read_space(cfg.space)
+        fixed, self.search, self.run = read_space(cfg.space)
         self.out_dir = Path(cfg.out_dir or f"out/{Path(cfg.space).stem}").resolve()
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.study, self.fixed = open_study(cfg, self.out_dir, self.fixed, self.search, self.run)
+        self.study, self.fixed = open_study(cfg, self.out_dir, fixed, self.search, self.run)
 
     def left(self):
-        """ trials that nobody has begun, or that wait to be gone on with """
+        """ how many trials nobody has begun, or wait to be gone on with? """
         found = by_run(self.study)
         waiting = sum(trial.state == TrialState.WAITING for trial in found.values())
         return max(self.cfg.trials - len(found), 0) + waiting
@@ -271,6 +271,17 @@ class Sweep:
                 time.sleep(0.2)
             optuna.storages.fail_stale_trials(self.study)
 
+    def work(self):
+        """ trials, until there are enough or a signal comes """
+        if self.cfg.trials == 0: # the report alone
+            return
+        self.wait_for_others()
+        if self.left() == 0 or self.signals.got:
+            return
+        with contextlib.suppress(SystemExit): # of a trial, after a signal
+            self.study.optimize(self.objective, n_trials=self.left(), n_jobs=self.cfg.jobs, catch=Failed,
+                                callbacks=[self.ended])
+
     def begin(self, trial, run):
         """ a trial, or the rest of it -> its process, which ends when its stdin does """
         args = ['--resume', str(run)]
@@ -278,24 +289,16 @@ class Sweep:
         if not checkpoint.steps(run):
             checkpoint.write_file(run / 'settings.toml', to_toml(values).encode())
             args = ['--config', str(run / 'settings.toml'), '--out_dir', str(run)]
-        path = [str(Path(__file__).parent.parent)]
-        if os.environ.get('PYTHONPATH'):
-            path.append(os.environ['PYTHONPATH'])
+        here = Path(__file__).parent.parent # a trial is to run the same nanoarc, wherever that lies
         threads = max(torch.get_num_threads() // self.cfg.jobs, 1)
-        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'OMP_NUM_THREADS': str(threads),
-               'NANOARC_ENDS_WITH_STDIN': '1'}
+        env = {**os.environ, 'PYTHONPATH': f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+               'OMP_NUM_THREADS': str(threads), 'NANOARC_ENDS_WITH_STDIN': '1'}
         with open(run / 'output.txt', 'ab') as f:
             return subprocess.Popen([sys.executable, '-m', 'nanoarc', 'train', *args], stdin=subprocess.PIPE, stdout=f,
                                     stderr=f, env=env)
 
-    def objective(self, trial):
-        """ train a trial -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
-        name = trial.user_attrs.get('run', f"trial-{trial.number:04d}")
-        trial.set_user_attr('run', name)
-        if sorted(by_run(self.study)).index(name) >= self.cfg.trials: # another worker has begun the last one meanwhile
-            trial.set_user_attr('extra', True)
-            raise Failed("one too many")
-        run = self.out_dir / name
+    def follow(self, trial, run):
+        """ a trial's process from its begin to its end, while its val nats are reported -> (exit code, pruned?) """
         told, prune = set(), False
         with self.begin(trial, run) as child:
             while child.poll() is None:
@@ -310,18 +313,27 @@ class Sweep:
                     child.send_signal(signal.SIGTERM)
                     break
                 time.sleep(0.2)
-        rows = [row for row in read_metrics(run) if row.get('done') == 1]
-        if child.returncode == 0 and rows:
-            return rows[-1]['val_loss']
+        return child.returncode, prune
+
+    def objective(self, trial):
+        """ train a trial -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
+        name = trial.user_attrs.get('run', f"trial-{trial.number:04d}")
+        trial.set_user_attr('run', name)
+        if sorted(by_run(self.study)).index(name) >= self.cfg.trials: # another worker has begun the last one meanwhile
+            trial.set_user_attr('extra', True)
+            raise Failed("one too many")
+        run = self.out_dir / name
+        code, pruned = self.follow(trial, run)
+        last = [row['val_loss'] for row in read_metrics(run) if row.get('done') == 1]
+        if code == 0 and last:
+            return last[-1]
         if self.signals.got: # whoever comes next goes on with it
             self.study.tell(trial, state=TrialState.FAIL)
             RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
             raise SystemExit
-        if prune:
+        if pruned:
             raise optuna.TrialPruned
-        error = "stopped from outside"
-        if child.returncode != 0:
-            error = last_line(run / 'output.txt', child.returncode)
+        error = "stopped from outside" if code == 0 else last_line(run / 'output.txt', code)
         trial.set_user_attr('error', error)
         raise Failed
 
@@ -348,17 +360,12 @@ def sweep(cfg):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     cfg.check()
     with Signals() as signals:
-        work = Sweep(cfg, signals)
-        if cfg.trials > 0:
-            work.wait_for_others()
+        worker = Sweep(cfg, signals)
         try:
-            if cfg.trials > 0 and work.left() and not signals.got:
-                with contextlib.suppress(SystemExit): # of a trial, after a signal
-                    work.study.optimize(work.objective, n_trials=work.left(), n_jobs=cfg.jobs, catch=Failed,
-                                        callbacks=[work.ended])
+            worker.work()
         finally:
-            with alone(work.out_dir):
-                path = report(work.study, work.out_dir, work.fixed, work.search)
+            with alone(worker.out_dir):
+                path = report(worker.study, worker.out_dir, worker.fixed, worker.search)
         if signals.got:
             print(f"stopped by signal {signals.got}, the same command goes on", flush=True)
             sys.exit(0 if signals.got == signal.SIGTERM else 128 + signals.got)
@@ -366,6 +373,9 @@ def sweep(cfg):
 
 # -----------------------------------------------------------------------------
 # the report
+
+CSS = ('body{font:14px sans-serif;margin:2em}td{padding:2px 10px}img{max-width:100%}'
+       'tr:first-child,tr:nth-child(2){font-weight:bold}') # the names of the columns, and the best trial
 
 def number(x):
     """ a value of a setting as text """
@@ -381,21 +391,22 @@ def how_it_ended(trial):
     return trial.state.name.lower()
 
 def last_value(trial):
-    """ val nats of a trial, of one that has not ended the last ones, None = there are none """
+    """ val nats of a trial, of one that has not ended the last ones, inf where there are none """
     if trial.value is not None:
         return trial.value
-    return trial.intermediate_values.get(trial.last_step)
+    return trial.intermediate_values.get(trial.last_step, math.inf)
+
+def order(item):
+    """ (name, trial) -> what trials are sorted by: the best complete one first """
+    _, trial = item
+    return trial.state != TrialState.COMPLETE, last_value(trial)
 
 def report(study, out_dir, fixed, search):
     """ best.toml, history.png, importance.png, and report.html with both and all trials in it -> its path """
-    def order(item):
-        _, trial = item
-        nats = last_value(trial)
-        return trial.state != TrialState.COMPLETE, 1e9 if nats is None else nats
-    trials = sorted(by_run(study).items(), key=order) # the best first
-    done = [trial for _, trial in trials if trial.state == TrialState.COMPLETE]
-    about = f"{len(trials)} trials, {len(done)} complete"
-    if done:
+    trials = sorted(by_run(study).items(), key=order)
+    done = sum(trial.state == TrialState.COMPLETE for _, trial in trials)
+    about = f"{len(trials)} trials, {done} complete"
+    if done > 0:
         name, best = trials[0]
         about += f", the best {best.value:.4f} val nats by {name}"
         values = {key: from_param(x, search[key]) for key, x in best.params.items()}
@@ -405,17 +416,15 @@ def report(study, out_dir, fixed, search):
     for name, trial in trials:
         nats = last_value(trial)
         params = [number(trial.params.get(key, "")) for key in search]
-        rows.append([name, "" if nats is None else f"{nats:.4f}", how_it_ended(trial), *params])
+        rows.append([name, "" if nats == math.inf else f"{nats:.4f}", how_it_ended(trial), *params])
     lines = ""
     for row in rows:
         lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-    pictures = draw_study(study, out_dir, len(done)) if len(done) > 1 else ""
+    pictures = draw_study(study, out_dir, done) if done > 1 else ""
     title = escape(study.study_name)
-    page = ('<!doctype html><meta charset="utf-8"><title>' + title + '</title><style>body{font:14px sans-serif;'
-            'margin:2em}td{padding:2px 10px;text-align:left}img{max-width:100%}tr:first-child,tr:nth-child(2)'
-            '{font-weight:bold}</style>'
-            f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'
-            f'<h2>the same in all trials</h2><pre>{escape(to_toml(fixed))}</pre>')
+    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
+    page += f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'
+    page += f'<h2>the same in all trials</h2><pre>{escape(to_toml(fixed))}</pre>'
     checkpoint.write_file(out_dir / 'report.html', page.encode())
     print(f"{about}: {out_dir / 'report.html'}")
     return out_dir / 'report.html'

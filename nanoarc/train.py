@@ -118,7 +118,7 @@ def fill_rows(batch, n):
             x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=empty)
         parts.append(x)
     batch = Batch(*parts)
-    if batch.doc is not None: # many small documents: one large one would cost the attention more
+    if batch.doc is not None: # each in documents of 128 tokens: one large one would cost the attention more
         T = batch.doc.size(1)
         batch.doc[-more:] -= torch.arange(T, dtype=batch.doc.dtype, device=batch.doc.device) // 128
     return batch
@@ -308,14 +308,14 @@ def loop(run, signals):
     t0, tokens0, waited0 = time.perf_counter(), state.tokens, 0.0 # at the last row of metrics
     run.model.train()
     while True:
-        # all ranks do the same: stop, if one was told to, and end when the first one says so
+        # all ranks do the same: stop if a signal came to one, end when the first one's budget says so
         state.seconds = time.perf_counter() - clock
         if state.max_iters == 0 and run.rank == 0:
             state.max_iters = budget.steps(state.step, state.seconds)
         stop, max_iters, bad = over_ranks(world, 'MAX', signals.got, state.max_iters, run.watch.found())
         stop, state.max_iters = int(stop), int(max_iters)
         done = 0 < state.max_iters <= state.step
-        # once it is known how long the run will be, that is not to be lost
+        # save in time, and in the moment when the number of steps gets fixed
         saves = is_time(cfg.save_every, state.step) or state.max_iters != planned
         planned = state.max_iters
         if saves or stop or done: # nothing bad may be saved
@@ -337,7 +337,7 @@ def loop(run, signals):
         factor = get_lr(state.step, state.max_iters, cfg)
         for group in groups:
             group['lr'] = group['peak'] * factor
-        # random numbers of a step are a function of its number, so there is no state of them to save
+        # random numbers of a step (a dropout's) are a function of its number, so there is no state of them to save
         torch.manual_seed(int(hash64(cfg.seed, state.step, run.rank)) >> 1)
         place = loader.window, loader.batch
         n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches and ranks are weighed by their tokens
