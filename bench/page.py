@@ -17,6 +17,10 @@ from nanoarc.sources import read_tasks
 from nanoarc.submission import Candidate, write_results
 from nanoarc.view import write_page
 
+LOAD_TIME = """
+    const t = performance.getEntriesByType('navigation')[0];
+    return t.loadEventEnd - t.startTime"""
+
 def main(rounds=5):
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which('chromium') or shutil.which('google-chrome')
@@ -44,24 +48,11 @@ def main(rounds=5):
             while driver.execute_script("return document.querySelectorAll('article').length") < len(tasks):
                 time.sleep(0.01)
             drawn.append(time.perf_counter() - start)
-            loads.append(
-                driver.execute_script(
-                    "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"
-                )
-                / 1000
-            )
+            loads.append(driver.execute_script(LOAD_TIME) / 1000)
         driver.quit()
-        print(
-            json.dumps(
-                {
-                    'tasks': len(tasks),
-                    'mb': round((path / 'page.html').stat().st_size / 1e6, 2),
-                    'load_s': round(median(loads), 2),
-                    'all_drawn_s': round(median(drawn), 2),
-                    'rounds': rounds,
-                }
-            )
-        )
+        result = {'tasks': len(tasks), 'mb': round((path / 'page.html').stat().st_size / 1e6, 2),
+                  'load_s': round(median(loads), 2), 'all_drawn_s': round(median(drawn), 2), 'rounds': rounds}
+        print(json.dumps(result))
 
 if __name__ == '__main__':
     main()

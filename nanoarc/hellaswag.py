@@ -1,5 +1,5 @@
 """
-what a language model knows: HellaSwag, and samples. of a run of text, or of any model of transformers.
+what a language model knows: HellaSwag, of a run of text or of any model of transformers. what it says: samples.
 """
 import hashlib
 import json
@@ -55,8 +55,8 @@ class OwnModel:
 
 class HubModel:
     """
-    the same of a model of transformers. without plain keys and values in its cache it reads the context with each
-    ending
+    a model of transformers that can be asked the same. if its cache holds more than plain keys and values, it reads the
+    context again with each ending
     """
 
     def __init__(self, model, tokenizer):
@@ -64,12 +64,14 @@ class HubModel:
         self.cached = True
 
     def encode(self, text, begins):
+        """ as OwnModel, with the special tokens that the model is used to at the beginning """
         ids = self.tokenizer(text, add_special_tokens=begins)['input_ids']
-        if begins and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id: # a beginning is not to end
+        if begins and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id: # some end a text too, but it goes on
             ids = ids[:-1]
         return ids
 
     def ask(self, context, ends):
+        """ as OwnModel """
         b, n = len(ends), len(context)
         if self.cached:
             out = self.model(context[None], use_cache=True)
@@ -120,6 +122,7 @@ def read_hellaswag(path):
     return items
 
 def read_item(line, where):
+    """ a line of the file -> (ctx, 4 endings, number of the right one). raises ValueError """
     try:
         x = json.loads(line)
     except ValueError as e:
@@ -137,11 +140,9 @@ def read_item(line, where):
 
 @torch.no_grad()
 def ending_losses(lm, context, ends, device):
-    """
-    token ids of a context and of its endings -> (b,) sum of the losses over each ending, nats, and (b,) its tokens
-    """
+    """ token ids of a context and of b endings -> (b,) sum of the losses over each ending, nats, (b,) its tokens """
     n = torch.tensor([len(x) for x in ends], device=device)
-    # what stands behind an ending nobody sees
+    # shorter endings have zeros behind them: no token sees what comes after it
     idx = torch.zeros(len(ends), int(n.max()), dtype=torch.int64, device=device)
     for row, x in zip(idx, ends):
         row[: len(x)] = torch.tensor(x)

@@ -39,8 +39,8 @@ FIRST = 15 # the unused symbol stands for the IN that begins a document: there m
 class LMConfig:
     # the pretrained causal language model: an id on the Hugging Face hub, a directory, or a .gguf file
     base: str = ''
-    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = grids as in raw, inputs are turns
-    # of the user and outputs turns of the assistant, in the base's chat template
+    # a task as text: 'raw' = a digit a cell, a newline a row, short markers | 'chat' = grids as in raw, each input a
+    # turn of the user, each output one of the assistant
     form: str = 'raw'
     # rank of the LoRA adapters on every linear layer but the head (arxiv 2106.09685). 0 = all weights are trained
     rank: int = 32
@@ -170,7 +170,7 @@ class TextForm:
         before.update({ROW: f"{start}{ask}1", OUT: f"{start}{ask}1\n", END: pair, IN: pair + end, FIRST: ''})
         self.ids = {x: self.tokens_after(before[x], text) for x, text in self.text.items()}
         answers = {x: self.ids[x] for x in (*range(10), ROW, END)} # an answer is made of these
-        firsts = {ids[0] for ids in answers.values()} # by which they are told apart
+        firsts = {ids[0] for ids in answers.values() if ids} # by which they are told apart
         if len(firsts) < 12 or any(len(self.ids[x]) != 1 for x in (*range(10), ROW)):
             raise ValueError("the tokenizer of the base has not one token for each color and the end of a row, symbols "
                              f"and their tokens: {answers}")
@@ -199,11 +199,9 @@ class TextForm:
         for symbols in documents:
             text, ids = self.write(symbols)
             want = self.tokens(text)
-            if want != ids:
-                n = 0
-                while n < min(len(want), len(ids)) and want[n] == ids[n]:
-                    n += 1
-                return f"{names(want[n : n + 3])} for {names(ids[n : n + 3])}"
+            for n, (a, b) in enumerate(zip(want, ids)):
+                if a != b:
+                    return f"{names(want[n : n + 3])} for {names(ids[n : n + 3])}"
         return ''
 
 def chat_pieces(tokenizer):
@@ -217,14 +215,9 @@ def chat_pieces(tokenizer):
     template = tokenizer.get_chat_template()
     template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", template) # today's date would be another text tomorrow
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    rest, parts = text, []
-    for mark in marks:
-        part, found, rest = rest.partition(mark)
-        if not found:
-            raise ValueError(f"form='chat': the chat template of the base drops turns: {text!r}")
-        parts.append(part)
-    head, answer, between, again = parts
-    end = rest
+    if re.findall(r"@\d@", text) != marks:
+        raise ValueError(f"form='chat': the chat template of the base drops turns: {text!r}")
+    head, answer, between, again, end = re.split(r"@\d@", text)
     ask = between.removeprefix(end)
     if not end or not between.startswith(end) or not head.endswith(ask) or again != answer:
         raise ValueError(f"form='chat': the turns of the base's chat template are not all alike: {text!r}")
@@ -399,7 +392,7 @@ class LM(nn.Module):
         return Expanded(ids, of, ends, k, begun.gather(1, of) & (k == 0))
 
     def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
-        """ as model.Model. the base has places of its own and no embeddings of tasks: pos, task, dihedral are unused """
+        """ as model.Model, but pos, task and dihedral are of no use to a base """
         n = cache.n if cache is not None else 0 # tokens so far
         is_prompt = cache is not None and n == 0
         x = self.expand(idx, doc, n == 0, to_the_right=is_prompt)

@@ -189,7 +189,8 @@ class Training:
             if self.ema:
                 checkpoint.restore_model(self.ema, tensors, checkpoint.best_part(self.meta)) # 'model' if it had none
             self.scaler.load_state_dict(self.meta['scaler'])
-            self.state = State(**{f.name: self.meta[f.name] for f in fields(State)})
+            saved = {f.name: self.meta[f.name] for f in fields(State) if f.name in self.meta}
+            self.state = State(**saved) # a field that is newer has its default
             self.state.max_iters = cfg.max_iters or self.state.max_iters
             self.begun = f"resumed {cfg.resume} at step {self.state.step}"
 
@@ -284,6 +285,8 @@ def train(cfg, model_cfg, data_cfg):
     """
     cfg.check()
     out_dir = cfg.resume or cfg.out_dir
+    if cfg.resume and not checkpoint.steps(cfg.resume): # before the lock would make it a directory
+        raise ValueError(f"{cfg.resume}: no checkpoint here, want the --out_dir of a training run")
     is_first = os.environ.get('RANK', '0') == '0' # under torchrun there are several of us, one writes
     with Signals() as signals, checkpoint.lock(out_dir) if is_first else contextlib.nullcontext():
         if not cfg.resume and checkpoint.steps(out_dir):

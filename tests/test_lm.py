@@ -38,145 +38,70 @@ def byte_tokenizer(digits=True):
     """ like that of GPT-2 and SmolLM2: bytes, a digit a token; digits=False: numbers melt """
     t = Tokenizer(models.BPE())
     parts = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    t.pre_tokenizer, t.decoder = (
-        pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-        decoders.ByteLevel(),
-    )
-    t.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=['<s>', '</s>'],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    t.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    t.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=['<s>', '</s>'],
+                                                      initial_alphabet=alphabet, show_progress=False))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>')
 
 def piece_tokenizer():
-    """
-    like that of Llama and Mistral: words begin with a mark, what it does not know it writes in bytes, <s> comes first
-    """
+    """ like that of Llama and Mistral: words begin with a mark, what is unknown is written in bytes, <s> comes first """
     from tokenizers.processors import TemplateProcessing
     t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
-    t.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme='first', split=False), pre_tokenizers.Digits(individual_digits=True)]
-    )
+    mark = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
+    t.pre_tokenizer = pre_tokenizers.Sequence([mark, pre_tokenizers.Digits(individual_digits=True)])
     special = ['<unk>', '<s>', '</s>', *(f"<0x{i:02X}>" for i in range(256))]
-    # a newline it does not know
-    t.train_from_iterator(
-        [x.replace("\n", "") for x in CORPUS],
-        trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False),
-    )
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
+    t.train_from_iterator([x.replace("\n", "") for x in CORPUS], trainer) # a newline it does not know
     t.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>'
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>',
+                                                unk_token='<unk>')
 
 TEMPLATE = "<s>system\nbe brief</s>\n{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 CLASSES = { # model_type: its config
-    'falcon_h1': dict(
-        head_dim=8,
-        mamba_d_ssm=32,
-        mamba_n_heads=4,
-        mamba_d_head=8,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-        mamba_chunk_size=8,
-    ),
-    'zamba2': dict(
-        num_hidden_layers=4,
-        num_key_value_heads=4,
-        mamba_d_state=8,
-        mamba_ngroups=1,
-        n_mamba_heads=4,
-        mamba_headdim=16,
-        chunk_size=8,
-        hybrid_layer_ids=[1, 3],
-        layers_block_type=['mamba', 'hybrid'] * 2,
-        num_mem_blocks=1,
-        adapter_rank=4,
-    ),
-    'granitemoehybrid': dict(
-        shared_intermediate_size=48,
-        layer_types=['mamba', 'attention'],
-        mamba_n_heads=4,
-        mamba_d_head=16,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-        mamba_chunk_size=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    ),
-    'bamba': dict(
-        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
-    ),
-    'jamba': dict(
-        num_hidden_layers=4,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        num_experts=2,
-        num_experts_per_tok=1,
-        mamba_d_state=8,
-        mamba_dt_rank=4,
-    ),
-    'nemotron_h': dict(
-        num_hidden_layers=4,
-        layers_block_type=['mamba', 'mlp', 'attention', 'mlp'],
-        head_dim=8,
-        ssm_state_size=8,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        n_groups=1,
-        chunk_size=8,
-    ),
+    'falcon_h1': dict(head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+                      mamba_chunk_size=8),
+    'zamba2': dict(num_hidden_layers=4, num_key_value_heads=4, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4,
+                   mamba_headdim=16, chunk_size=8, hybrid_layer_ids=[1, 3], layers_block_type=['mamba', 'hybrid'] * 2,
+                   num_mem_blocks=1, adapter_rank=4),
+    'granitemoehybrid': dict(shared_intermediate_size=48, layer_types=['mamba', 'attention'], mamba_n_heads=4,
+                             mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8,
+                             num_local_experts=2, num_experts_per_tok=1),
+    'bamba': dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1,
+                  mamba_chunk_size=8),
+    'jamba': dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+                  expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4),
+    'nemotron_h': dict(num_hidden_layers=4, layers_block_type=['mamba', 'mlp', 'attention', 'mlp'], head_dim=8,
+                       ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, chunk_size=8),
     'lfm2': dict(num_hidden_layers=3, layer_types=['conv', 'full_attention', 'conv'], block_multiple_of=8),
     'mamba': dict(state_size=8),
     'mamba2': dict(state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
     'llama': dict(),
     'qwen3': dict(head_dim=8),
 }
-MIXERS = { # the layers of each class that an adapter must be on, and why that is all of them
-    'falcon_h1': {'in_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
-    'zamba2': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_up_proj', 'down_proj', 'linear'},
-    'granitemoehybrid': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj'},
-    'bamba': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
-    'jamba': {
-        'in_proj',
-        'x_proj',
-        'out_proj',
-        'q_proj',
-        'k_proj',
-        'v_proj',
-        'o_proj',
-        'gate_proj',
-        'up_proj',
-        'down_proj',
-    },
-    'nemotron_h': {'in_proj', 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'},
-    'lfm2': {'in_proj', 'out_proj', 'q_proj', 'k_proj', 'v_proj', 'w1', 'w2', 'w3'},
+QKV, MLP = {'q_proj', 'k_proj', 'v_proj'}, {'gate_proj', 'up_proj', 'down_proj'}
+MIXERS = { # the layers of each class that an adapter must be on
+    'falcon_h1': {'in_proj', *QKV, 'o_proj', *MLP},
+    'zamba2': {'in_proj', 'out_proj', *QKV, 'o_proj', 'gate_up_proj', 'down_proj', 'linear'},
+    'granitemoehybrid': {'in_proj', 'out_proj', *QKV, 'o_proj'},
+    'bamba': {'in_proj', 'out_proj', *QKV, 'o_proj', *MLP},
+    'jamba': {'in_proj', 'x_proj', 'out_proj', *QKV, 'o_proj', *MLP},
+    'nemotron_h': {'in_proj', *QKV, 'o_proj', 'up_proj', 'down_proj'},
+    'lfm2': {'in_proj', 'out_proj', *QKV, 'w1', 'w2', 'w3'},
     'mamba': {'in_proj', 'x_proj'},
     'mamba2': {'in_proj'},
-    'llama': {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
-    'qwen3': {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'},
+    'llama': {*QKV, 'o_proj', *MLP},
+    'qwen3': {*QKV, 'o_proj', *MLP},
 }
 
 def tiny_base(kind, tokenizer, seed=0, tied=False):
     """ a model of this class with random weights, not too undecided """
     torch.manual_seed(seed)
-    cfg = transformers.AutoConfig.for_model(
-        kind,
-        vocab_size=len(tokenizer),
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=tied,
-        **{**SMALL, **CLASSES[kind]},
-    )
+    tokens = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    cfg = transformers.AutoConfig.for_model(kind, tie_word_embeddings=tied, **tokens, **{**SMALL, **CLASSES[kind]})
     base = transformers.AutoModelForCausalLM.from_config(cfg).eval()
     with torch.no_grad():
         base.get_output_embeddings().weight *= 30
@@ -190,21 +115,8 @@ def tiny_lm(kind, form='raw', tokenizer=None, seed=0, **kwargs):
 
 def batches(n=1, rows=4, **kwargs):
     """ real documents in context """
-    loader, out = (
-        ArcLoader(
-            ArcDataset(
-                DataConfig(
-                    **{
-                        **dict(
-                            data='arc1/training', max_pair=60, shots=2, loss_on='outputs', batch_tokens=600, val_tasks=4
-                        ),
-                        **kwargs,
-                    }
-                )
-            )
-        ),
-        [],
-    )
+    settings = dict(data='arc1/training', max_pair=60, shots=2, loss_on='outputs', batch_tokens=600, val_tasks=4)
+    loader, out = ArcLoader(ArcDataset(DataConfig(**{**settings, **kwargs}))), []
     for _ in range(n):
         out.append(Batch(*(None if x is None else x[:rows].clone() for x in loader.next_batch())))
     return out
@@ -216,10 +128,8 @@ def prompts(B=4, seed=0):
         return np.concatenate([rng.integers(0, 10, (B, h, w)), np.full((B, h, 1), ROW)], 2).reshape(B, -1)
     def mark(x):
         return np.full((B, 1), x)
-
-    return torch.from_numpy(
-        np.concatenate([mark(IN), grid(1, 3), mark(OUT), grid(2, 2), mark(END), mark(IN), grid(2, 2), mark(OUT)], 1)
-    )
+    parts = [mark(IN), grid(1, 3), mark(OUT), grid(2, 2), mark(END), mark(IN), grid(2, 2), mark(OUT)]
+    return torch.from_numpy(np.concatenate(parts, 1))
 
 # -----------------------------------------------------------------------------
 # text
@@ -234,12 +144,10 @@ def smollm2():
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('which', ['bytes', 'pieces', 'SmolLM2'])
 def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks(which, form):
-    tokenizer = (
-        read_tokenizer(smollm2())
-        if which == 'SmolLM2'
-        else {'bytes': byte_tokenizer, 'pieces': piece_tokenizer}[which]()
-    )
-    if which != 'SmolLM2':
+    if which == 'SmolLM2':
+        tokenizer = read_tokenizer(smollm2())
+    else:
+        tokenizer = byte_tokenizer() if which == 'bytes' else piece_tokenizer()
         tokenizer.chat_template = TEMPLATE
     lm = LM(LMConfig(form=form, rank=4, shrink=False), tiny_base('llama', tokenizer), tokenizer)
     shrunk = LM(LMConfig(form=form, rank=4), tiny_base('llama', tokenizer), tokenizer)
@@ -253,9 +161,9 @@ def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented
                 symbols = batch.idx[b][batch.doc[b] >= 0].tolist()
                 text = "".join(lm.form.text[x] for x in [FIRST, *symbols[1:]])
                 got = ids[b, : int(ends[b, len(symbols) - 1]) + 1]
-                assert (got if kept is None else kept[got]).tolist() == tokenizer(
-                    text, add_special_tokens=False
-                ).input_ids
+                if kept is not None:
+                    got = kept[got]
+                assert got.tolist() == tokenizer(text, add_special_tokens=False).input_ids
         n += len(ids)
 
 def test_the_text_of_a_task_is_what_one_would_write():
@@ -280,19 +188,15 @@ def test_a_tokenizer_without_an_end_a_digit_or_a_template_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="want raw or chat, the latter for a base that has a chat template"):
         TextForm(tokenizer, 'chat')
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = template
     with pytest.raises(ValueError, match="drops turns"):
         TextForm(tokenizer, 'chat')
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         TextForm(tokenizer, 'raw')
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({'<unk>': 0, '</s>': 1}, unk_token='<unk>')),
-        eos_token='</s>',
-        unk_token='<unk>',
-    )
+    words = Tokenizer(models.WordLevel({'<unk>': 0, '</s>': 1}, unk_token='<unk>'))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token='</s>', unk_token='<unk>')
     with pytest.raises(ValueError, match="has not one token for each color"):
         TextForm(words, 'raw')
 
@@ -329,10 +233,7 @@ def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('kind', CLASSES)
 def test_prompts_of_several_lengths_go_together(kind, form):
-    """
-    two pairs, and one pair with filler before it: in chat form rows of one length in symbols are not of one length in
-    tokens
-    """
+    """ two pairs, and one pair with filler before it. in chat form rows of as many symbols are not of as many tokens """
     lm, more = tiny_lm(kind, form), torch.randint(0, 10, (8, 6))
     long, short = prompts(), prompts(seed=1)[:, 16:]
     n = long.size(1) - short.size(1)
@@ -341,11 +242,10 @@ def test_prompts_of_several_lengths_go_together(kind, form):
     cache, rows = lm.cache(), torch.tensor([2, 7, 5, 0])
     got = [lm(torch.cat([long, F.pad(short, (n, 0), value=14)]), doc=doc, cache=cache)[0][rows, -1:]]
     cache.keep(rows)
-    got += [
-        lm(more[rows, a:b], doc=doc[rows, a:b] * 0 + 1, cache=cache)[0] for a, b in ((0, 1), (1, 2), (2, 5), (5, 6))
-    ]
+    for a, b in ((0, 1), (1, 2), (2, 5), (5, 6)):
+        got.append(lm(more[rows, a:b], doc=doc[rows, a:b] * 0 + 1, cache=cache)[0])
     want = torch.cat([lm(torch.cat([x, y], 1))[0][:, -7:] for x, y in ((long, more[:4]), (short, more[4:]))])[rows]
-    # which has no mask for its state
+    # mamba has no mask for its state
     assert ((torch.cat(got, 1) - want).abs().max() < 1e-5 * want.abs().max()) == lm.pads == (kind != 'mamba')
 
 @torch.no_grad()
@@ -364,30 +264,23 @@ def test_answers_of_several_lengths_are_scored_as_alone(kind, form):
         short = decode.score_answers(lm, idx[1:, n:], pos[1:, n:], [grids])[0]
         doc = torch.ones(2, idx.size(1), dtype=torch.int32)
         doc[1, :n] = 0
-        assert np.allclose(
-            decode.score_answers(lm, idx.masked_fill(doc == 0, 14), pos, [grids, grids], doc=doc),
-            [alone[0], short],
-            atol=1e-3,
-        )
+        got = decode.score_answers(lm, idx.masked_fill(doc == 0, 14), pos, [grids, grids], doc=doc)
+        assert np.allclose(got, [alone[0], short], atol=1e-3)
 
 @pytest.mark.parametrize('kind', CLASSES)
 def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):
     lm = tiny_lm(kind)
     found = {name.split('.lora_A')[0].rpartition('.')[2] for name, _ in lm.named_parameters() if '.lora_A' in name}
-    assert MIXERS[kind] <= found | {'o_proj', 'out_proj', 'down_proj'} and found >= MIXERS[kind] - {
-        'down_proj',
-        'o_proj',
-    }
-    layers = [
-        name
-        for name, m in lm.base.named_modules()
-        if any(word in type(m).__name__ for word in ('Mixer', 'Attention', 'ShortConv'))
-        and list(m.parameters(recurse=True))
-    ]
-    assert layers and all(
-        any(f"base.{name}." in p and '.lora_A' in p for p, _ in lm.named_parameters(remove_duplicate=False))
-        for name in layers
-    ), layers
+    assert MIXERS[kind] <= found | {'o_proj', 'out_proj', 'down_proj'}
+    assert found >= MIXERS[kind] - {'down_proj', 'o_proj'}
+    adapters = [name for name, _ in lm.named_parameters(remove_duplicate=False) if '.lora_A' in name]
+    layers = []
+    for name, m in lm.base.named_modules():
+        if re.search('Mixer|Attention|ShortConv', type(m).__name__) and list(m.parameters()):
+            layers.append(name)
+    assert layers
+    for layer in layers:
+        assert any(f"base.{layer}." in name for name in adapters), layer
     with torch.no_grad(): # and each adapter is heard
         batch = batches()[0]
         first = lm(*batch)[0]
@@ -401,20 +294,15 @@ def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):
 @pytest.mark.parametrize('kind', ['llama', 'mamba2', 'falcon_h1'])
 def test_a_shrunk_vocabulary_has_the_same_logits_on_the_tokens_that_are_kept(kind, tied):
     tokenizer = byte_tokenizer()
-    full, lm = (
-        LM(LMConfig(rank=4, shrink=shrink), tiny_base(kind, tokenizer, tied=tied), tokenizer)
-        for shrink in (False, True)
-    )
+    full = LM(LMConfig(rank=4, shrink=False), tiny_base(kind, tokenizer, tied=tied), tokenizer)
+    lm = LM(LMConfig(rank=4), tiny_base(kind, tokenizer, tied=tied), tokenizer)
     lm.load_state_dict({name: p for name, p in full.state_dict().items() if name in lm.trained}) # adapters are drawn
     batch = batches()[0]
     ids, *_ = full.expand(batch.idx, batch.doc, True)
     mine, *_ = lm.expand(batch.idx, batch.doc, True)
     a, b = full.base(input_ids=ids).logits[..., lm.kept], lm.base(input_ids=mine).logits
-    assert (
-        (a - b).abs().max() < 1e-5
-        and lm.base.get_input_embeddings().weight.shape == (len(lm.kept), 32)
-        and len(lm.kept) == 14
-    )
+    assert (a - b).abs().max() < 1e-5
+    assert lm.base.get_input_embeddings().weight.shape == (len(lm.kept), 32) and len(lm.kept) == 14
     assert (full(*batch)[0] - lm(*batch)[0]).abs().max() < 1e-5
     assert (lm.base.get_output_embeddings().weight is lm.base.get_input_embeddings().weight) == tied
 
@@ -427,24 +315,14 @@ def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
         symbols = batch.idx[b][batch.doc[b] >= 0].tolist()
         ids = [[lm.kept.index(i) for i in lm.form.ids[x]] for x in [FIRST, *symbols[1:]]]
         flat = torch.tensor([i for part in ids for i in part])
-        scores, at = lm.base(input_ids=flat[None]).logits[0].log_softmax(-1), 0
+        alone = lm.base(input_ids=flat[None]).logits[0]
+        scores, at = alone.log_softmax(-1), 0
+        first = [lm.kept.index(lm.form.ids[x][0]) for x in (*range(10), ROW, END)]
         for n, part in enumerate(ids):
-            total -= (
-                sum(scores[at + k - 1, i] for k, i in enumerate(part))
-                if n > 0 and batch.targets[b, n - 1] != -100
-                else 0
-            )
+            if n > 0 and batch.targets[b, n - 1] != -100:
+                total -= sum(scores[at + k - 1, i] for k, i in enumerate(part))
             at += len(part)
-            first = [lm.kept.index(lm.form.ids[x][0]) for x in (*range(10), ROW, END)]
-            # some of them
-            assert (
-                torch.allclose(
-                    logits[b, n, [*range(10), ROW, END]],
-                    lm.base(input_ids=flat[None]).logits[0, at - 1, first],
-                    atol=1e-4,
-                )
-                or n % 7
-            )
+            assert torch.allclose(logits[b, n, [*range(10), ROW, END]], alone[at - 1, first], atol=1e-4)
     assert abs(float(total - loss)) < 1e-4 * float(loss)
 
 @pytest.mark.parametrize('which', ['bytes', 'pieces'])
@@ -452,10 +330,8 @@ def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
 def test_the_loss_of_a_row_does_not_depend_on_who_shares_the_batch(which, form):
     lm = tiny_lm('llama', form, piece_tokenizer() if which == 'pieces' else None)
     # as many symbols, of other numbers of tokens
-    rows = [
-        [IN, 1, 2, ROW, OUT, 3, ROW, END, IN, 4, ROW, OUT, 5, ROW, END],
-        [IN, 1, 2, 3, 4, 5, ROW, 1, 2, ROW, OUT, 5, 6, ROW, END],
-    ]
+    rows = [[IN, 1, 2, ROW, OUT, 3, ROW, END, IN, 4, ROW, OUT, 5, ROW, END],
+            [IN, 1, 2, 3, 4, 5, ROW, 1, 2, ROW, OUT, 5, 6, ROW, END]]
     idx = torch.tensor(rows)
     targets = F.pad(idx[:, 1:], (0, 1), value=-100)
     targets[:, :5] = -100
@@ -505,9 +381,8 @@ def test_frozen_weights_may_be_bf16(kind):
     with torch.autocast('cpu', dtype=torch.bfloat16): # as in training
         loss = lm(*batch)[1]
     loss.backward()
-    assert abs(loss - want) < 0.1 * want and all(
-        p.dtype == p.grad.dtype == torch.float32 for p in lm.parameters() if p.requires_grad
-    )
+    assert abs(loss - want) < 0.1 * want
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in lm.parameters() if p.requires_grad)
     assert abs(lm(*batch)[1] - want) < 0.1 * want and "MB of weights" in lm.about() # and outside
     pos = torch.zeros(4, prompts().size(1), 3, dtype=torch.uint8)
     pos[:, -1, 2] = 1
@@ -520,6 +395,5 @@ def test_a_copy_shares_what_is_not_trained():
     assert mine.keys() == other.keys() and all((mine[name] is other[name]) == (name not in lm.trained) for name in mine)
     new(*batch)[1].backward()
     new.optimizers(1e-2, 1e-2, 0.0)[0].step()
-    assert torch.equal(lm(*batch)[0], tiny_lm('falcon_h1')(*batch)[0]) and not torch.equal(
-        new(*batch)[0], lm(*batch)[0]
-    )
+    assert torch.equal(lm(*batch)[0], tiny_lm('falcon_h1')(*batch)[0])
+    assert not torch.equal(new(*batch)[0], lm(*batch)[0])

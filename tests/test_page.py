@@ -5,10 +5,10 @@ chromium-driver
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import toy_tasks
 
 from nanoarc import submission, view
 from nanoarc.cli import main as cli
@@ -16,15 +16,14 @@ from nanoarc.grids import PALETTE
 from nanoarc.sources import read_tasks
 
 def solved_directory(out, data, tasks, answered):
-    """ as nanoarc solve writes it: of each task what answered(number, query, answer) says, a list of grids """
-    ranked = {
-        (k, i): [
-            (submission.Candidate(np.array(g, np.uint8), 9 - n, [(v, -0.5 - n) for v in range(9 - n)], -1.25 - n), 0.5)
-            for n, g in enumerate(answered(k, i, y))
-        ]
-        for k, task in enumerate(tasks)
-        for i, (_, y) in enumerate(task.queries)
-    }
+    """ as nanoarc solve writes it: of each task what answered(number, answer) says, a list of grids """
+    ranked = {}
+    for k, task in enumerate(tasks):
+        for i, (_, y) in enumerate(task.queries):
+            ranked[k, i] = []
+            for n, grid in enumerate(answered(k, y)):
+                found = [(view, -0.5 - n) for view in range(9 - n)]
+                ranked[k, i].append((submission.Candidate(np.array(grid, np.uint8), 9 - n, found, -1.25 - n), 0.5))
     submission.write_results(out, tasks, ranked)
     (out / 'solve.json').write_text(json.dumps({'run': 'x', 'data': data, 'leaks': []}))
     return out
@@ -33,21 +32,15 @@ def solved_directory(out, data, tasks, answered):
 def page(tmp_path_factory):
     """ 4 tasks: one solved, one wrong in a cell, one without candidates, one wrong in its shape -> (page, tasks) """
     path = tmp_path_factory.mktemp('page')
-    from conftest import toy_tasks
-
-    (path / 'toy.json').write_text(
-        json.dumps(
-            {
-                f"{name}<b>" if k == 3 else name: task
-                for k, (name, task) in enumerate(toy_tasks(n=4, queries=2, side=5).items())
-            }
-        )
-    )
+    tasks = toy_tasks(n=4, queries=2, side=5)
+    tasks['toy0003<b>'] = tasks.pop('toy0003')
+    (path / 'toy.json').write_text(json.dumps(tasks))
     tasks = read_tasks(str(path / 'toy.json'))
-    def answered(k, i, y):
+    def answered(k, y):
         other = y.copy()
         other[0, 0] = (y[0, 0] + 1) % 10
-        return {0: [other, y, np.array([[3]], np.uint8)], 1: [other], 2: [], 3: [np.pad(y, ((0, 1), (0, 0)))]}[k]
+        wrong_shape = np.pad(y, ((0, 1), (0, 0)))
+        return [[other, y, [[3]]], [other], [], [wrong_shape]][k]
     solved_directory(path, str(path / 'toy.json'), tasks, answered)
     cli(['view', str(path), f"--out={path / 'page.html'}"])
     return path / 'page.html', tasks
@@ -69,24 +62,22 @@ def driver():
 
 def test_the_page_holds_all_and_asks_for_nothing(page):
     text = page[0].read_text()
-    assert (
-        "2 of 4" not in text
-        and "1 of 4 solved" in text
-        and not re.search(r'(src|href)\s*=\s*"(?!data:)', text)
-        and 'http' not in text
-    )
+    assert "1 of 4 solved" in text and "2 of 4" not in text
+    assert 'http' not in text and not re.search(r'(src|href)\s*=\s*"(?!data:)', text)
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
     assert [task['state'] for task in data['tasks']] == ['solved', 'wrong', 'empty', 'wrong']
     assert data['tasks'][3]['name'] == 'toy0003<b>' and 'toy0003<b>' not in text # a name cannot end the script
     for shown, task in zip(data['tasks'], page[1]):
-        assert [[view.pack_grid(x.tolist()), view.pack_grid(y.tolist())] for x, y in task.demos] == shown['demos']
+        assert shown['demos'] == [[view.pack_grid(x), view.pack_grid(y)] for x, y in task.demos]
 
 @pytest.mark.browser
 def test_filters_keys_and_search_do_what_they_say(page, driver):
     from selenium.webdriver.common.by import By
     driver.get(page[0].as_uri())
-    shown = lambda: [x.get_attribute('id') for x in driver.find_elements(By.TAG_NAME, 'article')]
-    key = lambda x: driver.switch_to.active_element.send_keys(x)
+    def shown():
+        return [x.get_attribute('id') for x in driver.find_elements(By.TAG_NAME, 'article')]
+    def key(x):
+        driver.switch_to.active_element.send_keys(x)
     names = [task.name for task in page[1]]
     assert shown() == names
     buttons = {x.text.rpartition(' ')[0]: x for x in driver.find_elements(By.TAG_NAME, 'button')}
@@ -105,6 +96,10 @@ def test_filters_keys_and_search_do_what_they_say(page, driver):
     key('0002')
     assert shown() == [names[2]]
 
+def image(shown):
+    """ pixels of a canvas as the browser tells them -> (H, W, 3) """
+    return np.array(shown['data']).reshape(shown['h'], shown['w'], 4)[..., :3]
+
 @pytest.mark.browser
 def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver):
     driver.get(page[0].as_uri())
@@ -114,92 +109,80 @@ def test_a_grid_is_drawn_in_its_colors_and_what_is_wrong_is_marked(page, driver)
         return canvas.map(c => ({
             label: c.getAttribute('aria-label'), w: c.width, h: c.height, data: [...pixels(c)] }));""")
     task = page[1][0]
-    grids = [grid for pair in task.demos for grid in pair] + [task.queries[0][0], task.queries[0][1]]
-    rgb = [tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in PALETTE]
+    grids = []
+    for x, y in [*task.demos, task.queries[0]]:
+        grids += [x, y]
+    rgb = [tuple(bytes.fromhex(x[1:])) for x in PALETTE]
     for shown, grid in zip(pixels, grids):
-        assert shown['label'].endswith(view.pack_grid(grid.tolist()))
+        assert shown['label'].endswith(view.pack_grid(grid))
         H, W = grid.shape
-        side, data = (shown['w'] - 1) // W, np.array(shown['data']).reshape(shown['h'], shown['w'], 4)
+        side, data = (shown['w'] - 1) // W, image(shown)
         assert (shown['w'], shown['h']) == (W * side + 1, H * side + 1)
         for r in range(H):
             for c in range(W):
-                assert (
-                    tuple(data[r * side + side // 2, c * side + side // 2, :3])
-                    == rgb[grid[r, c]]
-                    == tuple(data[r * side + 1, c * side + 1, :3])
-                )
+                middle, corner = data[r * side + side // 2, c * side + side // 2], data[r * side + 1, c * side + 1]
+                assert tuple(middle) == tuple(corner) == rgb[grid[r, c]]
     wrong = pixels[len(grids)] # attempt 1 differs in its first cell
-    data, side = np.array(wrong['data']).reshape(wrong['h'], wrong['w'], 4), (wrong['w'] - 1) // grids[-1].shape[1]
-    first = data[1:side, 1:side, :3].reshape(-1, 3).tolist()
-    assert (
-        [255] * 3 in first and [0] * 3 in first and len(np.unique(data[1:side, 1:side, :3].reshape(-1, 3), axis=0)) == 3
-    )
+    side = (wrong['w'] - 1) // grids[-1].shape[1]
+    first = np.unique(image(wrong)[1:side, 1:side].reshape(-1, 3), axis=0).tolist()
+    assert [255] * 3 in first and [0] * 3 in first and len(first) == 3 # a black mark in a white one, and the color
     text = driver.execute_script("return document.querySelector('article').innerText")
-    assert (
-        "attempt 1: wrong" in text
-        and "attempt 2: right\n8 votes, log p -2.25" in text
-        and "candidate 3: wrong\n7 votes, log p -3.25" in text
-    )
+    assert "attempt 1: wrong" in text
+    assert "attempt 2: right\n8 votes, log p -2.25" in text
+    assert "candidate 3: wrong\n7 votes, log p -3.25" in text
 
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [1200, 380])
 def test_no_console_error_no_outside_request_and_nothing_wider_than_the_window(page, driver, width):
-    driver.get_log('browser'), driver.get_log('performance')
-    driver.execute_cdp_cmd(
-        'Emulation.setDeviceMetricsOverride',
-        {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 600},
-    )
+    driver.get_log('browser') # what came before is not ours
+    driver.get_log('performance')
+    screen = {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 600}
+    driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', screen)
     driver.get(page[0].as_uri())
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert driver.get_log('browser') == []
     asked = [json.loads(x['message'])['message'] for x in driver.get_log('performance')]
     urls = {x['params']['request']['url'] for x in asked if x['method'] == 'Network.requestWillBeSent'}
-    assert all(url == page[0].as_uri() or url.startswith('data:') for url in urls) and urls
+    assert urls
+    for url in urls:
+        assert url == page[0].as_uri() or url.startswith('data:')
     driver.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
 
 @pytest.mark.browser
 def test_light_and_dark_follow_the_system(page, driver):
     seen = []
     for scheme in ('light', 'dark'):
-        driver.execute_cdp_cmd(
-            'Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
-        )
+        feature = {'name': 'prefers-color-scheme', 'value': scheme}
+        driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [feature]})
         driver.get(page[0].as_uri())
         seen.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert seen == ['rgb(255, 255, 255)', 'rgb(22, 22, 22)']
 
 def test_400_tasks_are_less_than_5_megabytes(tmp_path):
-    tasks = [replace(task, queries=task.queries) for task in read_tasks('arc1/evaluation')]
-    solved_directory(
-        tmp_path,
-        'arc1/evaluation',
-        tasks,
-        lambda k, i, y: [y ^ n for n in range(1)] + [np.full_like(y, n) for n in range(5)],
-    )
+    def answered(k, y):
+        return [y] + [np.full_like(y, n) for n in range(5)]
+    solved_directory(tmp_path, 'arc1/evaluation', read_tasks('arc1/evaluation'), answered)
     view.write_page(tmp_path, tmp_path / 'page.html')
-    assert (
-        len(json.loads((tmp_path / 'submission.json').read_text())) == 400
-        and (tmp_path / 'page.html').stat().st_size < 5e6
-    )
+    assert len(json.loads((tmp_path / 'submission.json').read_text())) == 400
+    assert (tmp_path / 'page.html').stat().st_size < 5e6
 
 @pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line'])
 def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsys, missing):
     shutil.copytree(page[0].parent, tmp_path / 'x')
+    want = missing
     if missing == 'line':
         (tmp_path / 'x' / 'candidates.jsonl').write_text('{"task": 1}\n')
+        want = 'candidates.jsonl: line 1'
     else:
         (tmp_path / 'x' / missing).unlink()
     with pytest.raises(SystemExit):
         cli(['view', str(tmp_path / 'x'), f"--out={tmp_path / 'page.html'}"])
     err = capsys.readouterr().err
-    assert (missing if missing != 'line' else 'candidates.jsonl: line 1') in err and err.count("\n") == 1
+    assert want in err and err.count("\n") == 1
 
 def test_a_task_shows_itself_in_a_notebook(page):
     task = page[1][3]
     html = task._repr_html_()
-    assert (
-        html.count('<svg') == 2 * 3 + 2 * 2
-        and html.count('<rect') == sum(grid.size for pair in task.demos + task.queries for grid in pair)
-        and '<b>' in html
-        and '&lt;b&gt;' in html
-    )
+    cells = sum(x.size + y.size for x, y in task.demos + task.queries)
+    assert html.count('<svg') == 2 * 3 + 2 * 2 and html.count('<rect') == cells
+    assert '<b>' in html and '&lt;b&gt;' in html

@@ -50,34 +50,29 @@ def study_of(out):
 
 def start(space, out, trials, *flags):
     """ a sweep in a process group of its own """
-    command = [
-        sys.executable,
-        '-m',
-        'nanoarc',
-        'sweep',
-        str(space),
-        f"--out_dir={out}",
-        f"--trials={trials}",
-        '--heartbeat=1',
-        *flags,
-    ]
-    return subprocess.Popen(
-        command,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    command = [sys.executable, '-m', 'nanoarc', 'sweep', str(space), f"--out_dir={out}", f"--trials={trials}",
+               '--heartbeat=1', *flags]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 def wait_for_one_more(out, known, process, seconds=120):
     """ until a trial that is none of these has a checkpoint -> the trials that have been begun """
     until = time.monotonic() + seconds
-    while not (new := {path.parents[1].name for path in out.glob('trial-*/ckpt/*.sha256')} - known):
+    while True:
+        new = {path.parents[1].name for path in out.glob('trial-*/ckpt/*.sha256')} - known
+        if new:
+            return known | new
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < until, "no checkpoint"
         time.sleep(0.02)
-    return known | new
+
+def values_of(trials):
+    """ {run: val nats} of the trials that are complete """
+    done = {}
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            done[trial.user_attrs['run']] = trial.value
+    return done
 
 @pytest.mark.parametrize('text, want', [
     ("[fixed]\nnlayer = 2\n[search]\nlr = [1e-3]", r"\[fixed\]: unknown setting nlayer"),
@@ -104,12 +99,9 @@ def test_a_bad_space_is_refused_by_file_and_key(tmp_path, capsys, text, want):
     with pytest.raises(SystemExit) as e:
         cli(['sweep', str(path), f"--out_dir={tmp_path / 'out'}", '--trials=0'])
     error = capsys.readouterr().err
-    assert (
-        e.value.code == 2
-        and error.count("\n") == 1
-        and error.startswith(f"nanoarc: {path}: ")
-        and re.search(want, error)
-    ), error
+    assert e.value.code == 2
+    assert error.startswith(f"nanoarc: {path}: ") and error.count("\n") == 1
+    assert re.search(want, error), error
     assert not (tmp_path / 'out').exists()
 
 @pytest.mark.parametrize('name', ['sweep_small', 'sweep_2024'])
@@ -125,32 +117,17 @@ def test_every_choice_of_the_shipped_spaces_is_a_model(name):
 def test_the_first_trial_of_the_small_space_is_the_default():
     _, search, base = read_space(ROOT / 'runs' / 'sweep_small.toml')
     first = first_trial(search, base)
-    assert first == {
-        'n_layer': 4,
-        'n_embd': 128,
-        'lr': 5e-3,
-        'adam_lr': 5e-3,
-        'weight_decay': 0.1,
-        'decay_frac': 0.5,
-        'batch_tokens': 2048,
-        'p_identity': 0.2,
-        'ema': 0.0,
-    }
+    assert first == {'n_layer': 4, 'n_embd': 128, 'lr': 5e-3, 'adam_lr': 5e-3, 'weight_decay': 0.1, 'decay_frac': 0.5,
+                     'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.0}
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
-    values = {
-        'data': 'arc1/training*2+arc1/evaluation',
-        'lr': 1e-05,
-        'qk_norm': True,
-        'rope_bases': [100.0, 10.0, 10.0],
-        'n_layer': 3,
-        'mixer': 'MA',
-        'log': 'w"ä\\',
-    }
+    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'qk_norm': True,
+              'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
     (tmp_path / 'x.toml').write_text(to_toml(values))
     got = all_values(apply_toml(Run(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
-    assert {key: list(x) if type(x) is tuple else x for key, x in got.items() if key in values} == values
+    got['rope_bases'] = list(got['rope_bases'])
+    assert {key: got[key] for key in values} == values
 
 def test_sources_are_found_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / 'arc1').mkdir()
@@ -169,11 +146,9 @@ def test_warm_up_as_a_share_of_steps_that_nobody_knows_is_refused(toy, tmp_path,
 
 def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path, capsys, monkeypatch):
     out, path = tmp_path / 'out', space(widths=(32, 33))
-    monkeypatch.setattr(
-        optuna.samplers.TPESampler,
-        'sample_independent',
-        lambda self, study, trial, name, d: d.choices[trial.number % 2] if name == 'n_embd' else 3e-3,
-    )
+    def alternate(self, study, trial, name, choices):
+        return choices.choices[trial.number % 2] if name == 'n_embd' else 3e-3
+    monkeypatch.setattr(optuna.samplers.TPESampler, 'sample_independent', alternate)
     monkeypatch.setattr(sweep, 'first_trial', lambda *_: {})
     monkeypatch.chdir(tmp_path)
     path.write_text(path.read_text().replace(f"{tmp_path}/", "")) # sources by relative paths
@@ -181,13 +156,12 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     os.chdir('/')
     (out / 'best.toml').unlink()
     cli(['sweep', str(path), f"--out_dir={out}", '--trials=0']) # the report alone, from elsewhere
-    good, bad = (by_run(study_of(out))[f"trial-000{k}"] for k in (0, 1))
+    trials = by_run(study_of(out))
+    good, bad = trials['trial-0000'], trials['trial-0001']
     assert good.state == TrialState.COMPLETE and good.value == read_metrics(out / 'trial-0000')[-1]['val_loss']
-    assert (
-        bad.state == TrialState.FAIL
-        and 'divides n_embd=33' in bad.user_attrs['error']
-        and 'divides n_embd=33' in capsys.readouterr().out
-    )
+    assert bad.state == TrialState.FAIL
+    assert 'divides n_embd=33' in bad.user_attrs['error']
+    assert 'divides n_embd=33' in capsys.readouterr().out
     page = (out / 'report.html').read_text()
     assert f"{good.value:.4f}" in page and 'divides n_embd=33' in page and 'src="http' not in page
     cli(['train', '--config', str(out / 'best.toml'), '--out_dir', str(tmp_path / 'again')])
@@ -202,63 +176,59 @@ def test_a_trial_worse_than_the_others_is_stopped(space, tmp_path, monkeypatch, 
     monkeypatch.setattr(optuna.pruners, 'MedianPruner', lambda **_: optuna.pruners.ThresholdPruner(upper=0.0))
     cli(['sweep', str(space(steps=3000)), f"--out_dir={tmp_path / 'out'}", '--trials=1'])
     trial, = study_of(tmp_path / 'out').trials
-    assert trial.state == TrialState.PRUNED and 0 in trial.intermediate_values and 'pruned' in capsys.readouterr().out
-    assert (
-        "stopped by signal 15" in (tmp_path / 'out' / 'trial-0000' / 'output.txt').read_text()
-        and not (tmp_path / 'out' / 'trial-0000' / 'ckpt').exists()
-    )
+    assert trial.state == TrialState.PRUNED and 0 in trial.intermediate_values
+    assert 'pruned' in capsys.readouterr().out
+    run = tmp_path / 'out' / 'trial-0000'
+    assert "stopped by signal 15" in (run / 'output.txt').read_text()
+    assert not (run / 'ckpt').exists()
 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_no_trial_and_repeats_none(space, tmp_path):
     out, path = tmp_path / 'out', space(steps=250)
     known = set()
-    def kill(how):
+    def kill(how, sig):
+        """ a sweep, until one more trial trains -> what is complete when it is dead """
         nonlocal known
         process = start(path, out, 4)
         known = wait_for_one_more(out, known, process)
-        how(process.pid)
+        how(process.pid, sig)
         process.communicate()
-        return {name: t.value for name, t in by_run(study_of(out)).items() if t.state == TrialState.COMPLETE}
-    assert kill(lambda pid: os.killpg(pid, signal.SIGKILL)) == {}
-    one = kill(lambda pid: os.killpg(pid, signal.SIGKILL)) # in the second one, the first is done
-    two = kill(lambda pid: os.kill(pid, signal.SIGKILL)) # the parent alone
-    until = time.monotonic() + 20
-    # what it began stops too
+        return values_of(by_run(study_of(out)).values())
+    assert kill(os.killpg, signal.SIGKILL) == {}
+    one = kill(os.killpg, signal.SIGKILL) # in the second one, the first is done
+    two = kill(os.kill, signal.SIGKILL) # the parent alone
+    until = time.monotonic() + 20 # what it began stops too
     while not any("stopped by signal 15" in (out / name / 'output.txt').read_text() for name in known):
         assert time.monotonic() < until, "an orphan trains on"
         time.sleep(0.1)
-    three = kill(lambda pid: os.kill(pid, signal.SIGTERM)) # it stops by itself, and what it began
-    assert [t.state for t in study_of(out).trials][-1] == TrialState.WAITING # at once, nobody need wait for a heartbeat
-    assert [len(x) for x in (one, two, three)] == [1, 2, 3] and one.items() <= two.items() <= three.items()
+    three = kill(os.kill, signal.SIGTERM) # it stops by itself, and what it began
+    assert study_of(out).trials[-1].state == TrialState.WAITING # at once, nobody need wait for a heartbeat
+    assert [len(one), len(two), len(three)] == [1, 2, 3]
+    assert one.items() <= two.items() <= three.items()
     assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0]
     trials = study_of(out).trials
-    done = {t.user_attrs['run']: t.value for t in trials if t.state == TrialState.COMPLETE}
+    done = values_of(trials)
     assert done.keys() == known and three.items() <= done.items()
-    # failed: was taken over
-    assert (
-        [sum(t.state == state for t in trials) for state in (TrialState.COMPLETE, TrialState.FAIL)]
-        == [4, 4]
-        == [len(done), len(trials) - 4]
-    )
+    states = [trial.state for trial in trials]
+    assert len(done) == states.count(TrialState.COMPLETE) == 4
+    assert len(trials) - 4 == states.count(TrialState.FAIL) == 4 # those that were taken over
     for name in known:
         assert f"resumed {out / name} at step" in (out / name / 'output.txt').read_text()
-    name = sorted(known)[1]
-    # as if nobody had killed it
+    name = sorted(known)[1] # its result is as if nobody had killed it
     cli(['train', '--config', str(out / name / 'settings.toml'), '--out_dir', str(tmp_path / 'alone')])
     assert read_metrics(tmp_path / 'alone')[-1]['val_loss'] == done[name]
     before = (out / 'study.db').read_bytes()
-    assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0] and (out / 'study.db').read_bytes() == before
+    assert "4 trials, 4 complete" in start(path, out, 4).communicate()[0]
+    assert (out / 'study.db').read_bytes() == before
 
 @pytest.mark.slow
 def test_two_workers_share_a_study(space, tmp_path):
     out, path = tmp_path / 'out', space(steps=100)
-    texts = [p.communicate()[0] for p in [start(path, out, 6, '--jobs=2'), start(path, out, 6)]]
+    workers = [start(path, out, 6, '--jobs=2'), start(path, out, 6)]
+    texts = [worker.communicate()[0] for worker in workers]
     trials = study_of(out).trials
-    # the last may be stopped
-    assert (
-        6 == sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials if 'extra' not in t.user_attrs)
-        and trials[0].state == TrialState.COMPLETE
-    )
+    ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] # the last may be stopped
+    assert 6 == sum('extra' not in t.user_attrs for t in ended) and trials[0].state == TrialState.COMPLETE
     done = [set(re.findall(r"^(trial-\d+) (?:[\d.]+ nats|pruned)", text, re.M)) for text in texts]
     assert done[0] and done[1] and not done[0] & done[1] and len(done[0] | done[1]) == 6
     spans = sorted((t.datetime_start, t.datetime_complete) for t in trials)

@@ -16,13 +16,11 @@ from nanoarc.sources import read_tasks
 def test_a_task_is_drawn_in_the_terminal():
     task = {task.name: task for task in read_tasks('arc1/training')}['007bbfb7']
     out = io.StringIO()
-    view.print_task(
-        task,
-        [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[1]]}],
-        Console(file=out, width=200, force_terminal=True, color_system='truecolor'),
-    )
+    tried = [{'attempt_1': task.queries[0][1].tolist(), 'attempt_2': [[1]]}]
+    view.print_task(task, tried, Console(file=out, width=200, force_terminal=True, color_system='truecolor'))
     text = out.getvalue()
-    assert "007bbfb7" in text and "demo 4" in text and "attempt 1 right" in text and "attempt 2 wrong" in text
+    for words in ("007bbfb7", "demo 4", "attempt 1 right", "attempt 2 wrong"):
+        assert words in text
     assert "48;2;255;65;54" in text # red cells are red
 
 def test_a_png_has_the_colors_of_the_grid(tmp_path):
@@ -33,37 +31,33 @@ def test_a_png_has_the_colors_of_the_grid(tmp_path):
     cli(['view', '66e6c45b', '007bbfb7', '--submission', str(path), '--out', str(tmp_path / 'x.png')])
     image = (matplotlib.image.imread(tmp_path / 'x.png')[..., :3] * 255).round().astype(int)
     have = {tuple(x) for x in np.unique(image.reshape(-1, 3), axis=0).tolist()}
-    used = {int(c) for pair in task.demos for grid in pair for c in np.unique(grid)}
-    for c in used | {8}:
-        assert tuple(int(PALETTE[c][i : i + 2], 16) for i in (1, 3, 5)) in have
+    used = {8}
+    for x, y in task.demos:
+        used |= {*x.flat, *y.flat}
+    for c in used:
+        assert tuple(bytes.fromhex(PALETTE[c][1:])) in have
 
 def test_loss_curves_of_runs_are_drawn(tiny_run, tmp_path, capsys):
     cli(['view', tiny_run[0], tiny_run[0], '--out', str(tmp_path / 'both.png')])
     assert (tmp_path / 'both.png').stat().st_size > 5000
 
-@pytest.mark.parametrize(
-    'args, want',
-    [
-        (['nosuch'], "no task and no directory named nosuch"),
-        ([], "name a task id"),
-        (['007bbfb7', '--out=x.pdf'], "want a .png"),
-    ],
-)
+@pytest.mark.parametrize('args, want', [
+    (['nosuch'], "no task and no directory named nosuch"),
+    ([], "name a task id"),
+    (['007bbfb7', '--out=x.pdf'], "want a .png"),
+])
 def test_what_cannot_be_shown_is_said(args, want, capsys):
     with pytest.raises(SystemExit) as e:
         cli(['view', *args])
     assert e.value.code == 2 and want in capsys.readouterr().err
 
-@pytest.mark.parametrize(
-    'text, want',
-    [
-        ("[]", "want an object"),
-        ('{"66e6c45b": [null]}', "task 66e6c45b: want a list of attempts"),
-        ("{", "not json"),
-        ('{"66e6c45b": [{"attempt_1": null}]}', "task 66e6c45b, query 0, attempt_1: want a grid"),
-        ('{"66e6c45b": [{"attempt_2": [[77]]}]}', "attempt_2, row 0, col 0: color 77"),
-    ],
-)
+@pytest.mark.parametrize('text, want', [
+    ("[]", "want an object"),
+    ('{"66e6c45b": [null]}', "task 66e6c45b: want a list of attempts"),
+    ("{", "not json"),
+    ('{"66e6c45b": [{"attempt_1": null}]}', "task 66e6c45b, query 0, attempt_1: want a grid"),
+    ('{"66e6c45b": [{"attempt_2": [[77]]}]}', "attempt_2, row 0, col 0: color 77"),
+])
 def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
     path = tmp_path / 'sub.json'
     path.write_text(text)
