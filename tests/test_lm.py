@@ -46,7 +46,7 @@ def byte_tokenizer(digits=True):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>')
 
 def piece_tokenizer():
-    """ like that of Llama and Mistral: words begin with a mark, what is unknown is written in bytes, <s> comes first """
+    """ like Llama and Mistral: words begin with a mark, what is unknown is written in bytes, <s> comes first """
     from tokenizers.processors import TemplateProcessing
     t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
     mark = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
@@ -233,7 +233,7 @@ def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('kind', CLASSES)
 def test_prompts_of_several_lengths_go_together(kind, form):
-    """ two pairs, and one pair with filler before it. in chat form rows of as many symbols are not of as many tokens """
+    """ two pairs, and one with filler before it. in chat form rows of as many symbols are not of as many tokens """
     lm, more = tiny_lm(kind, form), torch.randint(0, 10, (8, 6))
     long, short = prompts(), prompts(seed=1)[:, 16:]
     n = long.size(1) - short.size(1)
