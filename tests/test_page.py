@@ -166,6 +166,15 @@ def test_400_tasks_are_less_than_5_megabytes(tmp_path):
     assert len(json.loads((tmp_path / 'submission.json').read_text())) == 400
     assert (tmp_path / 'page.html').stat().st_size < 5e6
 
+def test_a_task_that_was_not_to_be_solved_is_not_on_the_page(page, tmp_path):
+    shutil.copytree(page[0].parent, tmp_path / 'x')
+    path = tmp_path / 'x' / 'submission.json'
+    entries = json.loads(path.read_text())
+    del entries['toy0000'] # the solved one
+    path.write_text(json.dumps(entries))
+    view.write_page(tmp_path / 'x', tmp_path / 'page.html')
+    assert "0 of 3 solved" in (tmp_path / 'page.html').read_text()
+
 @pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line'])
 def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsys, missing):
     shutil.copytree(page[0].parent, tmp_path / 'x')

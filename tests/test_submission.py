@@ -228,10 +228,11 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
         answers[task.name] = [{'attempt_1': grid, 'attempt_2': grid} for grid in grids]
         if len(grids) == 2 and grids[0] != grids[1]:
             two.append(task.name)
-    a, b, c = two[:3]
+    a, b, c, d = two[:4]
     answers[a].reverse()
     answers[b].pop()
     del answers[c][1]['attempt_2']
+    answers[d][0] = {'attempt_1': [[0]], 'attempt_2': [[0]]} # wrong, but in order
     path = tmp_path / 'submission.json'
     path.write_text(json.dumps(answers))
     for name in ('out.csv', 'out.parquet'):
@@ -243,6 +244,6 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
     import polars as pl
     frame = pl.read_csv(tmp_path / 'out.csv')
     assert frame.equals(pl.read_parquet(tmp_path / 'out.parquet'))
-    assert len(frame) == 167 and int(frame['right'].sum()) == 164
+    assert len(frame) == 167 and int(frame['right'].sum()) == 167 - 2 - 1 - 1
     with pytest.raises(SystemExit):
         cli(['score', str(path), 'arc2/evaluation', '--out=x.txt'])
