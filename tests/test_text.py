@@ -23,21 +23,19 @@ from test_reliability import fork, join
 
 from nanoarc import checkpoint, hellaswag, text
 from nanoarc.cli import main as cli
-from nanoarc.model import ModelConfig
-from nanoarc.text import PrepareConfig, TextConfig, TextDataset, open_shard, prepare, shard_bytes
-from nanoarc.train import TrainConfig
 from nanoarc.run import read_metrics
+from nanoarc.text import PrepareConfig, TextConfig, TextDataset, open_shard, prepare, shard_bytes
 
 pytest.importorskip('tokenizers', reason="pip install 'nanoarc[text]'")
 WORDS = "the a grid of cells is turned and each row that had one color has two now while rows without it".split()
 WORDS += "stay as they were ünïcödé 123 don't".split()
 
 def toy_texts(n=60, seed=0):
-    rng = random.Random(seed)
-    return [
-        "\n".join(" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 4)))
-        for _ in range(n)
-    ]
+    rng, texts = random.Random(seed), []
+    for _ in range(n):
+        lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 4))]
+        texts.append("\n".join(lines))
+    return texts
 
 def write_jsonl(path, texts, key='text'):
     Path(path).write_text("".join(json.dumps({key: x}) + "\n" for x in texts))
@@ -143,9 +141,8 @@ class DataLoaderLite:
 
     def next_batch(self):
         n, stride = self.B * self.T, self.B * self.T * self.world
-        buf = torch.from_numpy(self.shards[self.current_shard].astype(np.int64))[
-            self.current_position : self.current_position + n + 1
-        ]
+        tokens = torch.from_numpy(self.shards[self.current_shard].astype(np.int64))
+        buf = tokens[self.current_position : self.current_position + n + 1]
         x, y = buf[:-1].view(self.B, self.T), buf[1:].view(self.B, self.T)
         self.current_position += stride
         if self.current_position + stride + 1 > len(self.shards[self.current_shard]):
@@ -166,22 +163,14 @@ def test_in_sequence_it_is_the_loader_of_build_nanogpt(tmp_path, world, kind):
         sizes = [50] + [G + 1 + rng.choice([0, rng.randint(0, 5 * G), G - 1, G]) for _ in range(rng.randint(1, 4))]
         path, shards = write_shards(tmp_path / f"{trial}", sizes, kind)
         ds = TextDataset(TextConfig(path, block_size=T, batch_tokens=G, order='sequential'))
-        lite, ours = (
-            [f(rank) for rank in range(world)]
-            for f in (
-                lambda rank: DataLoaderLite(shards[1:], B, T, rank, world),
-                lambda rank: ds.loader(rank, world, prefetch=rank % 2 == 0),
-            )
-        )
+        lite = [DataLoaderLite(shards[1:], B, T, rank, world) for rank in range(world)]
+        ours = [ds.loader(rank, world, prefetch=rank % 2 == 0) for rank in range(world)]
         for k in range(3 * sum(sizes) // G):
             for a, b in zip(lite, ours):
                 x, y = a.next_batch()
                 batch = b.next_batch()
-                assert (
-                    torch.equal(batch.idx, x)
-                    and torch.equal(batch.targets, y)
-                    and batch.idx.dtype == batch.targets.dtype == torch.int64
-                ), (trial, k)
+                assert torch.equal(batch.idx, x) and torch.equal(batch.targets, y), (trial, k)
+                assert batch.idx.dtype == batch.targets.dtype == torch.int64
                 assert batch[2:] == (None, None, None, None)
 
 def test_shuffled_it_is_the_same_in_plain_python(tmp_path):
@@ -199,10 +188,8 @@ def test_shuffled_it_is_the_same_in_plain_python(tmp_path):
             key = hash64(seed, EPOCH, epoch)
             s, w = windows[bijection(j, len(windows), key)]
             at = w * T + hash64(s, h=key) % T
-            assert (
-                idx[r].tolist() == shards[1 + s][at : at + T].tolist()
-                and targets[r].tolist() == shards[1 + s][at + 1 : at + 1 + T].tolist()
-            )
+            assert idx[r].tolist() == shards[1 + s][at : at + T].tolist()
+            assert targets[r].tolist() == shards[1 + s][at + 1 : at + 1 + T].tolist()
 
 def test_an_epoch_has_each_window_once_and_no_two_seeds_or_epochs_are_alike(tmp_path):
     path, _ = write_shards(tmp_path / 'x', [20, 3000, 1000])
@@ -211,9 +198,8 @@ def test_an_epoch_has_each_window_once_and_no_two_seeds_or_epochs_are_alike(tmp_
         ds = TextDataset(TextConfig(path, block_size=10, batch_tokens=10), seed)
         for epoch in (0, 1, 10**9):
             places = [ds.places(k, 0, 1) for k in range(epoch * 398, epoch * 398 + 398)]
-            assert sorted((int(s[0]), int(at[0]) // 10) for s, at in places) == [(0, w) for w in range(299)] + [
-                (1, w) for w in range(99)
-            ]
+            windows = sorted((int(s[0]), int(at[0]) // 10) for s, at in places)
+            assert windows == [(0, w) for w in range(299)] + [(1, w) for w in range(99)]
             orders.add(tuple(int(at[0]) for _, at in places))
             assert all(int(at[0]) + 11 <= (3000, 1000)[int(s[0])] for s, at in places)
     assert len(orders) == 24
@@ -246,9 +232,9 @@ def test_any_number_of_ranks_sees_the_same_global_stream(tmp_path):
         for i in range(3 * k, 3 * k + 3):
             assert loaders[0].tokens() == 48 == loaders[-1].loss_tokens()
             parts = [loader.next_batch() for loader in loaders]
-            assert torch.equal(torch.cat([x.idx for x in parts if (x.targets != -100).any()]), want[i]) and all(
-                len(x.idx) == max(6 * (r + 1) // world - 6 * r // world, 1) for r, x in enumerate(parts)
-            )
+            assert torch.equal(torch.cat([x.idx for x in parts if (x.targets != -100).any()]), want[i])
+            for r, x in enumerate(parts):
+                assert len(x.idx) == max(6 * (r + 1) // world - 6 * r // world, 1)
         state = loaders[-1].state_dict()
         assert all(loader.state_dict() == state for loader in loaders)
 
@@ -270,18 +256,17 @@ def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differ
 
 def test_resuming_costs_the_same_wherever_it_is(tmp_path, monkeypatch):
     path, _ = write_shards(tmp_path / 'x', [20, 4000, 3000])
+    places = TextDataset.places
+    def counted(self, *args):
+        calls.append(args)
+        return places(self, *args)
+    monkeypatch.setattr(TextDataset, 'places', counted)
     for order in ('shuffle', 'sequential'):
         ds, calls = TextDataset(TextConfig(path, block_size=8, batch_tokens=32, order=order)), []
-        with monkeypatch.context() as mp:
-            mp.setattr(
-                TextDataset,
-                'places',
-                lambda self, *args, places=TextDataset.places: calls.append(args) or places(self, *args),
-            )
-            for k in (0, 10**6, 10**12, 2**58):
-                loader = ds.loader(prefetch=False)
-                loader.batch = k
-                loader.next_batch()
+        for k in (0, 10**6, 10**12, 2**58):
+            loader = ds.loader(prefetch=False)
+            loader.batch = k
+            loader.next_batch()
         assert calls == [(k, 0, 1) for k in (0, 10**6, 10**12, 2**58)]
 
 def test_a_batch_is_valid_until_the_second_next_call(tmp_path):
@@ -296,7 +281,8 @@ def test_a_batch_is_valid_until_the_second_next_call(tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason="reads the memory of the process from /proc")
 def test_no_shard_is_copied_into_memory(tmp_path):
     def anon(): # MiB that belong to us alone, mapped files apart
-        return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) / 1024
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return [int(line.split()[1]) / 1024 for line in lines if line.startswith('RssAnon')][0]
     path, _ = write_shards(tmp_path / 'x', [2000, 20_000_000]) # 40 MB
     loader = TextDataset(TextConfig(path, block_size=1024, batch_tokens=8192)).loader()
     before = anon()
@@ -310,10 +296,9 @@ def test_validation_is_the_beginning_of_the_validation_shard_each_row_once(tmp_p
     ds = TextDataset(TextConfig(path, block_size=8, batch_tokens=32, val_tokens=333))
     for world in (1, 2, 3, 7):
         batches = [batch for rank in range(world) for batch in ds.val_batches(rank, world)]
-        assert sorted(torch.cat([x.idx for x in batches]).tolist()) == sorted(shards[0][:328].reshape(-1, 8).tolist())
-        assert sorted(torch.cat([x.targets for x in batches]).tolist()) == sorted(
-            shards[0][1:329].reshape(-1, 8).tolist()
-        )
+        idx, targets = torch.cat([x.idx for x in batches]), torch.cat([x.targets for x in batches])
+        assert sorted(idx.tolist()) == sorted(shards[0][:328].reshape(-1, 8).tolist())
+        assert sorted(targets.tolist()) == sorted(shards[0][1:329].reshape(-1, 8).tolist())
     # a target for the last one must be there
     assert len(TextDataset(TextConfig(path, block_size=8, batch_tokens=32)).val_starts()) == 124
     assert list(TextDataset(TextConfig(path, block_size=8, batch_tokens=32, val_tokens=0)).val_batches()) == []
@@ -335,10 +320,6 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path, kwargs, want):
         TextDataset(TextConfig(**{**dict(text=path, block_size=8, batch_tokens=32), **kwargs}))
     assert want in str(e.value)
 
-def test_no_name_stands_in_two_configs():
-    names = [name for cls in (TrainConfig, ModelConfig, TextConfig) for name in cls.__dataclass_fields__]
-    assert len(names) == len(set(names))
-
 # -----------------------------------------------------------------------------
 # prepare
 
@@ -359,14 +340,10 @@ def test_documents_come_back_from_the_shards_whatever_they_were_read_from(tmp_pa
             out = tmp_path / f"{k}{kind}"
             m = prepare(PrepareConfig(src, out_dir=str(out), stem='toy', format=kind, train_bpe=300, shard_tokens=700))
             shards = [open_shard(out / x['name']) for x in m['shards']]
-            assert [x['name'] for x in m['shards']] == [
-                f"toy_{'train' if k else 'val'}_{k:06d}.{kind}" for k in range(len(shards))
-            ] and len(shards) > 3
-            assert (
-                {len(x) for x in shards[:-1]} == {700}
-                and [x['tokens'] for x in m['shards']] == [len(x) for x in shards]
-                and m['documents'] == len(texts)
-            )
+            names = [f"toy_{'train' if k else 'val'}_{k:06d}.{kind}" for k in range(len(shards))]
+            assert [x['name'] for x in m['shards']] == names and len(shards) > 3
+            assert [x['tokens'] for x in m['shards']] == [len(x) for x in shards]
+            assert {len(x) for x in shards[:-1]} == {700} and m['documents'] == len(texts)
             for x in m['shards']:
                 assert x['sha256'] == hashlib.sha256((out / x['name']).read_bytes()).hexdigest()
             tokens = np.concatenate(shards)
@@ -374,11 +351,8 @@ def test_documents_come_back_from_the_shards_whatever_they_were_read_from(tmp_pa
             want = tokens
             tok = text.read_tokenizer((out / 'tokenizer.json').read_bytes(), '')
             docs = np.split(tokens, np.flatnonzero(tokens == m['eot']))[1:]
-            assert (
-                tokens[0] == m['eot']
-                and m['vocab_size'] == tok.get_vocab_size()
-                and [tok.decode(x[1:].tolist()) for x in docs] == texts
-            )
+            assert tokens[0] == m['eot'] and m['vocab_size'] == tok.get_vocab_size()
+            assert [tok.decode(x[1:].tolist()) for x in docs] == texts
 
 def test_a_dataset_of_the_hub_is_streamed_at_the_revision_where_it_began(tmp_path, monkeypatch):
     import datasets
@@ -392,37 +366,20 @@ def test_a_dataset_of_the_hub_is_streamed_at_the_revision_where_it_began(tmp_pat
     monkeypatch.setattr(datasets, 'load_dataset', from_hub)
     monkeypatch.setattr(datasets, 'load_dataset_builder', lambda *args: info)
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda self, name: info)
-    cfg = PrepareConfig(
-        'HuggingFaceFW/fineweb-edu',
-        'sample-10BT',
-        column='body',
-        out_dir=str(tmp_path / 'hub'),
-        train_bpe=300,
-        shard_tokens=700,
-    )
-    m = prepare(cfg)
-    prepare(
-        PrepareConfig(
-            write_jsonl(tmp_path / 'y.jsonl', toy_texts()),
-            out_dir=str(tmp_path / 'local'),
-            train_bpe=300,
-            shard_tokens=700,
-        )
-    )
+    small = dict(train_bpe=300, shard_tokens=700)
+    m = prepare(PrepareConfig('HuggingFaceFW/fineweb-edu', 'sample-10BT', column='body', out_dir=str(tmp_path / 'hub'),
+                              **small))
+    local = prepare(PrepareConfig(write_jsonl(tmp_path / 'y.jsonl', toy_texts()), out_dir=str(tmp_path / 'local'),
+                                  **small))
     assert set(asked) == {('HuggingFaceFW/fineweb-edu', 'sample-10BT', 'train', 'abc', True)} and m['revision'] == 'abc'
     assert [x['name'] for x in m['shards']][:2] == ['edufineweb_val_000000.npy', 'edufineweb_train_000001.npy']
-    assert [x['sha256'] for x in m['shards']] == [
-        x['sha256'] for x in json.loads((tmp_path / 'local' / 'manifest.json').read_text())['shards']
-    ]
+    assert [x['sha256'] for x in m['shards']] == [x['sha256'] for x in local['shards']]
 
 def test_max_tokens_is_the_beginning_of_all_of_them(tmp_path):
-    whole, part = (
-        Path(made(tmp_path, name, shard_tokens=700, max_tokens=n)) for name, n in (('whole', 0), ('part', 1555))
-    )
-
-    def tokens(path):
+    def tokens(name, n):
+        path = Path(made(tmp_path, name, shard_tokens=700, max_tokens=n))
         return np.concatenate([open_shard(x) for x in sorted(path.glob('*.npy'), key=lambda x: x.name[-10:])])
-    assert np.array_equal(tokens(part), tokens(whole)[:1555])
+    assert np.array_equal(tokens('part', 1555), tokens('whole', 0)[:1555])
 
 BAD = [
     ('x.jsonl', b'{"text": "a"}\n\n{"text": 5}\n', "x.jsonl: line 3, field 'text': want a text, got int"),
@@ -440,26 +397,16 @@ BAD = [
 
 @pytest.mark.parametrize('name, data, want', BAD)
 def test_a_malformed_document_is_named_by_file_line_and_field(tmp_path, capsys, name, data, want):
-    data.write_parquet(tmp_path / name) if isinstance(data, pl.DataFrame) else (tmp_path / name).write_bytes(data)
+    path, out = tmp_path / name, tmp_path / 'out'
+    if isinstance(data, pl.DataFrame):
+        data.write_parquet(path)
+    else:
+        path.write_bytes(data)
     with pytest.raises(SystemExit) as e:
-        cli(
-            [
-                'text',
-                'prepare',
-                '--dataset',
-                str(tmp_path / name),
-                '--out_dir',
-                str(tmp_path / 'out'),
-                '--train_bpe=300',
-            ]
-        )
+        cli(['text', 'prepare', f"--dataset={path}", f"--out_dir={out}", '--train_bpe=300'])
     err = capsys.readouterr().err
-    assert (
-        e.value.code == 2
-        and err.startswith(f"nanoarc: {tmp_path}/{want}")
-        and err.count("\n") == 1
-        and not (tmp_path / 'out' / 'manifest.json').exists()
-    )
+    assert e.value.code == 2 and err.startswith(f"nanoarc: {tmp_path}/{want}") and err.count("\n") == 1
+    assert not (out / 'manifest.json').exists()
 
 def test_what_was_prepared_is_left_alone_and_other_settings_are_refused_by_name(tmp_path, capsys):
     path = made(tmp_path)
@@ -471,9 +418,8 @@ def test_what_was_prepared_is_left_alone_and_other_settings_are_refused_by_name(
     with pytest.raises(ValueError, match="shards made otherwise.*: files differs"):
         prepare(cfg)
     src = write_jsonl(tmp_path / 'y.jsonl', toy_texts())
-    with pytest.raises(
-        ValueError, match="dataset differs .*; shard_tokens differs .there 1000, now 500.*; files differs"
-    ):
+    want = "dataset differs .*; shard_tokens differs .there 1000, now 500.*; files differs"
+    with pytest.raises(ValueError, match=want):
         prepare(PrepareConfig(src, out_dir=path, stem='toy', train_bpe=300, shard_tokens=500))
     assert {x: (x.stat().st_mtime_ns, x.read_bytes()) for x in Path(path).iterdir() if x.name != 'lock'} == before
     other, _ = write_shards(tmp_path / 'other', [100, 100])
@@ -510,9 +456,8 @@ def test_gpt2_where_it_cannot_be_fetched_says_so(tmp_path, monkeypatch):
     def unreachable():
         raise ConnectionError("no route")
     monkeypatch.setattr(openai_public, 'gpt2', unreachable)
-    with pytest.raises(
-        ValueError, match="tokenizer 'gpt2': tiktoken cannot fetch it here .ConnectionError.: --train_bpe 8192"
-    ):
+    want = "tokenizer 'gpt2': tiktoken cannot fetch it here .ConnectionError.: --train_bpe 8192"
+    with pytest.raises(ValueError, match=want):
         prepare(PrepareConfig(write_jsonl(tmp_path / 'x.jsonl', toy_texts()), out_dir=str(tmp_path / 'out')))
 
 def test_a_bpe_of_tiktoken_is_the_same_one_here(tmp_path, monkeypatch):
@@ -521,25 +466,18 @@ def test_a_bpe_of_tiktoken_is_the_same_one_here(tmp_path, monkeypatch):
     tok = json.loads((Path(made(tmp_path, train_bpe=400)) / 'tokenizer.json').read_text())
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     chars = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    byte = {c: b for c, b in zip(chars, printable + [b for b in range(256) if b not in printable])}
-    # it stood first
-    ranks = {
-        bytes(byte[c] for c in token): rank - 1
-        for token, rank in tok['model']['vocab'].items()
-        if token != '<|endoftext|>'
-    }
+    byte = dict(zip(chars, printable + [b for b in range(256) if b not in printable]))
+    ranks = {}
+    for token, rank in tok['model']['vocab'].items():
+        if token != '<|endoftext|>': # it stood first
+            ranks[bytes(byte[c] for c in token)] = rank - 1
+    special = {'<|endoftext|>': len(ranks)}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    want = tiktoken.Encoding(
-        'toy', pat_str=pattern, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': len(ranks)}
-    )
-    monkeypatch.setattr(
-        openai_public, 'gpt2', lambda: dict(mergeable_ranks=ranks, special_tokens={'<|endoftext|>': len(ranks)})
-    )
+    want = tiktoken.Encoding('toy', pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(openai_public, 'gpt2', lambda: dict(mergeable_ranks=ranks, special_tokens=special))
     got = text.read_tokenizer(text.make_tokenizer(PrepareConfig(''), ()), '')
-    assert (
-        got.token_to_id('<|endoftext|>') == len(ranks)
-        and got.get_vocab_size() == want.n_vocab == len(tok['model']['vocab']) > 340
-    )
+    assert got.token_to_id('<|endoftext|>') == len(ranks)
+    assert got.get_vocab_size() == want.n_vocab == len(tok['model']['vocab']) > 340
     for x in toy_texts(50, seed=1) + ["<|endoftext|>", "  tabs\t\n\n x", "日本語 🙂", ""]:
         assert got.encode(x, add_special_tokens=False).ids == want.encode_ordinary(x)
 
@@ -552,14 +490,8 @@ def test_20_kills_at_any_moment_of_prepare_and_the_shards_are_the_same_bytes(tmp
     assert join(fork(go, tmp_path / 'warm')) == 0
     start = time.time()
     assert join(fork(go, tmp_path / 'whole')) == 0
-    seconds, want, rng, kills, moments, n = (
-        time.time() - start,
-        content(tmp_path / 'whole'),
-        random.Random(0),
-        0,
-        set(),
-        0,
-    )
+    seconds, want = time.time() - start, content(tmp_path / 'whole')
+    rng, kills, moments, n = random.Random(0), 0, set(), 0
     assert len(want) > 12
     while kills < 20:
         code, out = None, tmp_path / f"{n}"
@@ -605,39 +537,16 @@ def test_a_kill_before_and_after_each_file_of_prepare_loses_nothing(tmp_path):
 # -----------------------------------------------------------------------------
 # one trainer
 
-TINY = [
-    '--n_layer=2',
-    '--n_embd=32',
-    '--head_size=16',
-    '--d_state=16',
-    '--d_head=16',
-    '--block_size=32',
-    '--batch_tokens=256',
-    '--val_tokens=500',
-    '--minutes=0',
-    '--device=cpu',
-    '--compile=off',
-]
+TINY = ['--n_layer=2', '--n_embd=32', '--head_size=16', '--d_state=16', '--d_head=16', '--block_size=32',
+        '--batch_tokens=256', '--val_tokens=500', '--minutes=0', '--device=cpu', '--compile=off']
 
 @pytest.fixture(scope='module')
 def text_run(tmp_path_factory):
     """ a tiny hybrid trained on toy texts -> (out_dir, directory of the shards) """
     path = tmp_path_factory.mktemp('text')
     shards = made(path, n=200)
-    cli(
-        [
-            'train',
-            '--text',
-            shards,
-            f"--out_dir={path / 'run'}",
-            '--max_iters=150',
-            '--lr=0.02',
-            '--log_every=10',
-            '--save_every=60',
-            '--eval_every=50',
-            *TINY,
-        ]
-    )
+    cli(['train', f"--text={shards}", f"--out_dir={path / 'run'}", '--max_iters=150', '--lr=0.02', '--log_every=10',
+         '--save_every=60', '--eval_every=50', *TINY])
     return str(path / 'run'), shards
 
 def test_it_learns_more_than_how_often_each_token_comes(text_run):
@@ -646,16 +555,9 @@ def test_it_learns_more_than_how_often_each_token_comes(text_run):
     p = np.bincount(tokens) / len(tokens)
     entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
     meta = checkpoint.load(run)[1]
-    assert (
-        meta['val_loss'] < entropy - 0.5
-        and meta['model']['vocab_size'] == 320
-        and meta['model']['rope_bases'] == [10000.0]
-    )
-    assert (
-        meta['tokens'] == 150 * 256
-        and (Path(run) / 'loss.png').exists()
-        and not (Path(run) / 'trained_on.txt').read_text()
-    )
+    assert meta['val_loss'] < entropy - 0.5 and meta['tokens'] == 150 * 256
+    assert meta['model']['vocab_size'] == 320 and meta['model']['rope_bases'] == [10000.0]
+    assert (Path(run) / 'loss.png').exists() and not (Path(run) / 'trained_on.txt').read_text()
 
 def test_a_resumed_run_is_the_run_that_never_stopped(text_run, tmp_path):
     run, shards = text_run
@@ -686,90 +588,41 @@ def test_a_resumed_run_on_other_shards_or_settings_is_refused_by_name(text_run, 
         assert want in capsys.readouterr().err
 
 def test_settings_of_text_come_from_a_file_too_and_a_small_vocabulary_is_refused(text_run, tmp_path, capsys):
-    (tmp_path / 'x.toml').write_text(
-        f"text = '{text_run[1]}'\nblock_size = 16\nbatch_tokens = 32\nmax_iters = 1\nn_layer = 1\n"
-        "n_embd = 32\nval_tokens = 0"
-    )
+    lines = [f"text = '{text_run[1]}'", "block_size = 16", "batch_tokens = 32", "max_iters = 1", "n_layer = 1",
+             "n_embd = 32", "val_tokens = 0"]
+    (tmp_path / 'x.toml').write_text("\n".join(lines))
     cli(['train', '--config', str(tmp_path / 'x.toml'), f"--out_dir={tmp_path / 'run'}", '--minutes=0', '--device=cpu'])
     meta = checkpoint.load(tmp_path / 'run')[1]
     assert meta['data']['block_size'] == 16 and meta['model']['vocab_size'] == 320 and meta['val_loss'] is None
     with pytest.raises(SystemExit):
-        cli(
-            [
-                'train',
-                '--text',
-                text_run[1],
-                '--vocab_size=64',
-                f"--out_dir={tmp_path / 'small'}",
-                '--max_iters=1',
-                *TINY,
-            ]
-        )
+        cli(['train', f"--text={text_run[1]}", '--vocab_size=64', f"--out_dir={tmp_path / 'small'}", '--max_iters=1',
+             *TINY])
     assert "vocab_size=64: the data has 300 tokens" in capsys.readouterr().err
 
 @pytest.mark.parametrize('flags', [[], ['--shots=-1']])
 def test_training_on_tasks_begins_with_the_blocks_of_a_text_run(text_run, toy, tmp_path, capsys, flags):
     run, _ = text_run
-    cli(
-        [
-            'train',
-            '--data=',
-            f"--adapt={toy()}",
-            '--init_from',
-            run,
-            f"--out_dir={tmp_path / 'run'}",
-            '--max_iters=1',
-            '--minutes=0',
-            '--lr=1e-12',
-            '--adam_lr=1e-12',
-            '--weight_decay=0',
-            '--device=cpu',
-            *flags,
-        ]
-    )
+    cli(['train', '--data=', f"--adapt={toy()}", f"--init_from={run}", f"--out_dir={tmp_path / 'run'}", '--max_iters=1',
+         '--minutes=0', '--lr=1e-12', '--adam_lr=1e-12', '--weight_decay=0', '--device=cpu', *flags])
     out = capsys.readouterr().out
-    assert (
-        f"of the text run {run} after 150 steps the 2 blocks and the last norm; "
-        f"new: wte, {'' if flags else 'wtask, wdih, '}head"
-        in out
-    )
+    new = "wte, head" if flags else "wte, wtask, wdih, head"
+    assert f"of the text run {run} after 150 steps the 2 blocks and the last norm; new: {new}" in out
     (old, _), (new, meta) = checkpoint.load(run), checkpoint.load(tmp_path / 'run')
     kept = [name for name in new if name.startswith(('model.blocks', 'model.norm'))]
-    assert (
-        len(kept) > 10
-        and all(torch.allclose(new[name], old[name], atol=1e-6) for name in kept)
-        and new['model.wte.weight'].shape == new['model.head.weight'].shape == (16, 32)
-    )
-    assert (
-        len(meta['model']['rope_bases']) == 3
-        and meta['model']['n_task'] == (0 if flags else 3)
-        and meta['model']['n_embd'] == 32
-        and not (tmp_path / 'run' / 'tokenizer.json').exists()
-    )
+    assert len(kept) > 10 and all(torch.allclose(new[name], old[name], atol=1e-6) for name in kept)
+    assert new['model.wte.weight'].shape == new['model.head.weight'].shape == (16, 32)
+    assert meta['model']['n_task'] == (0 if flags else 3)
+    assert len(meta['model']['rope_bases']) == 3 and meta['model']['n_embd'] == 32
+    assert not (tmp_path / 'run' / 'tokenizer.json').exists()
     cli(['solve', '--run', str(tmp_path / 'run'), '--data', str(tmp_path / 'toy'), '--views=1'])
 
 def test_other_text_begins_with_all_of_it_if_the_tokens_are_the_same(text_run, tmp_path, capsys):
     run, shards = text_run
-    for name, kwargs, want in (
-        ('same', dict(train_bpe=0, tokenizer=shards, n=50), "weights of"),
-        ('other', dict(n=50), "of the text run"),
-    ):
+    for name, kwargs, want in (('same', dict(train_bpe=0, tokenizer=shards, n=50), "weights of"),
+                               ('other', dict(n=50), "of the text run")):
         more = made(tmp_path, name, **kwargs)
-        cli(
-            [
-                'train',
-                '--text',
-                more,
-                '--init_from',
-                run,
-                f"--out_dir={tmp_path / name}-run",
-                '--max_iters=1',
-                '--block_size=32',
-                '--batch_tokens=64',
-                '--minutes=0',
-                '--device=cpu',
-            ]
-        )
+        cli(['train', f"--text={more}", f"--init_from={run}", f"--out_dir={tmp_path / name}-run", '--max_iters=1',
+             '--block_size=32', '--batch_tokens=64', '--minutes=0', '--device=cpu'])
         assert want in capsys.readouterr().out
 
 def test_what_is_for_tasks_refuses_a_run_of_text_and_the_other_way_round(text_run, tiny_run, capsys):
@@ -785,40 +638,21 @@ def test_what_is_for_tasks_refuses_a_run_of_text_and_the_other_way_round(text_ru
 
 def test_two_ranks_train_as_one_does(text_run, tmp_path):
     def rank_of(rank, world):
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(28000 + os.getppid() % 999)
-        )
-        cli(
-            [
-                'train',
-                '--text',
-                text_run[1],
-                f"--out_dir={tmp_path / str(world)}",
-                '--max_iters=6',
-                '--log_every=1',
-                *TINY,
-            ]
-        )
-
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
+                          MASTER_PORT=str(28000 + os.getppid() % 999))
+        cli(['train', f"--text={text_run[1]}", f"--out_dir={tmp_path / str(world)}", '--max_iters=6', '--log_every=1',
+             *TINY])
+    def losses(world):
+        rows = read_metrics(tmp_path / str(world))
+        return [(x['step'], x[key]) for x in rows for key in ('loss', 'val_loss') if key in x]
     for world in (1, 2):
         assert [join(pid) for pid in [fork(rank_of, rank, world) for rank in range(world)]] == [0] * world
-    one, two = (
-        [(x['step'], x[key]) for x in read_metrics(tmp_path / str(world)) for key in ('loss', 'val_loss') if key in x]
-        for world in (1, 2)
-    )
-    assert (
-        len(one) == 8
-        and [step for step, _ in one] == [step for step, _ in two]
-        and [x for _, x in one] == pytest.approx([x for _, x in two], abs=1e-4)
-    )
+    one, two = losses(1), losses(2)
+    assert len(one) == len(two) == 8 and np.allclose(one, two, rtol=0, atol=1e-4)
 
 @pytest.mark.slow
 def test_the_loader_is_measured():
-    out = subprocess.run(
-        [sys.executable, 'bench/text.py', '--rounds=1', '--tokens=400000'],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, 'bench/text.py', '--rounds=1', '--tokens=400000']
+    out = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert all(x['tok_s'] > 1e6 and x['lite_tok_s'] > 1e6 for x in json.loads(out.stdout.splitlines()[-1]).values())
