@@ -15,13 +15,16 @@ import numba
 SOURCES = 'jit.py', 'grids.py', 'corpus.py', 'data.py' # files that have kernels, and constants of kernels
 
 def find_cache_dir():
-    """ the user's cache directory, or a temporary one where there is none to write to -> path, which exists """
+    """ NUMBA_CACHE_DIR, the user's cache directory, or a temporary one: where we may write -> path, which exists """
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
     home = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
-    for parent in (home / 'nanoarc', Path(tempfile.gettempdir()) / f"nanoarc-{os.getuid()}"):
+    places = [home / 'nanoarc', Path(tempfile.gettempdir()) / f"nanoarc-{os.getuid()}"]
+    if os.environ.get('NUMBA_CACHE_DIR'):
+        places.insert(0, Path(os.environ['NUMBA_CACHE_DIR']).absolute())
+    for parent in places:
         if not parent.is_absolute(): # a user without a home
             continue
         try:
@@ -34,7 +37,7 @@ def find_cache_dir():
             return parent / name
     return Path(tempfile.mkdtemp(prefix='nanoarc-')) # compiled anew by each process
 
-CACHE_DIR = os.environ.get('NUMBA_CACHE_DIR') or str(find_cache_dir())
+CACHE_DIR = str(find_cache_dir())
 
 def cached(compiler, *args, **kwargs):
     """ a decorator of numba, with our cache directory while it decorates """
