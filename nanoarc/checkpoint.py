@@ -70,15 +70,17 @@ def file(out_dir, step, kind='safetensors'):
     """ path of a checkpoint, or of its hash: kind='sha256' """
     return Path(out_dir) / 'ckpt' / f"step-{step:06d}.{kind}"
 
-def file_sha256(path):
-    """ of a file that may be larger than memory -> hex """
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def steps(out_dir):
     """ the steps of which there is a checkpoint, newest first """
     found = [re.fullmatch(r'step-(\d+)\.sha256', path.name) for path in (Path(out_dir) / 'ckpt').glob('*')]
     return sorted((int(m[1]) for m in found if m), reverse=True)
+
+def some_steps(out_dir):
+    """ the same. raises ValueError if there is none """
+    found = steps(out_dir)
+    if not found:
+        raise ValueError(f"{out_dir}: no checkpoint here, want the --out_dir of a training run")
+    return found
 
 def signed(data, path):
     """ what the .sha256 beside a path says of these bytes """
@@ -120,10 +122,8 @@ def prune(out_dir, step):
 
 def load(out_dir):
     """ the newest checkpoint that is whole -> (tensors, meta). raises ValueError if there is none """
-    if not steps(out_dir):
-        raise ValueError(f"{out_dir}: no checkpoint here, want the --out_dir of a training run")
     errors = []
-    for step in steps(out_dir):
+    for step in some_steps(out_dir):
         path = file(out_dir, step)
         if not path.is_file():
             errors.append(f"{path}: missing")

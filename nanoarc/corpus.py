@@ -355,6 +355,10 @@ def overlaps(corpus, asked):
                 found.append((k, f"{corpus.name[k].decode()} ({corpus.source}) = {query.label}, {how}"))
     return found
 
+def a_few(texts, n, sep="; "):
+    """ the first n of them in a line, and dots for the rest """
+    return sep.join(texts[:n]) + (f"{sep}..." if len(texts) > n else "")
+
 def guard(data, adapt, drop_overlap, allow_leak):
     """
     two lists of (Corpus, repeat): pairs of data that are queries of adapt are refused. (its demos may be in data, they
@@ -374,8 +378,7 @@ def guard(data, adapt, drop_overlap, allow_leak):
     if drop_overlap:
         return kept, dropped, []
     if leaks and not allow_leak:
-        some = "; ".join(leaks[:3]) + ("; ..." if len(leaks) > 3 else "")
-        raise ValueError(f"{len(leaks)} pairs of data are queries of adapt, answers included: {some}. "
+        raise ValueError(f"{len(leaks)} pairs of data are queries of adapt, answers included: {a_few(leaks, 3)}. "
                          "--drop_overlap leaves these tasks out, --allow_leak trains on them and says so")
     return kept, dropped, leaks
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nanoarc.lm import read_base
 from nanoarc.run import get_device, get_ranks, load_run, over_ranks
-from nanoarc.text import PrepareConfig, TextConfig, make_tokenizer, need, read_tokenizer
+from nanoarc.text import PrepareConfig, TextConfig, json_object, make_tokenizer, need, read_tokenizer
 
 def load_text_run(run, device):
     """
@@ -123,12 +123,7 @@ def read_hellaswag(path):
 
 def read_item(line, where):
     """ a line of the file -> (ctx, 4 endings, number of the right one). raises ValueError """
-    try:
-        x = json.loads(line)
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
-    if not isinstance(x, dict):
-        raise ValueError(f"{where}: want an object, got {type(x).__name__}")
+    x = json_object(line, where)
     ctx, ends, label = x.get('ctx'), x.get('endings'), x.get('label')
     if not isinstance(ctx, str) or not ctx:
         raise ValueError(f"{where}, field 'ctx': want a text, got {str(ctx)[:40]!r}")

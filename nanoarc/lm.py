@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from nanoarc import checkpoint
+from nanoarc.corpus import hash_file
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, encode_pair
 from nanoarc.model import is_recent
 
@@ -111,7 +111,7 @@ def hash_base(base):
     """ sha256 of the weights, the config and the tokenizer of a base """
     folder, gguf = find_base(base)
     if gguf:
-        lines = [f".gguf {checkpoint.file_sha256(folder / gguf)}"] # whatever it is called
+        lines = [f".gguf {hash_file(folder / gguf)}"] # whatever it is called
     else:
         paths = list(folder.glob('*.safetensors'))
         if len(paths) == 0:
@@ -121,7 +121,7 @@ def hash_base(base):
                      'special_tokens_map.json', 'chat_template.jinja'):
             if (folder / name).is_file():
                 paths.append(folder / name)
-        lines = [f"{path.name} {checkpoint.file_sha256(path)}" for path in sorted(paths)]
+        lines = [f"{path.name} {hash_file(path)}" for path in sorted(paths)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 def read_tokenizer(base):

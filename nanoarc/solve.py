@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rich.progress import track
 
 from nanoarc import checkpoint
-from nanoarc.corpus import find_leaks, read_json
+from nanoarc.corpus import a_few, find_leaks, read_json
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, alone, has_context, hash64
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
@@ -312,9 +312,9 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
                          "with its blocks")
     leaks = find_leaks(cfg.run, corpora)
     if leaks and not (cfg.allow_leak or meta['leaks']):
-        some = "; ".join(leaks[:3]) + ("; ..." if len(leaks) > 3 else "")
-        raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: {some}. train "
-                         "with --adapt in place of --data, or --allow_leak solves them and says so in the score")
+        raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: "
+                         f"{a_few(leaks, 3)}. train with --adapt in place of --data, or --allow_leak solves them "
+                         "and says so in the score")
     sampler = Sampler([(c, 1) for c in corpora], data_cfg, meta['rows'])
     if model.n_task > 0 and cfg.ttt_steps == 0:
         refuse_unknown(cfg, tasks, sampler.tables.row)
@@ -361,7 +361,7 @@ def refuse_unknown(cfg, tasks, row):
     """ raises ValueError if some tasks have no row in the task embedding """
     unknown = [task.name for task, x in zip(tasks, row) if x < 0]
     if unknown:
-        some = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        some = a_few(unknown, 5, ", ")
         raise ValueError(f"{len(unknown)} of {len(tasks)} tasks have no embedding row in {cfg.run}: {some}. "
                          f"--ttt_steps gives them one, or train on their demos with --adapt {cfg.data}, "
                          "or in context with --shots=-1")

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from nanoarc import checkpoint
-from nanoarc.corpus import read_json
+from nanoarc.corpus import a_few, read_json
 from nanoarc.data import fits
 from nanoarc.grids import grid_bytes, to_grid
 from nanoarc.sources import read_sources
@@ -255,8 +255,7 @@ def score_file(cfg):
     for key, what in ODD.items():
         found = result.pop(key)
         if found:
-            more = "; ..." if len(found) > 10 else ""
-            print(f"{len(found)} {what}: {'; '.join(found[:10])}{more}")
+            print(f"{len(found)} {what}: {a_few(found, 10)}")
     solved = [name for name, (right, n) in per_task.items() if right == n]
     partly = [f"{name} {right}/{n}" for name, (right, n) in per_task.items() if 0 < right < n]
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))

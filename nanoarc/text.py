@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nanoarc import checkpoint
+from nanoarc.corpus import hash_file
 from nanoarc.data import EPOCH, ArcLoader, Buffers, bijection, hash64, mix, split
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
@@ -178,7 +179,7 @@ class TextDataset:
             raise ValueError(f"{path}: {len(shard):,} tokens, the manifest says {x['tokens']:,}")
         if 'sha256' in x and not self.cfg.check_shards:
             return shard, x['sha256']
-        found = checkpoint.file_sha256(path)
+        found = hash_file(path)
         if found != x.get('sha256', found):
             raise ValueError(f"{path}: damaged or changed, its sha256 is {found[:12]}, "
                              f"the manifest says {x['sha256'][:12]}")
@@ -402,17 +403,22 @@ def parquet_documents(path, column):
             yield checked(x, f"{path}: row {n}, field {column!r}")
             n += 1
 
+def json_object(line, where, want="an object"):
+    """ a line of .jsonl -> dict. raises ValueError """
+    try:
+        x = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+    if not isinstance(x, dict):
+        raise ValueError(f"{where}: want {want}, got {type(x).__name__}")
+    return x
+
 def jsonl_documents(path, column):
     with open(path, 'rb') as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            try:
-                x = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}: line {n}: {e}") from None
-            if not isinstance(x, dict):
-                raise ValueError(f"{path}: line {n}: want an object with a field {column!r}, got {type(x).__name__}")
+            x = json_object(line, f"{path}: line {n}", f"an object with a field {column!r}")
             yield checked(x.get(column), f"{path}: line {n}, field {column!r}")
 
 def txt_document(path):
@@ -616,7 +622,7 @@ class Preparation:
         """ the tokenizer. raises ValueError if it or a shard is not what it was, or if its tokens will not do """
         path = self.out / 'tokenizer.json'
         self.tok = read_tokenizer(path.read_bytes(), path)
-        if checkpoint.file_sha256(path) != self.state['tokenizer_sha256']:
+        if hash_file(path) != self.state['tokenizer_sha256']:
             raise ValueError(f"{path}: changed since these shards were begun")
         self.vocab_size, self.eot = self.tok.get_vocab_size(), self.tok.token_to_id(self.cfg.eot)
         if self.eot is None or self.vocab_size > 2**16:

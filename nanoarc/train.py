@@ -285,8 +285,8 @@ def train(cfg, model_cfg, data_cfg):
     """
     cfg.check()
     out_dir = cfg.resume or cfg.out_dir
-    if cfg.resume and not checkpoint.steps(cfg.resume): # before the lock would make it a directory
-        raise ValueError(f"{cfg.resume}: no checkpoint here, want the --out_dir of a training run")
+    if cfg.resume:
+        checkpoint.some_steps(cfg.resume) # raises before the lock would make it a directory
     is_first = os.environ.get('RANK', '0') == '0' # under torchrun there are several of us, one writes
     with Signals() as signals, checkpoint.lock(out_dir) if is_first else contextlib.nullcontext():
         if not cfg.resume and checkpoint.steps(out_dir):
