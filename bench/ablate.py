@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, fits, hash64
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, small_tasks
 from nanoarc.grids import ROW
 from nanoarc.model import Model, ModelConfig, width_lr
 from nanoarc.sources import read_source, read_tasks
@@ -139,7 +139,7 @@ def write_tasks(out):
         return blind
     ds = ArcDataset(DataConfig(data='arc1/training', max_pair=100))
     corpus = read_source('arc1/training')
-    corpus = corpus.select(fits(corpus, 100))
+    corpus = corpus.select(small_tasks(corpus, 100))
     held = set(ds.sampler.tables.pair_task[ds.val_pairs].tolist())
     for k in range(len(corpus)):
         task = corpus.task(k)

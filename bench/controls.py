@@ -190,8 +190,8 @@ CONTROLS = [
         "test_model.py::test_the_blocks_that_flex_attention_skips_are_those_of_each_row"),
     Control(
         "key heads in another order", 'model.py',
-        "k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)",
-        "k.repeat(1, shared, 1, 1), v.repeat(1, shared, 1, 1)",
+        "k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)",
+        "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)",
         "test_model.py::test_shared_keys_and_values_are_those_of_full_heads_that_are_equal"),
     Control(
         "queries of any norm", 'model.py',

@@ -2,7 +2,7 @@
 the only code that writes or reads training state.
 
     out_dir/ckpt/step-000123.safetensors   weights, optimizer; everything else as json in its metadata
-    out_dir/ckpt/step-000123.sha256        its hash, as `sha256sum -c` reads it. written last: without it there is none
+    out_dir/ckpt/step-000123.sha256        its hash, for `sha256sum -c`. written last: without it it does not count
     out_dir/lock                           the process that trains here
 
 a file is written under another name, synced and then renamed, so a crash at any moment leaves the old one or the new
@@ -20,7 +20,7 @@ from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 2
 KEEP = 2 # checkpoints on disk
-# what write_file writes into the directory of a run
+# files of a run whose half-written copies, .NAME.tmp, lock may delete
 WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json'
 
 def write_file(path, data):
@@ -109,7 +109,7 @@ def save(out_dir, step, model, optimizers, meta, ema=None):
 
 def prune(out_dir, step):
     """ keep this checkpoint and the ones before it, KEEP in all """
-    # we hold the lock and began with the newest that is whole: one of a later step is damaged, it goes too
+    # this run began with the newest checkpoint that is whole, so any of a later step is damaged: it goes too
     older = [x for x in steps(out_dir) if x < step]
     keep = [step, *older][:KEEP]
     for x in steps(out_dir):

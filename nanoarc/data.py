@@ -55,15 +55,16 @@ class DataConfig:
     batching: str = 'bucket'
     # tokens of a micro batch, padding included, over all ranks. at least one document
     batch_tokens: int = 2048
-    # 'query' = the target's output | 'outputs' = and the context's, but the first | 'all' = every token
+    # 'query' = the target's output | 'outputs' = also those of its context, but the first one, which nothing explains |
+    # 'all' = every token
     loss_on: str = 'query'
     # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' |
     # 'auto' = domain at shots=0, else nonzero
     colors: str = 'auto'
-    p_identity: float = 0.2 # share of the documents that keep their colors
+    p_identity: float = 0.2 # share of the documents that keep their colors. they are turned all the same
     # so many tasks of data have their queries held out for the validation loss, at most half of them
     val_tasks: int = 32
-    deal: int = 10 # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
+    deal: int = 10 # a list of pairs of one rule (RE-ARC, BARC) is dealt out as tasks of so many demos and a query
     on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and say so
     # train on pairs of data that are queries of adapt, and say so in checkpoint and score
     allow_leak: bool = False
@@ -120,7 +121,7 @@ def bijection(i, n, key):
         for k in range(4):
             left, right = right, left ^ (mix(mix(h, U(k)), right) & mask)
         i = left << half | right
-        if i < n: # at worst 1 time in 4, since n is more than a quarter of all these numbers
+        if i < n: # true for at least a quarter of all these numbers
             return i
 
 # -----------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Tables(NamedTuple):
     pair_task: np.ndarray # (P,) int32
     tokens: np.ndarray # (2, P) int32 tokens of a pair, upright and turned
     answer: np.ndarray # (2, P) int32 those of its output, END among them. 0 = not known
-    need: np.ndarray # (2, P) int32 the same as tokens, and room for the longest output of the task where that is hidden
+    need: np.ndarray # (2, P) int32 tokens. where the answer is hidden, with room for the longest output of the demos
     usable: np.ndarray # (P,) bool: a demo that may stand before a target
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
@@ -164,7 +165,7 @@ def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap):
             colors[n] = x
             n += 1
             total *= U(n)
-    # a number below n! is a permutation: fisher-yates, where its digits say with which color behind it each is swapped
+    # a number below n! is a permutation: digit j, in base n - j, says which of the colors j.. is swapped with color j
     code = bijection(visit % total, total, mix(mix(h_colors, pair), visit // total))
     for j in range(n):
         a, b = colors[j], colors[j + np.int64(code % U(n - j))]
@@ -176,8 +177,9 @@ def draw_augment(pair, visit, h_dihedral, h_colors, domain, cmap):
 def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, block_size, loss_on):
     """
     (n,) target pairs, how often each was visited before, and hashes that order their contexts -> Documents.
-    the context is the other demos of the task in a drawn order, each that still finds room in block_size, `most` of
-    them. the first one stands next to the target. as_is (n,): no augment, and the order of the file.
+    the context is the other demos of the task, in a drawn order: each is taken if it still fits into block_size, `most`
+    at the most. the first that is taken stands next to the target, so the text has them from last to first.
+    as_is (n,): no augment, and the demos are taken in the order of the file.
     """
     n = len(target)
     pairs = np.full((n, 1 + most), -1, np.int32)
@@ -304,7 +306,7 @@ def best_fit(length, T):
 def cut_buckets(width, batch_tokens):
     """
     (n,) ascending widths -> where each batch of them ends. a batch has at least one row, at most batch_tokens tokens,
-    and no row that is 1/16 wider than another.
+    and no row that is more than 1/16 wider than another.
     """
     ends = np.empty(len(width), np.int64)
     start, n = 0, 0
@@ -340,13 +342,13 @@ class Rows(NamedTuple):
     batches: np.ndarray # (batches, 3) int64: first row, last row + 1, T
     loss_tokens: np.ndarray # (batches,) int64
 
-def alone(docs):
+def one_a_row(docs):
     """ Documents -> Rows, a document a row, in no batches """
     n = len(docs.length)
     return Rows(docs, np.arange(n + 1), np.arange(n), np.zeros((0, 3), np.int64), np.zeros(0, np.int64))
 
 def even_batches(n_rows, B, T):
-    """ -> (batches, 3) of about B rows each. all of like size: no rank is to go without work because one is a rest """
+    """ -> (batches, 3) of at most B rows, even in size: a small last batch would leave some ranks without work """
     n = -(-n_rows // B)
     edges = np.arange(n + 1) * n_rows // n
     return np.stack([edges[:-1], edges[1:], np.full(n, T)], 1)
@@ -354,7 +356,8 @@ def even_batches(n_rows, B, T):
 def bucket_widths(length, T):
     """
     (n,) lengths -> (n,) widths of rows, a little longer, of which there are few: 16 of them from a power of two to the
-    next, at least 4 apart. so a compiler sees few shapes. none is over T, which may be all that a model can take.
+    next, at least 4 apart, so a compiler sees few shapes. rounding takes none over T, which may be all that a model can
+    take (a document that is longer anyway stays as it is).
     """
     step = np.maximum(2.0 ** (np.floor(np.log2(length)) - 4), 4)
     width = np.ceil(length / step) * step
@@ -372,7 +375,7 @@ def pair_tokens(h, w):
     return 1 + grids[:, ::2] + 1 + answer, answer
 
 def joined(arrays, sizes):
-    """ arrays of places in other arrays of these sizes -> one of the places in those, joined """
+    """ arrays of indices, each into an array of the given size -> one of indices into all of those, joined """
     base = np.cumsum([0] + sizes[:-1])
     return np.concatenate([x + n for x, n in zip(arrays, base)])
 
@@ -381,9 +384,8 @@ class Sampler:
     corpora, and what a config makes of them: lengths, color domains, contexts. it plans documents and writes them.
     sources is a list of (Corpus, repeat). they are joined: task k and pair p count through all of them.
 
-    rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1. (not to be
-    confused with Rows, which are those of batches.)
-    None: rows are numbered as the tasks come. tasks with equal demos share one row.
+    rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1. rows=None:
+    they are numbered as the tasks come, tasks with equal demos share one. (Rows, the class, are those of batches.)
     """
 
     def __init__(self, sources, cfg, rows=None):
@@ -463,7 +465,7 @@ class Sampler:
                               self.most, self.cfg.block_size, self.cfg.loss_on)
 
     def lay_out(self, docs, batching, key):
-        """ Documents -> Rows. key: the hash by which rows and batches are shuffled, neighbours are alike otherwise """
+        """ Documents -> Rows. key: the seed of the shuffle of batches, and in 'pack' of rows: neighbours are alike """
         n, T = len(docs.length), self.cfg.block_size
         B = max(self.cfg.batch_tokens // T, 1)
         row_docs, row_start = np.arange(n), np.arange(n + 1) # a document a row
@@ -475,22 +477,23 @@ class Sampler:
             ends = cut_buckets(width[row_docs], self.cfg.batch_tokens)
             batches = np.stack([np.append(0, ends[:-1]), ends, width[row_docs[ends - 1]]], 1)
         else:
-            # rows are filled, then renumbered at random, then documents sorted by the new number of their row
             longest_first = np.argsort(-docs.length, kind='stable')
-            row = np.empty(n, np.int64)
+            row = np.empty(n, np.int64) # of each document
             row[longest_first] = best_fit(docs.length[longest_first], T)
-            shuffle = np.argsort(hash64(key, ROWS, np.arange(row.max() + 1)))
-            place = np.empty_like(shuffle)
-            place[shuffle] = np.arange(len(shuffle)) # of each row
-            row_docs = np.argsort(place[row], kind='stable')
-            row_start = np.append(0, np.cumsum(np.bincount(place[row])))
-            batches = even_batches(len(shuffle), B, T)
+            # rows are renumbered at random
+            n_rows = int(row.max()) + 1
+            new_number = np.empty(n_rows, np.int64) # of each row
+            new_number[np.argsort(hash64(key, ROWS, np.arange(n_rows)))] = np.arange(n_rows)
+            row = new_number[row]
+            row_docs = np.argsort(row, kind='stable')
+            row_start = np.append(0, np.cumsum(np.bincount(row)))
+            batches = even_batches(n_rows, B, T)
         batches = batches[np.argsort(hash64(key, np.arange(len(batches))))]
         loss = np.append(0, np.cumsum(docs.loss_tokens[row_docs]))[row_start] # before each row
         return Rows(docs, row_start, row_docs, batches, loss[batches[:, 1]] - loss[batches[:, 0]])
 
     def write(self, rows, r0, r1, T, buffers=None, loss_on=None):
-        """ rows r0..r1-1 -> Batch, in buffers if given. no rows: one without loss """
+        """ rows r0..r1-1 -> Batch, in buffers if given. if there are none: one row of PAD, without loss """
         B = max(r1 - r0, 1)
         tasked = self.cfg.shots == 0
         buffers = buffers or Buffers(B * T, tasked)
@@ -535,7 +538,7 @@ class ArcDataset(torch.utils.data.Dataset):
     closed: all that is kept of one is a hash, for the leak guard.
 
     ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not
-    iterate). len(ds) = targets x epochs, all that epochs is for. torch's DataLoader wants collate_fn=ds.collate.
+    iterate). len(ds) = targets x epochs, epochs has no other use. torch's DataLoader wants collate_fn=ds.collate.
 
     what is left out is counted: num_tasks_out (tasks over max_pair), num_dropped (tasks, by drop_overlap); of pairs
     num_held (a validation query, or an augment of one), num_long (over block_size), num_alone (without context,
@@ -574,8 +577,8 @@ class ArcDataset(torch.utils.data.Dataset):
         cfg = self.cfg
         self.bad = [error for c, _ in data + adapt for error in c.bad] # what quarantine left out
         self.n_read = sum(len(c) for c, _ in data + adapt)
-        data = [(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in data]
-        adapt = [(c.select(fits(c, cfg.max_pair)), repeat) for c, repeat in adapt]
+        data = [(c.select(small_tasks(c, cfg.max_pair)), repeat) for c, repeat in data]
+        adapt = [(c.select(small_tasks(c, cfg.max_pair)), repeat) for c, repeat in adapt]
         self.num_tasks_out = self.n_read - sum(len(c) for c, _ in data + adapt)
         data, self.num_dropped, self.leaks = guard(data, adapt, cfg.drop_overlap, cfg.allow_leak)
         data = [(c, repeat) for c, repeat in data if len(c) > 0]
@@ -595,18 +598,18 @@ class ArcDataset(torch.utils.data.Dataset):
         s, t, cfg = self.sampler, self.sampler.tables, self.cfg
         in_data = s.part[t.pair_task] < n_data # (P,) as all masks here
         val, held = self.hold_out(s.known & ~s.is_demo & in_data)
-        t.usable[held] = False # before has_context looks at it
-        long = t.need.max(0)
-        short = long <= cfg.block_size
-        near = np.ones(len(long), bool)
+        t.usable[held] = False # has_context below looks at it
+        longest = t.need.max(0) # of upright and turned
+        fits = longest <= cfg.block_size
+        with_context = np.ones(len(longest), bool)
         if cfg.shots != 0:
-            near = has_context(t, long, cfg.block_size)
+            with_context = has_context(t, longest, cfg.block_size)
         can = s.known & (s.is_demo | in_data)
         self.num_held = int((can & held).sum())
-        self.num_long = int((can & ~held & ~short).sum())
-        self.num_alone = int((can & ~held & short & ~near).sum())
-        self.val_pairs = np.flatnonzero(val & short & near)
-        chosen = can & ~held & short & near
+        self.num_long = int((can & ~held & ~fits).sum())
+        self.num_alone = int((can & ~held & fits & ~with_context).sum())
+        self.val_pairs = np.flatnonzero(val & fits & with_context)
+        chosen = can & ~held & fits & with_context
         if not chosen.any():
             raise ValueError(f"{self.nothing()}, then {self.num_held} pairs are held out, {self.num_long} over "
                              f"block_size={cfg.block_size}, {self.num_alone} without context")
@@ -647,7 +650,7 @@ class ArcDataset(torch.utils.data.Dataset):
                 f"pairs: {self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
 
     def trained_on(self):
-        """ a line for each pair of data whose output may be trained on, by which solve knows. adapt is exempt """
+        """ of trained_on.txt: a line for each pair of data that is trained on, solve refuses these. none of adapt """
         return trained_lines(self.sampler.corpora, self.trained)
 
     def __reduce__(self):
@@ -660,7 +663,7 @@ class ArcDataset(torch.utils.data.Dataset):
     def __getitem__(self, t):
         if t < 0: # the stream has no end to count from
             raise IndexError(f"document {t}: want t >= 0")
-        batch = self.sampler.write(alone(self.plan(np.array([t], U))), 0, 1, self.cfg.block_size)
+        batch = self.sampler.write(one_a_row(self.plan(np.array([t], U))), 0, 1, self.cfg.block_size)
         return Batch(*(x if x is None else x[0] for x in batch))
 
     def collate(self, items):
@@ -691,9 +694,10 @@ class ArcDataset(torch.utils.data.Dataset):
         rows = self.sampler.lay_out(docs, self.cfg.batching, U(0))
         for r0, r1, T in rows.batches.tolist():
             a, b = split(r1 - r0, rank, world)
-            yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query') # always, so that runs compare
+            # loss on the query alone, whatever the setting, so that runs of other settings compare
+            yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query')
 
-def fits(corpus, max_pair):
+def small_tasks(corpus, max_pair):
     """ -> (tasks,) bool: has no demo of more than max_pair tokens in its longer orientation. 0 = all """
     if max_pair == 0:
         return np.ones(len(corpus), bool)
@@ -713,10 +717,10 @@ def reopen(cls, cfg, seed, epochs, corpus_sha256):
 
 class ArcLoader:
     """
-    batches without end: next_batch(), state_dict(), load_state_dict(). a window of 4096 consecutive documents is
-    planned alone, cut into batches, and these shuffled. every rank plans the whole global batch and writes its own
+    batches without end: next_batch(), state_dict(), load_state_dict(). each window of WINDOW consecutive documents is
+    planned by itself, cut into batches, and these shuffled. every rank plans the whole global batch and writes its own
     rows, so the world size is not part of the state. a thread keeps the next batch ready (prefetch). the tensors of a
-    batch are valid until the second next call.
+    batch are overwritten by the second call of next_batch after the one that gave them.
     """
 
     def __init__(self, dataset, rank=0, world=1, device='cpu', prefetch=True):
@@ -863,14 +867,14 @@ class ArcStream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, n = (info.id, info.num_workers) if info else (0, 1)
         loader = ArcLoader(*self.args, prefetch=False)
-        skip = worker # batches of the workers before this one: of 3 workers, number 1 makes the batches 1, 4, 7, ...
         saved = start.pop('workers', 1)
         if start:
             if saved not in (1, n):
                 raise ValueError(f"resume refused: workers differs (saved {saved}, now {n})")
             loader.load_state_dict(start)
-            if saved > 1: # the place is that after a batch of this very worker
-                skip = n - 1
+        # batches of other workers before its first one: of 3 workers, number 1 makes the batches 1, 4, 7, ...
+        # if it goes on after a batch of its own, n - 1 of theirs come before its next
+        skip = n - 1 if saved > 1 else worker
         while True:
             for _ in range(skip):
                 loader.window, loader.batch = loader.after(loader.window, loader.batch)

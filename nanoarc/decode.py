@@ -22,7 +22,7 @@ def read_prompts(model, idx, pos, task, dihedral, doc):
     prompts as for decode -> a cache that has read them, (B, 16) logits of the token that follows, and what else the
     model is told at each token to come, {name: (B, 1)}
     """
-    told = {}
+    told = {} # what is the same for all tokens to come
     if task is not None:
         told = {'task': task[:, None], 'dihedral': dihedral[:, None]}
     cache = model.cache()
@@ -109,17 +109,16 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
         tokens[i, : len(x)] = x
     tokens = torch.from_numpy(tokens).to(idx.device) # (b, n)
     filler = tokens == PAD
-    # where the token before each one stands, be it OUT, ROW or a cell. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
+    # (row, col) of the token before each one, the first time OUT. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
     place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)
     row, col = place // (width + 1), place % (width + 1)
     prompt = torch.tensor(prompt, device=idx.device)
     cache.keep(prompt)
     logits = logits[prompt, None]
-    if n > 1:
-        told = {name: x[prompt].expand(-1, n - 1) for name, x in told.items()}
-        pos = torch.stack([row, col, torch.ones_like(row)], -1) # z = 1: the output of the target
-        more, _ = model(tokens[:, :-1], pos=pos[:, 1:], **told, cache=cache)
-        logits = torch.cat([logits, more], 1) # (b, n, 16)
+    told = {name: x[prompt].expand(-1, n - 1) for name, x in told.items()}
+    pos = torch.stack([row, col, torch.ones_like(row)], -1) # z = 1: the output of the target
+    more, _ = model(tokens[:, :-1], pos=pos[:, 1:], **told, cache=cache) # token i itself stands at place i + 1
+    logits = torch.cat([logits, more], 1) # (b, n, 16)
     known_width = torch.where(row == 0, 0, width)
     every_token = torch.arange(VOCAB_SIZE, device=idx.device)
     legal = may_follow(every_token, row[..., None], col[..., None], known_width[..., None])

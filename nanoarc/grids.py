@@ -36,7 +36,7 @@ class Task:
         return task_html(self)
 
 def grid_bytes(grid):
-    """ a grid as bytes that tell its shape too, for hashing, sets and ties """
+    """ a grid as bytes that tell its shape too: to hash it, to compare it, to break ties of a sort """
     return bytes(grid.shape) + grid.tobytes()
 
 def demos_key(demos):
@@ -79,8 +79,8 @@ def next_place(row, col, z, token):
 
     cell (r, c) of a grid stands at (r, c + 1), and the ROW that ends row r at (r + 1, 0). so every cell stands one to
     the right of the token that predicts it. IN and OUT stand at (0, 0), END at (H, 1).
-    z tells the grids apart. it counts down, two a pair: so a query looks the same however many demos stand before it.
-    (the caller counts: a pair that two more follow begins at z = 4.)
+    z tells the grids apart: 2k for the input and 2k + 1 for the output of a pair that k more follow. so a query, k = 0,
+    looks the same however many demos stand before it. the caller gives the first IN its z.
 
         IN demo OUT demo  IN demo OUT demo  IN query OUT answer
         4       5         2       3         0        1
@@ -89,7 +89,7 @@ def next_place(row, col, z, token):
     same_grid = (token != IN) & (token != OUT)
     row = (row + is_row) * same_grid
     col = (col + 1) * (same_grid & (token != ROW))
-    z = z + 1 * is_out - 3 * is_in # an output is one up from its input, the next input three down from that
+    z = z + is_out - 3 * is_in # an output is one up from its input, the next input three down from that
     return row, col, z
 
 def may_follow(token, row, col, width):
@@ -145,7 +145,7 @@ def undo_augment(grid, d, cmap):
     return undo_dihedral(colors[grid], d)
 
 # -----------------------------------------------------------------------------
-# the door: json -> grids. what has passed it is trusted everywhere else. in messages rows, cols, demos and queries
+# validation: json -> grids. what has passed here is trusted everywhere else. in messages rows, cols, demos and queries
 # count from 0, as in the json
 
 def show(x):
@@ -213,8 +213,8 @@ def at_task(name, where):
 def to_task(obj, name, source, where, opened=True, solutions=None):
     """
     {"train": pairs, "test": pairs} -> Task. solutions: Kaggle's list of answers, None = as the file has them.
-    opened=False: answers are to be closed (by Corpus.close, which drops them), so a malformed one is not ours to judge:
-    it is None. raises ValueError.
+    opened=False: nobody may use the answers (Corpus.close drops them later), so a malformed one becomes None and is no
+    error. raises ValueError.
     """
     where = at_task(name, where)
     check_keys(obj, ('train', 'test'), ('name',), where) # 11 files of ARC-AGI-1 carry a stray "name"

@@ -29,10 +29,10 @@ class ModelConfig:
     n_embd: int = 0 # width of the residual stream. 0 = 32 a layer of depth
     head_size: int = 32 # of attention
     n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
-    qk_norm: bool = False # queries and keys of norm 1 (arxiv 2010.04245)
+    qk_norm: bool = False # queries and keys of mean square 1 (arxiv 2010.04245, there of norm 1)
     window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
-    # of row, col, z. a single one, e.g. 10000: rope over the place in the document
+    # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
     rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0)
     loops: int = 1 # times that the stack is run, with the same weights
     d_state: int = 64 # ns, the state size of mamba-2
@@ -58,7 +58,7 @@ class ModelConfig:
         return 'A' in self.kinds or 'S' in self.kinds
 
     def resolved(self):
-        """ the same, with what is 0 = by the dial filled in, and checked. raises ValueError """
+        """ a copy in which what is 0 = by the dial has its number. checks it, raises ValueError """
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or 32 * self.depth
@@ -81,7 +81,7 @@ class ModelConfig:
                              f"or 1, of the place in the document")
         if self.attends:
             n_head, rest = divmod(self.n_embd, self.head_size)
-            if rest > 0 or self.head_size % 2 or self.head_size < 2 * len(self.rope_bases):
+            if rest > 0 or self.head_size % 2 or min(rope_shares(self.head_size, len(self.rope_bases))) < 1:
                 raise ValueError(f"head_size={self.head_size}: want an even number, two channels a rope axis at least, "
                                  f"that divides n_embd={self.n_embd}")
             if n_head % self.n_kv_head:
@@ -97,7 +97,7 @@ def width_lr(n_embd):
 # -----------------------------------------------------------------------------
 # what all layers are told
 
-class Context:
+class Shared:
     """
     made once a forward, read by each mixer: attention wants rope and masks, mamba-2 wants same. x (B, T, C) are the
     embedded tokens, pos (B, T, 3) their places, doc (B, T) their documents or None = one a row. with a cache they
@@ -135,7 +135,10 @@ class Context:
             self.masks['S'] = make_mask(x, self.past, doc, cfg.window, how)
 
 def same_document(doc, T, n):
-    """ doc (B, past + T) -> {k: mask (B, T, 1)} for k = 1..n: is the token k before the last T of the same? """
+    """
+    doc (B, past + T) -> {k: mask (B, T, 1)} for k = 1..n: of each of the last T tokens, is the one
+    k places before it of the same document?
+    """
     doc = F.pad(doc, (n, 0), value=-2)[:, -T - n :] # what stands before the first token is of no document
     same = {}
     for k in range(1, n + 1):
@@ -157,13 +160,15 @@ def is_recent(device):
 
 # rope (RoFormer, arxiv 2104.09864; over several axes as in mdlARC)
 
+def rope_shares(hs, axes):
+    """ how many of the hs/2 pairs of channels each axis turns: alike, the last one what is left """
+    share = math.ceil(hs / 2 / axes)
+    return [share] * (axes - 1) + [hs // 2 - share * (axes - 1)]
+
 def rope_tables(pos, hs, bases):
-    """ (B, T, axes) places -> cos and signed sin, (B, T, 1, hs) fp32. each axis turns its share of the hs/2 pairs """
-    share = math.ceil(hs / 2 / len(bases))
-    shares = [share] * (len(bases) - 1)
-    shares.append(hs // 2 - sum(shares)) # the last axis turns what is left
+    """ (B, T, axes) places -> cos and signed sin, (B, T, 1, hs) fp32 """
     angles = []
-    for axis, (n, base) in enumerate(zip(shares, bases)):
+    for axis, (n, base) in enumerate(zip(rope_shares(hs, len(bases)), bases)):
         freq = base ** -(torch.arange(n, dtype=torch.float32, device=pos.device) / n)
         angles.append(pos[..., axis, None].float() * freq) # (B, T, n)
     angles = torch.cat(angles, -1)[:, :, None] # (B, T, 1, hs/2)
@@ -205,8 +210,8 @@ def make_mask(x, past, doc, window, how):
         return ok if doc is None else ok & (doc[b, i] == doc[b, j]) # PAD sees PAD
 
     if how == 'flex':
-        masks = None if doc is None else B # None = one for all rows
-        return compiled(create_block_mask)(see, masks, None, T, T, device=x.device)
+        n_masks = None if doc is None else B # None = one for all rows
+        return compiled(create_block_mask)(see, n_masks, None, T, T, device=x.device)
     spans = []
     b = torch.arange(B, device=x.device)[:, None, None]
     size = BLOCK if how == 'blocks' else T
@@ -230,7 +235,7 @@ def make_mask(x, past, doc, window, how):
 
 @functools.cache
 def compiled(f):
-    """ FlexAttention (arxiv 2412.05496) compiles a kernel for the mask, which skips what nobody sees """
+    """ torch.compile, once. FlexAttention (arxiv 2412.05496) gets a kernel that skips what the mask hides """
     return torch.compile(f)
 
 # -----------------------------------------------------------------------------
@@ -249,28 +254,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=False)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, ctx, cache=None):
+    def forward(self, x, shared, cache=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hs)
         qk, v = qkv.split([self.nh + self.nkv, self.nkv], 2) # queries and keys are treated alike, so as one
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.hs,), eps=1e-6).type_as(v)
-        qk = rotate(qk, *ctx.rope).transpose(1, 2)
+        qk = rotate(qk, *shared.rope).transpose(1, 2)
         q, k = qk.split([self.nh, self.nkv], 1) # (B, nh, T, hs) and (B, nkv, T, hs)
         v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v, ctx.past)
-        y = attend(q, k, v, ctx.masks[self.kind]) # (B, nh, T, hs)
+            k, v = cache.append(k, v, shared.past)
+        y = attend(q, k, v, shared.masks[self.kind]) # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 def attend(q, k, v, mask):
     """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: see make_mask """
-    shared = q.size(1) // k.size(1) # query heads a kv head
+    group = q.size(1) // k.size(1) # query heads a kv head
     if not isinstance(mask, list):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-        return flex(q, k, v, block_mask=mask, enable_gqa=shared > 1)
-    if shared > 1:
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        return flex(q, k, v, block_mask=mask, enable_gqa=group > 1)
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     y = []
     sizes = [span.end - span.first for span in mask]
     for span, qs in zip(mask, q.split(sizes, 2)):
@@ -295,7 +300,9 @@ def attend_to_all(q, k, v, bias):
 #   h_t = exp(a_t) h_{t-1} + x_t Bm_t^T
 #   y_t = h_t Cm_t
 
-FORGET = -30.0 # log decay at the border of two documents: e^-30 of a state is less than fp32 can tell from nothing
+# log decay at the border of two documents: e^-30 = 1e-13 of the old state is lost in the rounding of what is new.
+# -inf would make nan of the differences of cumulative sums in ssd
+FORGET = -30.0
 
 def recur(x, a, Bm, Cm, state):
     """ one token, as the definition has it: x (B, nh, hs), a (B, nh), Bm and Cm (B, ns) -> y (B, nh, hs), new state """
@@ -306,7 +313,8 @@ def recur(x, a, Bm, Cm, state):
 def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     """
     many tokens, in n chunks of q, Q at most: inside the chunks, all at once, it is masked attention, from chunk to
-    chunk one state is handed on. y = what a token gets from its own chunk + what from the state before that.
+    chunk one state is handed on. y = what a token gets from its own chunk + what it gets from the
+    state before that chunk.
 
     x (B, T, nh, hs), a (B, T, nh) log decay <= 0, Bm and Cm (B, T, ns), state (B, nh, hs, ns) before the first token or
     None = zero -> y (B, T, nh, hs) and the last state, None if there is one chunk and nobody wants it.
@@ -353,8 +361,8 @@ class Mamba2(nn.Module):
         self.Q = cfg.chunk_size
         self.inner = cfg.expand * cfg.n_embd
         self.nh = self.inner // self.hs
-        self.mixed = self.inner + 2 * self.ns # channels that the convolution mixes: of x, Bm and Cm
-        self.in_proj = nn.Linear(cfg.n_embd, self.inner + self.mixed + self.nh, bias=False) # gate, x Bm Cm, dt
+        self.mixed = self.inner + 2 * self.ns # channels that go through the convolution: v, Bm and Cm
+        self.in_proj = nn.Linear(cfg.n_embd, self.inner + self.mixed + self.nh, bias=False) # gate, v Bm Cm, dt
         self.conv = nn.Parameter(torch.empty(cfg.d_conv, self.mixed)) # [k] weighs the token k steps back
         self.conv_bias = nn.Parameter(torch.empty(self.mixed))
         self.a_log = nn.Parameter(torch.empty(self.nh))
@@ -363,7 +371,7 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(self.inner, eps=1e-6)
         self.proj = nn.Linear(self.inner, cfg.n_embd, bias=False)
 
-    def forward(self, x, ctx, cache=None):
+    def forward(self, x, shared, cache=None):
         B, T, C = x.shape
         gate, u, dt = self.in_proj(x).split([self.inner, self.mixed, self.nh], -1) # u holds values v, Bm and Cm
         last, state = None, None # what is remembered of earlier calls
@@ -372,19 +380,20 @@ class Mamba2(nn.Module):
         if last is None:
             last = u.new_zeros(B, len(self.conv) - 1, self.mixed)
         u = torch.cat([last, u], 1) # (B, K - 1 + T, mixed)
-        v, Bm, Cm = F.silu(self.convolve(u, T, ctx.same)).split([self.inner, self.ns, self.ns], -1)
+        v, Bm, Cm = F.silu(self.convolve(u, T, shared.same)).split([self.inner, self.ns, self.ns], -1)
         v = v.reshape(B, T, self.nh, self.hs)
         with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
             dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) # (B, T, nh) how much of a token the state takes
             a = -dt * self.a_log.exp()
-            if ctx.same is not None:
-                a = a.masked_fill(~ctx.same[1], FORGET)
-            dv, Bm, Cm = v * dt[..., None], Bm.to(dt.dtype), Cm.to(dt.dtype)
+            if shared.same is not None:
+                a = a.masked_fill(~shared.same[1], FORGET)
+            taken = v * dt[..., None] # what the state takes up
+            Bm, Cm = Bm.to(dt.dtype), Cm.to(dt.dtype)
             if T == 1 and state is not None:
-                y, state = recur(dv[:, 0], a[:, 0], Bm[:, 0], Cm[:, 0], state)
+                y, state = recur(taken[:, 0], a[:, 0], Bm[:, 0], Cm[:, 0], state)
                 y = y[:, None]
             else:
-                y, state = ssd(dv, a, Bm, Cm, self.Q, state, want_state=cache is not None)
+                y, state = ssd(taken, a, Bm, Cm, self.Q, state, want_state=cache is not None)
         if cache is not None:
             cache.inputs, cache.state = u[:, T:], state
         y = (y + v * self.skip[:, None]).reshape(B, T, -1)
@@ -426,8 +435,8 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, ctx, cache=None):
-        x = x + self.mixer(self.norm1(x), ctx, cache) # (B, T, C)
+    def forward(self, x, shared, cache=None):
+        x = x + self.mixer(self.norm1(x), shared, cache) # (B, T, C)
         return x + self.mlp(self.norm2(x)) # (B, T, C)
 
 class Model(nn.Module):
@@ -463,10 +472,10 @@ class Model(nn.Module):
         if self.learns_places:
             row, col, z = pos.int().unbind(-1)
             x = x + self.wrow(row) + self.wcol(col) + self.wz(z)
-        ctx = Context(self.cfg, x, pos, doc, cache)
+        shared = Shared(self.cfg, x, pos, doc, cache)
         for i in range(self.cfg.loops * len(self.blocks)):
             block = self.blocks[i % len(self.blocks)]
-            x = block(x, ctx, None if cache is None else cache.layers[i])
+            x = block(x, shared, None if cache is None else cache.layers[i])
         if cache is not None:
             cache.n += idx.size(1)
         logits = self.head(self.norm(x)) # (B, T, vocab_size)
@@ -501,7 +510,8 @@ class Model(nn.Module):
         -> [Muon for the matrices of the blocks, AdamW for the rest: embeddings, head and convolutions with weight
         decay, norms, biases and the scalars of mamba-2 without]. ns_steps=0: AdamW for the matrices too, at their lr.
         """
-        # a matrix that is several in one (qkv, gate and value, in_proj) is orthogonalized as one. conv is no .weight
+        # a matrix that is several in one (qkv, gate and value, in_proj) is orthogonalized as one. Mamba2.conv is not
+        # called weight, so AdamW has it
         matrices, decayed, plain = [], [], []
         for name, p in self.named_parameters():
             if p.ndim < 2:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from nanoarc import checkpoint
 from nanoarc.corpus import a_few, find_leaks, read_json
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, alone, has_context, hash64
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_context, hash64, one_a_row
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
 from nanoarc.run import get_device, get_ranks, load_run
@@ -97,7 +97,7 @@ def make_views(sampler, pair, n, seed, query):
     k = np.arange(n)
     visit = np.maximum(k - 1, 0)
     docs = sampler.plan(np.full(n, pair), visit, hash64(seed, DEMOS, pair, k), k == 0, seed)
-    batch = sampler.write(alone(docs), 0, n, int(docs.length.max()))
+    batch = sampler.write(one_a_row(docs), 0, n, int(docs.length.max()))
     row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
     views, known = [], set()
     for i in range(n):
@@ -348,7 +348,7 @@ def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
             solver.judge()
         for query, candidates in solver.found.items():
             found[query] = list(candidates.values())
-    warn_alone(tasks, sampler, rank)
+    warn_without_context(tasks, sampler, rank)
     if world > 1:
         every = [None] * world
         dist.gather_object(found, every if rank == 0 else None)
@@ -366,7 +366,7 @@ def refuse_unknown(cfg, tasks, row):
                          f"--ttt_steps gives them one, or train on their demos with --adapt {cfg.data}, "
                          "or in context with --shots=-1")
 
-def warn_alone(tasks, sampler, rank):
+def warn_without_context(tasks, sampler, rank):
     """ in context: names the queries before which no demo fits """
     if sampler.cfg.shots == 0 or rank > 0:
         return

@@ -14,7 +14,7 @@ import tyro
 
 from nanoarc import checkpoint
 from nanoarc.corpus import a_few, read_json
-from nanoarc.data import fits
+from nanoarc.data import small_tasks
 from nanoarc.grids import grid_bytes, to_grid
 from nanoarc.sources import read_sources
 
@@ -35,7 +35,7 @@ def read_fitting(data, max_pair, opened):
     """
     corpora, tasks = [], {}
     for c, _ in read_sources(data, opened):
-        c = c.select(fits(c, max_pair))
+        c = c.select(small_tasks(c, max_pair))
         if len(c) > 0:
             corpora.append(c)
         for k in range(len(c)):

@@ -33,8 +33,8 @@ class TrainConfig:
     out_dir: str = 'out/run' # where checkpoints, metrics.jsonl and loss.png go
     config: str = '' # a TOML file of settings, flags win over it
     resume: str = '' # out_dir of a run to continue exactly, with its own settings
-    # out_dir of a run whose model and weights to begin with. tasks that it does not know get new embedding rows. of a
-    # run of text its blocks
+    # out_dir of a run to take the model's settings and weights from. tasks that it does not know get new rows of
+    # the embedding. from a run of text the blocks alone are taken
     init_from: str = ''
     minutes: float = 5.0 # train this long: throughput is measured first, then max_iters is fixed. 0 = by max_iters
     max_iters: int = 0 # train this many steps. 0 = by minutes, and if both are set this one counts
@@ -42,7 +42,7 @@ class TrainConfig:
     lr: float = 0.0 # peak of Muon, for the matrices. 0 = by the width of the model
     adam_lr: float = 0.0 # peak of AdamW, for embeddings, head and norms. 0 = by the width
     ns_steps: int = 5 # Newton-Schulz steps of Muon. 0 = AdamW for the matrices too, at the lr above
-    weight_decay: float = 0.1 # of matrices and embeddings, times the learning rate
+    weight_decay: float = 0.1 # of matrices, embeddings and convolutions, times the learning rate
     grad_clip: float = 1.0 # largest norm of the gradient, 0 = off
     warmup_iters: int = 20 # steps of linear warm-up
     warmup_frac: float = 0.0 # the same as a share of max_iters, where that is set. 0 = by warmup_iters
@@ -99,7 +99,7 @@ def is_time(every, step):
 
 @dataclass
 class State:
-    """ where a run stands: all of a checkpoint but weights, optimizers and the place in the stream """
+    """ where a run stands: what changes each step but weights, optimizers and the place in the stream """
     step: int = 0
     max_iters: int = 0 # 0 = by minutes, not fixed yet
     tokens: int = 0 # that all ranks worked on
@@ -118,7 +118,7 @@ def fill_rows(batch, n):
             x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=empty)
         parts.append(x)
     batch = Batch(*parts)
-    if batch.doc is not None: # each in documents of 128 tokens: one large one would cost the attention more
+    if batch.doc is not None: # cut into documents -1, -2, ... of 128 tokens: one large one costs attention more
         T = batch.doc.size(1)
         batch.doc[-more:] -= torch.arange(T, dtype=batch.doc.dtype, device=batch.doc.device) // 128
     return batch
@@ -255,7 +255,7 @@ class Training:
                     draw_val(self.best, self.ds, self.out_dir / 'val.png')
 
     def average(self):
-        """ weights into their averages. few steps are averaged over few, as in TensorFlow's moving averages """
+        """ weights into their averages. early on the decay is smaller, as in TensorFlow's moving averages """
         decay = min(self.cfg.ema, (1 + self.state.step) / (10 + self.state.step))
         for a, p in zip(self.ema.parameters(), self.model.parameters()):
             if p.requires_grad:
@@ -331,7 +331,8 @@ def loop(run, signals):
         # once in a while
         if saves and state.step > start:
             run.save()
-        if is_time(cfg.eval_every, state.step): # after the save, so that a resumed run comes by here again
+        # after the save: a run that is killed in between and resumed comes by here again (Log drops the rows from here)
+        if is_time(cfg.eval_every, state.step):
             run.validate(state.step / state.max_iters if state.max_iters else None)
         if is_time(cfg.draw_every, state.step) and state.step > start:
             run.draw()

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanoarc.corpus import read_json
-from nanoarc.data import ArcDataset, alone
+from nanoarc.data import ArcDataset, one_a_row
 from nanoarc.decode import decode
 from nanoarc.grids import PALETTE, ROW, captioned, decode_grid, to_grid
 from nanoarc.run import read_metrics
@@ -234,7 +234,7 @@ def draw_val(model, ds, out, n=4):
     for pair in pairs[np.argsort(size, kind='stable')[:n]]:
         docs = s.plan(np.array([pair]), 0, 0, True, 0)
         length = int(docs.length[0])
-        batch = s.write(alone(docs), 0, 1, length, loss_on='query')
+        batch = s.write(one_a_row(docs), 0, 1, length, loss_on='query')
         T = int((batch.targets[0] != -100).nonzero()[0]) + 1 # tokens of the prompt
         told = {}
         if batch.task is not None:

@@ -542,8 +542,8 @@ def test_a_prompt_that_leaves_no_room_stands_alone_and_whole():
 
 def test_small_tasks_of_arc1_are_81_and_34():
     training, evaluation = read_source('arc1/training'), read_source('arc1/evaluation', opened=False)
-    training = training.select(data.fits(training, 100))
-    evaluation = evaluation.select(data.fits(evaluation, 100))
+    training = training.select(data.small_tasks(training, 100))
+    evaluation = evaluation.select(data.small_tasks(evaluation, 100))
     assert len(training) == 81 and len(evaluation) == 34
     assert len(evaluation.hash) - evaluation.n_demos.sum() == 42 # queries
     s = Sampler([(evaluation, 1)], DataConfig())
