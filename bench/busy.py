@@ -24,6 +24,7 @@ SETTINGS = {
     'spin 30,000': {'GOMP_SPINCOUNT': '30000'},
     'spin 10,000': {'GOMP_SPINCOUNT': '10000'},
     'spin 3,000': {'GOMP_SPINCOUNT': '3000'},
+    'spin 2,000': {'GOMP_SPINCOUNT': '2000'},
     'spin 1,000': {'GOMP_SPINCOUNT': '1000'},
     'passive': {'OMP_WAIT_POLICY': 'PASSIVE'},
     'one thread': {'OMP_NUM_THREADS': '1'},

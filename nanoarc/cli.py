@@ -210,6 +210,15 @@ COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': sol
 
 # -----------------------------------------------------------------------------
 
+def set_threads():
+    """
+    threads of OpenMP that wait for each other spin, a millisecond by default: if another process has a core, most of
+    the time. 2,000 rounds cost nothing alone and leave half the speed beside another process in place of a quarter
+    (bench/busy.py). torch reads this while it is imported
+    """
+    if 'OMP_WAIT_POLICY' not in os.environ:
+        os.environ.setdefault('GOMP_SPINCOUNT', '2000')
+
 def print_help():
     print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
     for name, f in COMMANDS.items():
@@ -217,6 +226,7 @@ def print_help():
 
 def main(args=None):
     args = sys.argv[1:] if args is None else args
+    set_threads()
     if not args or args[0] not in COMMANDS:
         print_help()
         if args and args[0] in ('-h', '--help'):

@@ -91,6 +91,12 @@ def make_fast(device):
     if platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision('medium')
 
+def threads():
+    """ how many threads torch has, and by which settings they wait for each other (cli.set_threads) """
+    names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'
+    waiting = [f" {name}={os.environ[name]}" for name in names if name in os.environ]
+    return f"{torch.get_num_threads()} threads{''.join(waiting)}"
+
 def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ and not dist.is_initialized():
@@ -204,6 +210,25 @@ class Timer:
         total = time.perf_counter() - self.began
         return ", ".join(f"{what} {x / total:.2%}" for what, x in self.spent.items())
 
+class Pace:
+    """ says once, in words, that training has become several times slower than it was """
+    TIMES = 3
+
+    def __init__(self):
+        self.fastest = 0.0 # tokens/s
+        self.slow_rows = 0 # in turn
+        self.said = False
+
+    def warning(self, tok_s):
+        """ tokens/s since the last row of metrics -> what to say, '' = nothing. one slow row may be a validation """
+        self.fastest = max(self.fastest, tok_s)
+        self.slow_rows = self.slow_rows + 1 if self.TIMES * tok_s < self.fastest else 0
+        if self.slow_rows < 2 or self.said:
+            return ""
+        self.said = True
+        return (f"warning: {tok_s:,.0f} tokens/s, it was {self.fastest:,.0f}: is something else at work here? "
+                "OMP_NUM_THREADS=1 suffers least from that")
+
 # -----------------------------------------------------------------------------
 # the log
 
@@ -216,6 +241,7 @@ class Log:
     def __init__(self, out_dir, step, name, cfgs, device, world):
         self.out_dir = out_dir
         self.last = {} # the newest value of each thing that was measured
+        self.pace = Pace()
         self.bar = self.tracker = None
         if out_dir is None:
             return
@@ -291,6 +317,10 @@ class Log:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
         self.print(f"step {text}", show=not self.bar and 'loss' in values)
+        if 'tok_s' in values:
+            warning = self.pace.warning(values['tok_s'])
+            if warning:
+                self.print(warning)
 
 def read_metrics(run):
     """ out_dir of a run -> rows of its metrics.jsonl, dicts with 'step' each. without lines that a crash cut short """
@@ -322,7 +352,7 @@ def surroundings(device, world):
     versions = {name: version(name) for name in ('torch', 'numpy', 'numba', 'safetensors')}
     return {'started': time.strftime('%Y-%m-%d %H:%M:%S %Z'), 'command': sys.argv, 'git': commit,
             'nanoarc': __version__, 'python': platform.python_version(), **versions, 'platform': platform.platform(),
-            'cpu': cpu, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': gpu, 'ranks': world}
+            'cpu': cpu, 'cores': os.cpu_count(), 'threads': threads(), 'device': gpu, 'ranks': world}
 
 # -----------------------------------------------------------------------------
 # the configs of a run

@@ -25,7 +25,7 @@ from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
 from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, fit_to_data, get_device, get_ranks,
-                         make_dataset, make_model, over_ranks, refuse_changes)
+                         make_dataset, make_model, over_ranks, refuse_changes, threads)
 from nanoarc.view import draw_loss, draw_val
 
 @dataclass
@@ -180,7 +180,7 @@ class Training:
         self.rows = self.compile()
         self.net = self.model
         if self.world > 1:
-            self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.net = DistributedDataParallel(self.model)
         # where it stands
         self.state = State(max_iters=cfg.max_iters, name=f"{self.out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if cfg.resume:
@@ -216,9 +216,11 @@ class Training:
         out_dir = self.out_dir if self.rank == 0 else None
         configs = cfg, self.model_cfg, self.data_cfg
         self.log = Log(out_dir, self.state.step, self.state.name, configs, self.device, self.world)
-        ranks = f", {self.world} ranks" if self.world > 1 else ""
+        where = f"{self.device}, {threads()}" if self.device.type == 'cpu' else f"{self.device}"
+        if self.world > 1:
+            where += f", {self.world} ranks"
         leaks = [f"leak allowed: {text}" for text in ds.leaks]
-        for text in (ds.about(), *leaks, f"{self.model.about()}, on {self.device}{ranks}", self.begun):
+        for text in (ds.about(), *leaks, f"{self.model.about()}, on {where}", self.begun):
             if text:
                 self.log.print(text)
         if self.rank == 0:
