@@ -20,7 +20,7 @@ from nanoarc import checkpoint, run
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
-from nanoarc.run import Log, Watch, get_device, load_run, read_metrics, saved_configs
+from nanoarc.run import Log, Pace, Watch, get_device, load_run, read_metrics, saved_configs
 from nanoarc.train import TrainConfig
 
 # -----------------------------------------------------------------------------
@@ -45,6 +45,27 @@ def test_a_process_ends_when_its_stdin_does():
     assert process.poll() is None
     process.stdin.close() # as when the process that holds the other end is killed
     assert process.wait(30) == -signal.SIGTERM
+
+@pytest.mark.parametrize('theirs, want', [
+    ({}, "GOMP_SPINCOUNT=2000"),
+    ({'OMP_WAIT_POLICY': 'ACTIVE'}, "OMP_WAIT_POLICY=ACTIVE"), # who has set something keeps it
+    ({'GOMP_SPINCOUNT': '7'}, "GOMP_SPINCOUNT=7"),
+])
+def test_idle_threads_sleep_soon_and_a_run_says_so(toy, tmp_path, theirs, want):
+    clean = {name: x for name, x in os.environ.items() if not name.startswith(('OMP_', 'GOMP_', 'KMP_'))}
+    command = [sys.executable, '-m', 'nanoarc', 'train', '--data', toy(n=4), '--out_dir', str(tmp_path), *TINY,
+               '--max_iters=1']
+    out = subprocess.run(command, env={**clean, 'OMP_NUM_THREADS': '2', **theirs}, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert f"on cpu, 2 threads {want}\n" in out.stdout
+    about = json.loads((tmp_path / 'log.txt').read_text().split("\n# ===")[0])
+    assert about['threads'] == f"2 threads {want}"
+
+def test_a_run_that_has_become_slow_says_so_once():
+    pace = Pace()
+    said = [pace.warning(tok_s) for tok_s in (100, 9000, 12000, 3000, 11000, 3900, 3500, 3000, 12000, 1000, 1000)]
+    assert said[6].startswith("warning: 3,500 tokens/s, it was 12,000: is something else at work here?")
+    assert [text for i, text in enumerate(said) if i != 6] == [""] * 10
 
 @pytest.mark.parametrize('kind', ['cpu', 'cuda'])
 def test_what_is_not_finite_is_found_before_it_is_saved(kind):
