@@ -129,6 +129,41 @@ CONTROLS = [
         " and min(cells) >= 0 and max(cells) <= 255:",
         "test_fuzz.py"),
     Control(
+        "a typo of a known key let through", 'grids.py',
+        "    refuse_typos(obj, needed + allowed, where)\n",
+        "",
+        "test_sources.py::test_a_typo_of_a_known_key_is_refused_by_name_in_each_format"),
+    Control(
+        "a leak guard that sees a task's first query only", 'corpus.py',
+        "enumerate(range(end_of_demos, c.first[k + 1])):",
+        "enumerate(range(end_of_demos, end_of_demos + 1)):",
+        "test_corpus.py::test_the_leak_guard_asks_for_every_query_of_a_task"),
+    Control(
+        "--drop_overlap leaves out one of two tasks", 'corpus.py',
+        "keep[[k for k, _ in found]] = False",
+        "keep[[k for k, _ in found][:1]] = False",
+        "test_data.py::test_data_that_holds_a_query_of_adapt_is_refused_dropped_or_allowed"),
+    Control(
+        "a corpus hash that is blind to which pairs are demos", 'corpus.py',
+        "        follow = 'colors', 'hash', 'input_hash' #",
+        "        follow = 'colors', 'hash', 'input_hash', 'n_demos' #",
+        "test_corpus.py::test_a_name_a_shape_a_split_and_an_order_change_the_corpus_and_a_place_does_not"),
+    Control(
+        "a packed corpus with an empty demo", 'corpus.py',
+        "    is_grid = (sizes > 0) | (may_be_empty & (h == w))",
+        "    is_grid = (sizes > 0) | (h == w)",
+        "test_corpus.py::test_only_the_answer_of_a_query_may_be_empty"),
+    Control(
+        "hashes that a packed corpus makes up", 'corpus.py',
+        "        if not c.is_indexed():",
+        "        if False:",
+        "test_corpus.py::test_what_follows_from_the_cells_cannot_be_made_up"),
+    Control(
+        "one symmetry for a whole batch", 'data.py',
+        "mix(mix(h_dihedral, pair), visit // U(8))",
+        "mix(h_dihedral, visit // U(8))",
+        "test_data.py::test_each_document_of_a_batch_is_turned_for_itself"),
+    Control(
         "a corpus is what it is called", 'corpus.py',
         "        follow = 'colors', 'hash', 'input_hash' #",
         "        follow = 'colors', 'hash', 'input_hash', 'cells' #",
@@ -335,7 +370,7 @@ CONTROLS = [
         "test_reliability.py::test_training_goes_on_from_the_one_before_a_damaged_checkpoint_and_keeps_two_good_ones"),
     Control(
         "arrays that are unpickled", 'corpus.py',
-        "np.load(file, mmap_mode='c', allow_pickle=False)",
+        "np.lib.format.open_memmap(file, mode='c')",
         "np.load(file, allow_pickle=True)",
         "test_reliability.py::test_nothing_in_a_file_is_ever_run"),
     Control(

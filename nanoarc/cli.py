@@ -234,7 +234,8 @@ def main(args=None):
     except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
         if os.environ.get('NANOARC_DEBUG'):
             raise
-        print(f"nanoarc: {e}", file=sys.stderr)
+        from nanoarc.grids import one_line # a path or an id may hold anything
+        print(f"nanoarc: {one_line(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -165,6 +165,19 @@ def test_augments_differ_between_epochs_and_never_touch_val(toy):
     for a, b in zip(ds.val_batches(), ds.val_batches(), strict=True):
         assert same(a, b) and (a.dihedral == 0).all()
 
+@pytest.mark.parametrize('batching', ['bucket', 'pack', 'pad'])
+def test_each_document_of_a_batch_is_turned_for_itself(toy, batching):
+    ds = ArcDataset(DataConfig(data=toy(n=20, demos=5, side=9), val_tasks=0, batching=batching, batch_tokens=8192))
+    loader = ArcLoader(ds)
+    for _ in range(5):
+        batch = loader.next_batch()
+        drawn = Counter()
+        for doc, dihedral in zip(batch.doc, batch.dihedral):
+            for k in range(int(doc.max()) + 1):
+                drawn[int(dihedral[doc == k][0])] += 1
+        n = sum(drawn.values())
+        assert n >= 4 and max(drawn.values()) < 0.75 * n, drawn # of 8 symmetries
+
 def test_each_seed_is_judged_on_the_same_batches(toy):
     cfg = DataConfig(data=toy(n=6), val_tasks=3, shots=-1)
     a, b = ArcDataset(cfg, seed=1), ArcDataset(cfg, seed=7)
