@@ -114,7 +114,7 @@ def check_source(cfg):
         n_demos = int(c.n_demos.sum())
         n_answers = int((c.h[1::2][~c.is_demo()] > 0).sum()) # an output without rows is not known
         print(f"{c.source}: {len(c)} tasks, {n_demos} demos, {len(c.hash) - n_demos} queries, "
-              f"{n_answers} of them with an answer")
+              f"{n_answers} of them with an answer" + (f", {len(c.bad)} things left out" if c.bad else ""))
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':

@@ -431,7 +431,8 @@ def is_path(text, others):
         return False
     is_plain = text.startswith(('/', './', '../'))
     if not is_plain and all(is_bundled(x) or os.path.lexists(x) for x in others):
-        raise ValueError(f"{one_line(text)}: ambiguous, {one_line(' + '.join(others))} or the path of that name? "
+        what = "the bundled source" if is_bundled(text) else one_line(' + '.join(others))
+        raise ValueError(f"{one_line(text)}: ambiguous, {what} or the path of that name? "
                          f"say ./{one_line(text)} for the path, or move it")
     return True
 
