@@ -134,6 +134,26 @@ CONTROLS = [
         "",
         "test_sources.py::test_a_typo_of_a_known_key_is_refused_by_name_in_each_format"),
     Control(
+        "names of two lines", 'grids.py',
+        " or not name.isprintable():",
+        ":",
+        "test_sources.py::test_no_name_breaks_a_line_whatever_file_it_comes_from"),
+    Control(
+        "links that lead anywhere", 'sources.py',
+        "if os.path.islink(path) and not leads_into(homes, path):",
+        "if False:",
+        "test_sources.py::test_no_link_is_left_out_in_silence"),
+    Control(
+        "data left out by its name", 'sources.py',
+        "(*READERS, *ARCHIVES, *UNREAD)",
+        "READERS",
+        "test_sources.py::test_what_looks_like_data_and_is_not_read_is_named"),
+    Control(
+        "a bundled source that hides a folder", 'sources.py',
+        "    if is_bundled(source) and not is_path(source, [source]):",
+        "    if is_bundled(source):",
+        "test_sources.py::test_a_name_that_could_be_two_sources_is_refused"),
+    Control(
         "a leak guard that sees a task's first query only", 'corpus.py',
         "enumerate(range(end_of_demos, c.first[k + 1])):",
         "enumerate(range(end_of_demos, end_of_demos + 1)):",

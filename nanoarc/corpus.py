@@ -297,7 +297,7 @@ def open_array(file, dtype, sha256):
     try:
         x = np.lib.format.open_memmap(file, mode='c') # copy on write, nothing is written, nothing unpickled
     except Exception as e: # numpy raises whatever a header makes it stumble over
-        raise ValueError(f"{file}: not an array, {show(str(e))}") from None
+        raise ValueError(f"{file}: not an array, {show(str(e), 200)}") from None
     is_text = dtype == 'S' and x.dtype.kind == 'S' # of any length
     if x.ndim != 1 or (x.dtype != np.dtype(dtype) and not is_text):
         raise ValueError(f"{file}: want a flat array of {dtype}, got {x.ndim} dimensions of {x.dtype}")

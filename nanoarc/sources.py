@@ -100,8 +100,7 @@ def list_dir(reading, root):
             with reading.record(path):
                 if not looks_like_data(path):
                     continue
-                target = Path(os.path.realpath(path))
-                if os.path.islink(path) and not any(target.is_relative_to(home) for home in homes):
+                if os.path.islink(path) and not leads_into(homes, path):
                     raise ValueError(f"{one_line(path)}: a link out of {reading.source}: copy here what it leads to, "
                                      "or name that as a source of its own (+ joins)")
                 if os.path.isdir(path):
@@ -121,6 +120,11 @@ def link_homes(root):
         if folder.parent.name == 'snapshots':
             homes.append(folder.parent.parent / 'blobs')
     return homes
+
+def leads_into(homes, path):
+    """ does a link lead, in the end, into one of these folders? """
+    target = Path(os.path.realpath(path))
+    return any(target.is_relative_to(home) for home in homes)
 
 def looks_like_data(path):
     """ is it a folder that is not hidden, a link to one that is not there, or a file that should hold tasks? """
@@ -169,7 +173,7 @@ def list_zip(reading, file):
     try:
         archive = zipfile.ZipFile(file.open())
     except Exception as e: # a damaged one raises whatever it happens upon
-        raise ValueError(f"{file.path}: not a zip archive, {show(str(e))}") from None
+        raise ValueError(f"{file.path}: not a zip archive, {show(str(e), 200)}") from None
     if len(archive.infolist()) > MAX_ZIP_FILES:
         raise ValueError(f"{file.path}: {len(archive.infolist()):,} entries, want at most {MAX_ZIP_FILES:,}")
     files = []
@@ -217,7 +221,7 @@ def inflate(unpack, size, budget, at):
             else: # all is read
                 return io.BytesIO(b"".join(parts))
     except Exception as e: # zlib, bz2, lzma and zipfile each have their own
-        raise ValueError(f"{at}: damaged, {show(str(e))}") from None
+        raise ValueError(f"{at}: damaged, {show(str(e), 200)}") from None
     raise ValueError(f"{at}: a bomb? more than {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, "
                      f"or {MAX_ZIP_BYTES // 2**20} MiB with all others")
 
@@ -365,7 +369,7 @@ def read_parquet_file(reading, file):
         try:
             table = pl.read_parquet(f if hasattr(f, 'fileno') else f.read())
         except (Exception, pl.exceptions.PanicException) as e: # polars has many, and a panic is no Exception
-            raise ValueError(f"{file.path}: not parquet, {show(str(e))}") from None
+            raise ValueError(f"{file.path}: not parquet, {show(str(e), 200)}") from None
     used = [name for name in ('train', 'test', 'examples') if name in table.columns]
     if 'examples' not in used:
         refuse_typos(table.columns, ('train', 'test'), file.path)
@@ -403,8 +407,8 @@ READERS = {'.json': read_json_file, '.jsonl': read_jsonl_file, '.ndjson': read_j
 def read_source(source, opened=True, on_bad='raise', n_demos=10):
     """
     one source -> Corpus with unique names. opened=False: no answer is kept, only its hash. on_bad='quarantine': a task
-    that is malformed (a file of a tree or archive, a line, a row) is left out whole, and its error goes to corpus.bad.
-    n_demos: of each task that is dealt from a list of pairs. raises ValueError.
+    that is malformed is left out whole, of a list of pairs the bad ones, and what cannot be read; corpus.bad has the
+    errors. n_demos: of each task that is dealt from a list of pairs. raises ValueError.
     """
     reading = Reading(source, opened, on_bad, n_demos)
     if is_bundled(source) and not is_path(source, [source]):
