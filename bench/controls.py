@@ -187,7 +187,7 @@ CONTROLS = [
         "a corpus is what it is called", 'corpus.py',
         "        follow = 'colors', 'hash', 'input_hash' #",
         "        follow = 'colors', 'hash', 'input_hash', 'cells' #",
-        "test_fuzz.py"),
+        "test_corpus.py::test_one_changed_digit_in_any_of_500_tasks_changes_the_corpus"),
     Control(
         "a packed corpus that nobody hashes", 'corpus.py',
         "    if found != sha256:",
