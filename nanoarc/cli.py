@@ -13,8 +13,8 @@ import tyro
 
 # in reading order, the others from the ground up: a file imports only files above it
 CORE = ['grids.py', 'data.py', 'model.py', 'train.py', 'decode.py', 'solve.py', 'checkpoint.py']
-REST = ['jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py', 'finetune.py',
-        'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
+REST = ['settings.py', 'jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py',
+        'finetune.py', 'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
 
 # -----------------------------------------------------------------------------
 # one function a command, its docstring is its help. imports are inside: torch takes seconds

@@ -24,8 +24,11 @@ FORMAT = 1 # of a packed corpus
 # -----------------------------------------------------------------------------
 # strict json
 
-def parse_json(data, where):
-    """ bytes -> python objects: utf-8 (a BOM is fine), no floats, no NaN, no duplicate keys. raises ValueError """
+def parse_json(data, where, strict=True):
+    """
+    bytes -> python objects: utf-8 (a BOM is fine), no floats, no NaN, no duplicate keys. raises ValueError.
+    strict=False: floats and NaN pass
+    """
     def no_float(s):
         raise ValueError(f"{show(s)} is not an integer, colors are integers 0..9: re-save the file without floats")
     def no_duplicates(items):
@@ -34,12 +37,13 @@ def parse_json(data, where):
             twice, _ = Counter(key for key, _ in items).most_common(1)[0]
             raise ValueError(f"duplicate key {show(twice)}")
         return obj
+    numbers = {'parse_float': no_float, 'parse_constant': no_float} if strict else {}
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{where}: over {MAX_JSON_BYTES // 2**20} MiB, no json of tasks is that large: "
                          "use .jsonl or a packed corpus")
     try:
         text = data.decode('utf-8-sig')
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_float=no_float, parse_constant=no_float)
+        return json.loads(text, object_pairs_hook=no_duplicates, **numbers)
     except UnicodeDecodeError as e:
         raise ValueError(f"{where}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
@@ -49,12 +53,12 @@ def parse_json(data, where):
     except ValueError as e: # from the two hooks above, or an integer of thousands of digits
         raise ValueError(f"{where}: {e}") from None
 
-def read_json(path):
-    """ a json file as python objects, strictly. raises ValueError that names the file """
+def read_json(path, strict=True):
+    """ a json file as python objects, see parse_json. raises ValueError that names the file """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     with open(path, 'rb') as f:
-        return parse_json(f.read(MAX_JSON_BYTES + 1), path)
+        return parse_json(f.read(MAX_JSON_BYTES + 1), path, strict)
 
 # -----------------------------------------------------------------------------
 # hashes: what is one pair to a human has one hash here

@@ -16,10 +16,10 @@ from rich.text import Text
 from nanoarc.corpus import read_json
 from nanoarc.data import ArcDataset, alone
 from nanoarc.decode import decode
-from nanoarc.grids import PALETTE, ROW, captioned, decode_grid, to_grid
+from nanoarc.grids import PALETTE, ROW, captioned, decode_grid
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks
-from nanoarc.submission import ATTEMPTS, read_candidates
+from nanoarc.submission import read_attempts, read_candidates, read_submission
 
 @dataclass
 class ViewConfig:
@@ -57,9 +57,8 @@ def view_tasks(cfg):
     missing = [x for x in cfg.things if x not in known]
     if missing:
         raise ValueError(f"no task and no directory named {', '.join(missing)} in {cfg.data}")
-    shown = []
-    for name, tried in zip(cfg.things, read_attempts(cfg.submission, cfg.things)):
-        shown.append((known[name], tried))
+    tasks = [known[name] for name in cfg.things]
+    shown = list(zip(tasks, attempts_of(tasks, cfg.submission)))
     if cfg.out:
         draw_tasks(shown, cfg.out)
         print(cfg.out)
@@ -67,21 +66,15 @@ def view_tasks(cfg):
         for task, tried in shown:
             print_task(task, tried)
 
-def read_attempts(path, names):
-    """
-    submission.json ('' = none) -> of each task name a list of {'attempt_1': grid, ...} by query. raises ValueError
-    """
-    submission = read_json(path) if path else {}
-    if type(submission) is not dict:
-        raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
+def attempts_of(tasks, path):
+    """ submission.json ('' = none) -> of each task a list by query of {'attempt_1': grid, ...}. raises ValueError """
+    submission = read_submission(path) if path else {}
     attempts = []
-    for name in names:
-        entries, tried = submission.get(name, []), []
-        if type(entries) is not list or any(type(x) is not dict for x in entries):
-            raise ValueError(f"{path}: task {name}: want a list of attempts by query")
-        for i, x in enumerate(entries):
-            where = f"{path}: task {name}, query {i}"
-            tried.append({key: to_grid(x[key], f"{where}, {key}") for key in ATTEMPTS if key in x})
+    for task in tasks:
+        tried, said = read_attempts(submission.get(task.name, []), len(task.queries), f"{path}: task {task.name}")
+        for kind, text in said:
+            if kind == 'broken':
+                raise ValueError(text)
         attempts.append(tried)
     return attempts
 
@@ -142,7 +135,7 @@ def write_page(solved, out, most=6):
     solved = Path(solved)
     source = read_json(solved / 'solve.json')['data']
     known = read_tasks(source)
-    attempts = read_attempts(solved / 'submission.json', [task.name for task in known])
+    attempts = attempts_of(known, solved / 'submission.json')
     candidates = read_candidates(solved / 'candidates.jsonl', known)
     tasks = []
     for k, task in enumerate(known):

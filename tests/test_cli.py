@@ -159,7 +159,7 @@ def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
 # the layout
 
 # a file imports only files before it in this list
-ORDER = ['jit', 'grids', 'model', 'checkpoint', 'corpus', 'sources', 'data', 'lm', 'text', 'run', 'decode',
+ORDER = ['settings', 'jit', 'grids', 'model', 'checkpoint', 'corpus', 'sources', 'data', 'lm', 'text', 'run', 'decode',
          'submission', 'view', 'train', 'solve', 'finetune', 'hellaswag', 'sweep', 'cli', '__main__']
 # packages that are optional or slow to import: they may be imported inside a function
 LATE = {'datasets', 'fsspec', 'huggingface_hub', 'matplotlib', 'peft', 'polars', 'tiktoken', 'tiktoken_ext',

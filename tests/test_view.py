@@ -66,6 +66,12 @@ def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
     err = capsys.readouterr().err
     assert e.value.code == 2 and want in err and "sub.json" in err and err.count("\n") == 1
 
+def test_attempts_of_another_system_are_shown_and_what_is_missing_is_no_error(tmp_path, capsys):
+    path = tmp_path / 'sub.json'
+    path.write_text('{"66e6c45b": [{"attempt_1": {"answer": [[8]], "metadata": {"cost": 0.5}}, "attempt_3": 1}]}')
+    cli(['view', '66e6c45b', '--submission', str(path)])
+    assert "attempt 1 wrong" in capsys.readouterr().out
+
 def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run[0], tmp_path / 'other')
     cli(['view', tiny_run[0], str(tmp_path / 'other'), f"--out={tmp_path / 'x.png'}"])
