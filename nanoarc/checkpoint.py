@@ -34,8 +34,10 @@ def write_file(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as e:
         temp.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not e.filename: # of a write or a sync
+            e.filename = str(path)
         raise
     fd = os.open(path.parent, os.O_RDONLY) # the rename itself must reach the disk too
     try:
@@ -44,14 +46,15 @@ def write_file(path, data):
         os.close(fd)
 
 @contextlib.contextmanager
-def lock(out_dir):
+def lock(out_dir, name='lock'):
     """
     while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a
-    save that was killed left behind is removed. raises ValueError that names the process that holds it.
+    save that was killed left behind is removed. raises ValueError that names the process that holds it. another name
+    is another lock, of who solves in a directory that somebody may train in.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / 'lock', 'a+') as f:
+    with open(out_dir / name, 'a+') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -60,7 +63,7 @@ def lock(out_dir):
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
-        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]:
+        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')] if name == 'lock' else ():
             is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
             if is_ours:
                 path.unlink()

@@ -130,6 +130,28 @@ class Signals:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
+class Unbroken:
+    """ stdout, but that its reader goes away or its disk is full ends nothing: what follows is shown to nobody """
+
+    def __init__(self, f):
+        self.f = f
+
+    def __getattr__(self, name):
+        return getattr(self.f, name)
+
+    def write(self, text):
+        self.attempt(self.f.write, text)
+
+    def flush(self):
+        self.attempt(self.f.flush)
+
+    def attempt(self, f, *args):
+        """ f(*args) """
+        try:
+            f(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.f.fileno()) # with all that waits in its buffer
+
 def end_with_stdin():
     """ SIGTERM to ourselves when stdin closes: so a trial ends when its sweep does, however that dies """
     def watch():
@@ -370,6 +392,8 @@ def load_run(out_dir, device, base=''):
     tensors, meta = checkpoint.load(out_dir)
     model_cfg, data_cfg = saved_configs(meta)
     if base:
+        if not isinstance(model_cfg, LMConfig):
+            raise ValueError(f"base={base!r}: {out_dir} has no pretrained model, leave it out")
         model_cfg = replace(model_cfg, base=base)
     model = make_model(model_cfg, device).eval()
     checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))

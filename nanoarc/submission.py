@@ -2,15 +2,20 @@
 candidates, ranked; submission.json in Kaggle's shape and candidates.jsonl, written and read; the score of any
 submission. answers are opened by the score alone.
 """
+import contextlib
 import json
 import math
 import re
+import signal
+import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 import tyro
 
 from nanoarc import checkpoint
@@ -21,6 +26,7 @@ from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
+RESULTS = 'submission.json', 'candidates.jsonl', 'solve.json' # of a solve
 
 @dataclass
 class ScoreConfig:
@@ -165,6 +171,138 @@ def read_candidates(path, tasks):
     if not found:
         raise ValueError(f"{path}: no candidate for any of these {len(tasks)} tasks")
     return found
+
+# -----------------------------------------------------------------------------
+# what is known stays known, however a solve ends
+
+class Known(NamedTuple):
+    """ what is known of a query """
+    done: bool = False # all that is asked for
+    seen: list = [] # numbers of the views that were decoded
+    candidates: list = []
+
+class Keeper:
+    """
+    what is known of each query, also on disk until all is: out_dir/solving-RANK.json. a rank keeps there what it was
+    told at its start, too, so any number of ranks may go on
+    """
+    SHARE = 0.005 # of the time, that saving may take
+
+    def __init__(self, out_dir, queries, settings, signals, rank, world):
+        """ reads what there is, begins to keep. raises ValueError if that is of another solve """
+        self.out_dir, self.path, self.settings = out_dir, out_dir / f"solving-{rank}.json", settings
+        self.signals, self.world = signals, world
+        self.known = {query: Known() for query in queries} # {(task, query) by number: Known}
+        self.spent = 0.0 # seconds, by earlier starts
+        self.solver = None # of the group that is under way
+        self.stop = 0 # the signal that ended it, on any rank
+        for path in self.files():
+            self.learn(*read_known(path, settings))
+        self.share() # nobody writes before all have read
+        self.began = time.perf_counter()
+        self.save()
+
+    def files(self):
+        """ of all ranks, that of the first one last """
+        return sorted(self.out_dir.glob('solving-[0-9]*.json'), reverse=True)
+
+    def learn(self, spent, known):
+        """ what another rank knows, or an earlier start did: of each query whichever got further """
+        self.spent = max(self.spent, spent)
+        for query, mine in self.known.items():
+            x = known.get(query, mine)
+            if (x.done, len(x.seen)) > (mine.done, len(mine.seen)):
+                self.known[query] = x
+
+    def share(self):
+        """ all ranks come by here, and know the same then """
+        mine = self.signals.got, self.spent, self.known
+        every = [mine]
+        if self.world > 1:
+            every = [None] * self.world
+            dist.all_gather_object(every, mine)
+        for stop, spent, known in every:
+            self.stop = max(self.stop, stop)
+            self.learn(spent, known)
+
+    def save(self):
+        """ to the disk """
+        t, queries = time.perf_counter(), []
+        if self.solver:
+            self.known.update(self.solver.known(False))
+        for (k, i), x in self.known.items():
+            candidates = [[c.grid.tolist(), c.votes, c.found, c.score] for c in x.candidates]
+            queries.append([k, i, x.done, x.seen, candidates])
+        kept = {'settings': self.settings, 'seconds': self.spent + t - self.began, 'queries': queries}
+        checkpoint.write_file(self.path, json.dumps(kept).encode())
+        self.due = time.perf_counter() + (time.perf_counter() - t) / self.SHARE
+
+    def pause(self):
+        """ between two batches: saves if it is time -> is it to stop? """
+        if time.perf_counter() > self.due:
+            self.save()
+        return self.signals.got > 0
+
+    def open(self, solver):
+        """ a group begins, or goes on from what is known of it """
+        self.solver, solver.pause = solver, self.pause
+        for query in solver.found:
+            solver.found[query] = {grid_bytes(c.grid): c for c in self.known[query].candidates}
+        solver.seen = [x for x in solver.views if x.number in self.known[x.query].seen]
+
+    def close(self):
+        """ the group ends, all of it is known if no signal came """
+        self.known.update(self.solver.known(self.signals.got == 0))
+        self.solver = None
+
+    def left(self):
+        """ queries of which not all is known yet """
+        return [query for query, x in self.known.items() if not x.done]
+
+    def end(self, is_first):
+        """ the results are written: what is on disk may go, or SystemExit says that a signal came before the end """
+        n, left = len(self.known), len(self.left())
+        if left > 0:
+            if is_first:
+                print(f"stopped by signal {self.stop}, {n - left} of {n} queries are solved: the same command goes on")
+            sys.exit(0 if self.stop == signal.SIGTERM else 128 + self.stop)
+        for path in self.files() if is_first else ():
+            path.unlink()
+
+def read_known(path, settings):
+    """ a file of a Keeper -> (seconds, {query: Known}). raises ValueError if it is none, or of other settings """
+    known, wrong = {}, []
+    try:
+        kept = json.loads(path.read_bytes())
+        seconds = float(kept['seconds'])
+        for name, now in settings.items():
+            saved = kept['settings'].get(name)
+            if saved != now:
+                wrong.append(f"{name} differs (kept {saved}, now {now})")
+        for k, i, done, seen, rows in kept['queries']:
+            candidates = [Candidate(to_grid(grid, path), *rest) for grid, *rest in rows]
+            known[k, i] = Known(done, seen, candidates)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path}: not what nanoarc solve keeps while it solves, remove it to begin anew") from None
+    if wrong:
+        raise ValueError(f"{path} is of a solve that has not ended, and {'; '.join(wrong)}. with the same settings it "
+                         f"goes on, rm {path.parent}/solving-*.json lets it begin anew")
+    return seconds, known
+
+@contextlib.contextmanager
+def hold(out_dir):
+    """ nobody else solves into out_dir meanwhile. raises ValueError if it cannot be written: now, not after hours """
+    for name in RESULTS:
+        if (out_dir / name).is_dir():
+            raise ValueError(f"{out_dir / name} is a directory, choose another --out_dir")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(checkpoint.lock(out_dir, 'solving.lock'))
+            checkpoint.write_file(out_dir / 'solving.tmp', bytes(2**20)) # about what a submission needs
+            (out_dir / 'solving.tmp').unlink()
+        except OSError as e:
+            raise ValueError(f"{out_dir}: cannot write here, {e.strerror}. choose another --out_dir") from None
+        yield
 
 # -----------------------------------------------------------------------------
 # the score

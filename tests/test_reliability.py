@@ -1,6 +1,6 @@
 """
-python -m pytest tests/test_reliability.py: training under kills, full disks, damage and signals, on any number of
-ranks. tests/README.md has the table.
+python -m pytest tests/test_reliability.py: training and solving under kills, full disks, damage and signals, on any
+number of ranks. tests/README.md has the table.
 """
 import errno
 import hashlib
@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -28,14 +29,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import rewrite, write_toy
 
-from nanoarc import checkpoint, train
+from nanoarc import checkpoint, grids, train
 from nanoarc.cli import main as cli
 from nanoarc.corpus import Corpus
 from nanoarc.data import ArcLoader, DataConfig, split
 from nanoarc.model import Block, Model, ModelConfig
 from nanoarc.run import read_metrics
 from nanoarc.solve import SolveConfig, solve
-from nanoarc.sources import read_source
+from nanoarc.sources import read_source, read_tasks
+from nanoarc.submission import Keeper, read_attempts
 from nanoarc.train import TrainConfig
 
 pytestmark = pytest.mark.reliability
@@ -171,18 +173,19 @@ def wrapped(hook, name, f):
         return result
     return call
 
-def during_save(mp, act):
+def during_save(mp, act, what='save', nth=0):
     """
-    from now on act(k, moment, name, args) is called at the k-th moment of the first save: 'before' and 'after' each
-    filesystem call that checkpoint.py makes -> list of all moments, to be filled
+    from now on act(k, moment, name, args) is called at the k-th moment of the first save, or of the nth call of another
+    function of checkpoint.py: 'before' and 'after' each filesystem call that it makes -> list of all moments, to be
+    filled
     """
-    moments, is_saving, saves, save = [], [], itertools.count(), checkpoint.save
+    moments, is_saving, saves, save = [], [], itertools.count(), getattr(checkpoint, what)
     def hook(moment, name, args):
         if is_saving:
             moments.append((moment, name))
             act(len(moments), moment, name, args)
     def watched(*args):
-        if next(saves) > 0:
+        if next(saves) != nth:
             return save(*args)
         is_saving.append(True)
         try:
@@ -192,7 +195,7 @@ def during_save(mp, act):
     for name in ('replace', 'fsync', 'open', 'close', 'unlink', 'mkdir'):
         mp.setattr(os, name, wrapped(hook, name, getattr(os, name)))
     mp.setattr(checkpoint, 'open', lambda path, mode: File(hook, path, mode), raising=False)
-    mp.setattr(checkpoint, 'save', watched)
+    mp.setattr(checkpoint, what, watched)
     return moments
 
 @pytest.fixture(scope='module')
@@ -924,3 +927,118 @@ def test_solve_gives_the_same_submission_on_any_number_of_ranks(tiny_run, tmp_pa
         found = [(out / name).read_bytes() for name in ('submission.json', 'candidates.jsonl')]
         want = want or found
         assert found == want and all(want)
+
+# -----------------------------------------------------------------------------
+# solving
+
+def solve_toy(tiny_run, out):
+    """ what is known is saved after each batch """
+    Keeper.SHARE = 1e9
+    grids.MAX_SIDE = 9 # in a child: a model that has learned nothing fills the largest grid that there is
+    solve(SolveConfig(run=tiny_run[0], data=tiny_run[1], out_dir=str(out), views=6, p_min=0.1, together=2,
+                      decode_rows=3, ttt_steps=1, device='cpu'))
+
+def solved(out):
+    return [(out / name).read_bytes() for name in ('submission.json', 'candidates.jsonl')]
+
+@pytest.fixture(scope='module')
+def whole_solve(tiny_run, tmp_path_factory):
+    """ what nobody interrupted -> its files, seconds that it takes """
+    path = tmp_path_factory.mktemp('solved')
+    assert join(fork(solve_toy, tiny_run, path / 'cold')) == 0
+    t = time.time()
+    assert join(fork(solve_toy, tiny_run, path / 'warm')) == 0
+    seconds = time.time() - t
+    assert solved(path / 'cold') == solved(path / 'warm')
+    return solved(path / 'warm'), seconds
+
+def is_whole_or_absent(out, src):
+    """ submission.json: two grids for each query of each task """
+    path = out / 'submission.json'
+    if not path.exists():
+        return True
+    submission = json.loads(path.read_text())
+    said = [read_attempts(submission[task.name], len(task.queries), "")[1] for task in read_tasks(src)]
+    return len(submission) == len(said) and not any(said)
+
+def full_disk(tiny_run, out, nth, k):
+    """ solve_toy, but that the k-th moment of the nth file that is written finds the disk full """
+    def fail(n, *_):
+        if n == k:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.MonkeyPatch.context() as mp:
+        during_save(mp, fail, 'write_file', nth)
+        solve_toy(tiny_run, out)
+
+def test_20_solves_that_are_killed_stopped_or_out_of_disk_go_on_to_the_same_bytes(tiny_run, whole_solve, tmp_path):
+    rng, n, moments = random.Random(0), 0, {'kill': 0, 'stop': 0, 'disk': 0}
+    want, seconds = whole_solve
+    while sum(moments.values()) < 20 or min(moments.values()) < 5:
+        out, is_done = tmp_path / f"{n}", False
+        n += 1
+        while not is_done:
+            how = rng.choice(sorted(moments))
+            if how == 'disk':
+                code = join(fork(full_disk, tiny_run, out, rng.randrange(12), rng.randrange(1, 13)))
+            else:
+                pid, number = fork(solve_toy, tiny_run, out), signal.SIGKILL if how == 'kill' else signal.SIGTERM
+                wait_for((out / 'solving.lock').exists) # its handlers are there before
+                time.sleep(rng.random() * seconds * 0.7)
+                os.kill(pid, number)
+                code = join(pid)
+            assert code in {'kill': (0, -signal.SIGKILL), 'stop': (0,), 'disk': (0, 1)}[how]
+            assert is_whole_or_absent(out, tiny_run[1])
+            is_done = code == 0 and not (out / 'solving-0.json').exists()
+            moments[how] += not is_done
+        assert solved(out) == want and no_temps(out)
+
+def test_a_kill_around_each_filesystem_call_of_the_results_loses_nothing(tiny_run, whole_solve, tmp_path):
+    def solve_without_results(out):
+        write = checkpoint.write_file
+        checkpoint.write_file = lambda path, data: die() if path.name == 'solve.json' else write(path, data)
+        solve_toy(tiny_run, out)
+    def solve_and_die(out, nth, k):
+        with pytest.MonkeyPatch.context() as mp:
+            during_save(mp, lambda n, *_: die() if n == k else None, 'write_file', nth)
+            solve_toy(tiny_run, out)
+    almost = tmp_path / 'almost'
+    assert join(fork(solve_without_results, almost)) == -signal.SIGKILL
+    for nth in (3, 4, 5): # after a try of the directory and two saves: solve.json, candidates.jsonl, submission.json
+        codes = []
+        while 0 not in codes: # until it has no more moments
+            out = tmp_path / f"{nth}-{len(codes)}"
+            shutil.copytree(almost, out)
+            codes.append(join(fork(solve_and_die, out, nth, len(codes) + 1)))
+            assert is_whole_or_absent(out, tiny_run[1]) and (out / 'solving-0.json').exists() == (codes[-1] != 0)
+            if codes[-1] != 0:
+                assert join(fork(solve_toy, tiny_run, out)) == 0
+            assert solved(out) == whole_solve[0] and no_temps(out)
+        assert set(codes[:-1]) == {-signal.SIGKILL} and len(codes) > 12
+
+@pytest.mark.parametrize('how', ['stop', 'kill'])
+def test_ranks_that_are_stopped_go_on_as_any_number_of_ranks(tiny_run, whole_solve, tmp_path, how):
+    out, (want, seconds) = tmp_path / 'out', whole_solve
+    def some_ranks(rank, after, number):
+        if after and (how == 'stop' or rank == 1):
+            threading.Timer(after, os.kill, (os.getpid(), number)).start()
+        solve_toy(tiny_run, out)
+    number = signal.SIGTERM if how == 'stop' else signal.SIGKILL
+    for world in (2, 3, 1):
+        codes = ranks(world, tmp_path, some_ranks, 0.4 * seconds / world, number)
+        assert is_whole_or_absent(out, tiny_run[1])
+        assert how == 'kill' or codes == [0] * world
+    while (out / 'solving-0.json').exists():
+        assert ranks(2, tmp_path, some_ranks, 0, 0) == [0, 0]
+    assert solved(out) == want and not list(out.glob('solving-*.json'))
+
+@pytest.mark.parametrize('how', ['nobody reads', 'a full disk', 'closed'])
+def test_solve_needs_nobody_who_reads_its_output(tiny_run, whole_solve, tmp_path, how):
+    def unread():
+        r, w = os.pipe()
+        os.dup2(w if how == 'nobody reads' else os.open('/dev/full', os.O_WRONLY), 1)
+        os.close(r)
+        os.close(w)
+        sys.stdout = None if how == 'closed' else open(1, 'w', closefd=False)
+        solve_toy(tiny_run, tmp_path / 'out')
+        sys.stdout and sys.stdout.flush()
+    assert join(fork(unread)) == 0 and solved(tmp_path / 'out') == whole_solve[0]
