@@ -384,9 +384,9 @@ CONTROLS = [
         "(signals.got, state.max_iters, run.watch.found())",
         "test_reliability.py::test_one_two_four_three_ranks_are_one_run"),
     Control(
-        "answers of the first rank alone", 'solve.py',
-        "    if world > 1:\n",
-        "    if False:\n",
+        "answers of the first rank alone", 'submission.py',
+        "        if self.world > 1:\n",
+        "        if False:\n",
         "test_reliability.py::test_solve_gives_the_same_submission_on_any_number_of_ranks"),
     Control(
         "weights that are not averaged", 'train.py',
@@ -453,6 +453,71 @@ CONTROLS = [
         "    tuned = copy.deepcopy(model)\n",
         "    tuned = model\n",
         "test_finetune.py::test_test_time_training_leaves_the_model_as_it_is"),
+    Control(
+        "a leak that the checkpoint does not tell", 'train.py',
+        "'leaks': self.ds.leaks, ",
+        "'leaks': [], ",
+        "test_solve.py::test_a_leak_that_training_was_allowed_is_in_its_checkpoint_and_in_the_score"),
+    Control(
+        "a leak that solve.json does not tell", 'solve.py',
+        "'leaks': sorted(leaks)}",
+        "'leaks': []}",
+        "test_solve.py::test_a_model_that_has_learned_its_tasks_solves_them"),
+    Control(
+        "candidates that are kept but not gone on with", 'submission.py',
+        "            self.learn(*read_known(path, settings))\n",
+        "            read_known(path, settings)\n",
+        "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
+    Control(
+        "views that a solve decodes again", 'submission.py',
+        "        solver.seen = [x for x in solver.views if x.number in self.known[x.query].seen]\n",
+        "",
+        "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
+    Control(
+        "a group that counts as done when it was stopped", 'submission.py',
+        "self.solver.known(self.signals.got == 0)",
+        "self.solver.known(True)",
+        "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
+    Control(
+        "a submission that is not written on SIGTERM", 'solve.py',
+        "    if rank == 0 and any(parts): #",
+        "    if rank == 0 and any(parts) and not signals.got: #",
+        "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
+    Control(
+        "other settings that pass", 'submission.py',
+        "            if saved != now:\n",
+        "            if False:\n",
+        "test_solve.py::test_a_solve_goes_on_with_the_same_settings_alone"),
+    Control(
+        "a directory that nobody tried", 'solve.py',
+        "        with hold(out_dir) if is_first else contextlib.nullcontext():\n",
+        "        with contextlib.nullcontext():\n",
+        "test_solve.py::test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded"),
+    Control(
+        "results that are all there is of a solve", 'submission.py',
+        "        for path in self.files() if is_first else ():\n",
+        "        for path in ():\n",
+        "test_solve.py::test_a_solve_goes_on_with_the_same_settings_alone"),
+    Control(
+        "a solve that wants to be read", 'solve.py',
+        "contextlib.redirect_stdout(stdout):",
+        "contextlib.nullcontext():",
+        "test_reliability.py::test_solve_needs_nobody_who_reads_its_output"),
+    Control(
+        "minutes of each start", 'submission.py',
+        "        self.spent = max(self.spent, spent)\n",
+        "",
+        "test_solve.py::test_minutes_are_those_of_all_starts"),
+    Control(
+        "saves that take all the time", 'submission.py',
+        " - t) / self.SHARE",
+        " - t) * self.SHARE",
+        "test_solve.py::test_saving_takes_a_share_of_the_time_however_long_it_takes"),
+    Control(
+        "a score without a word", 'submission.py',
+        "            except ValueError as e:\n                said.append(('broken', str(e)))\n",
+        "            except ValueError:\n                pass\n",
+        "test_submission.py::test_a_perfect_submission_in_another_shape_is_read_or_named_with_what_was_found"),
     Control(
         "attempts that close a gap", 'submission.py',
         "            best = ranked.get((k, i), [])",
