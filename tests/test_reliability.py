@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1042,3 +1043,18 @@ def test_solve_needs_nobody_who_reads_its_output(tiny_run, whole_solve, tmp_path
         solve_toy(tiny_run, tmp_path / 'out')
         sys.stdout and sys.stdout.flush()
     assert join(fork(unread)) == 0 and solved(tmp_path / 'out') == whole_solve[0]
+
+def test_torchrun_stops_a_solve_when_told_and_one_rank_goes_on(tiny_run, tmp_path):
+    """ the real thing, as the readme has it """
+    cfg = SolveConfig(run=tiny_run[0], data=tiny_run[1], views=60, together=1, device='cpu')
+    out, alone = tmp_path / 'out', tmp_path / 'alone'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', '--',
+               'nanoarc', 'solve', '--run', cfg.run, '--data', cfg.data, '--views=60', '--together=1', '--device=cpu']
+    process = subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((out / 'solving-1.json').exists, process)
+    process.terminate()
+    process.wait(timeout=60)
+    assert (out / 'solving-0.json').exists() and is_whole_or_absent(out, cfg.data)
+    for path in (out, alone):
+        assert join(fork(solve, replace(cfg, out_dir=str(path)))) == 0
+    assert solved(out) == solved(alone) and not (out / 'solving-0.json').exists()
