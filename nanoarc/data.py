@@ -22,6 +22,7 @@ import torch
 from nanoarc.corpus import guard, trained_lines, walk
 from nanoarc.grids import END, IN, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE
 from nanoarc.jit import jit, ufunc
+from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 WINDOW = 4096 # documents that are planned together
@@ -74,11 +75,7 @@ class DataConfig:
         for name, known in (('loss_on', LOSS_ON), ('colors', COLORS), ('batching', BATCHING)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: want one of {', '.join(known)}")
-        for name, least in (('block_size', 1), ('batch_tokens', 1), ('shots', -1), ('val_tasks', 0), ('max_pair', 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least {least}")
-        if not 0 <= self.p_identity <= 1:
-            raise ValueError(f"p_identity={self.p_identity}: want a share of 0..1")
+        check_numbers(self, dict(block_size=1, batch_tokens=1, shots=-1, deal=1), dict(p_identity=1))
 
 # -----------------------------------------------------------------------------
 # counter-based randomness: a hash of a few numbers in place of a generator with a state

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from nanoarc.lm import read_base
 from nanoarc.run import get_device, get_ranks, load_run, over_ranks
+from nanoarc.settings import SEED, check_numbers
 from nanoarc.text import PrepareConfig, TextConfig, json_object, make_tokenizer, need, read_tokenizer
 
 def load_text_run(run, device):
@@ -151,6 +152,7 @@ def hellaswag(cfg):
     text hellaswag --model M --file F: how often is the right ending the most probable one? by the sum of its losses
     (acc), by their mean (acc_norm)
     """
+    check_numbers(cfg)
     items = read_hellaswag(cfg.file)
     if cfg.limit > 0:
         items = items[: cfg.limit]
@@ -191,14 +193,9 @@ class SampleConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        for name in ('num', 'most'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
-        for name in ('temperature', 'top_k'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want no negative number")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: want a share of 0..1")
+        check_numbers(self, dict(num=1, most=1), dict(top_p=1, seed=SEED))
+        if self.top_p == 0:
+            raise ValueError("top_p=0: want a share of more than 0")
 
 def draw_tokens(logits, cfg, generator):
     """ (B, vocab_size) -> (B,) tokens """

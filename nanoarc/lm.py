@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanoarc.corpus import hash_file
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, encode_pair
 from nanoarc.model import is_recent
+from nanoarc.settings import check_numbers
 
 FIRST = 15 # the unused symbol stands for the IN that begins a document: there may be more text before it
 
@@ -59,9 +60,8 @@ class LMConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        if self.rank < 0:
-            raise ValueError(f"rank={self.rank}: want 0 or more")
-        if self.alpha <= 0:
+        check_numbers(self)
+        if self.alpha == 0:
             raise ValueError(f"alpha={self.alpha}: want more than 0")
         if self.base_dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
             raise ValueError(f"base_dtype={self.base_dtype!r}: want auto, float32, bfloat16 or float16")

@@ -22,6 +22,7 @@ from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, alon
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
 from nanoarc.run import get_device, get_ranks, load_run
+from nanoarc.settings import SEED, check_numbers
 from nanoarc.submission import Candidate, rank_candidates, read_candidates, read_fitting, write_results
 from nanoarc.train import TrainConfig, get_lr
 
@@ -57,16 +58,12 @@ class SolveConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        for name in ('views', 'decode_rows', 'together', 'score_most', 'ttt_tokens'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
-        for name in ('minutes', 'ttt_steps', 'ttt_lr', 'max_pair'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want no negative number")
+        check_numbers(self, dict(views=1, decode_rows=1, together=1, score_most=1, ttt_tokens=1),
+                      dict(p_min=1, seed=SEED))
         if self.select not in ('product', 'votes'):
             raise ValueError(f"select={self.select!r}: want product or votes")
-        if not 0 < self.p_min <= 1:
-            raise ValueError(f"p_min={self.p_min}: want a probability above 0 and up to 1")
+        if self.p_min == 0:
+            raise ValueError("p_min=0: want a probability above 0, 1 = the greedy answer alone")
         if not self.run and not (self.merge and self.out_dir):
             raise ValueError("want the --run to solve with, or --merge FILE ... --out_dir DIR")
 

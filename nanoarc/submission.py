@@ -16,6 +16,7 @@ from nanoarc import checkpoint
 from nanoarc.corpus import a_few, read_json
 from nanoarc.data import fits
 from nanoarc.grids import grid_bytes, to_grid
+from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
@@ -235,6 +236,7 @@ ODD = {'misordered': "tasks have the right answers of their queries in another o
 
 def score_file(cfg):
     """ print the score of a submission, a json object as the last line -> the dict of `score`. raises ValueError """
+    check_numbers(cfg)
     if cfg.out and Path(cfg.out).suffix not in ('.csv', '.parquet'):
         raise ValueError(f"--out {cfg.out}: want a .csv or .parquet")
     submission = read_json(cfg.submission)
