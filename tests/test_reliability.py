@@ -27,12 +27,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import rewrite, write_toy
+from safetensors.torch import save as dump_tensors
 
 from nanoarc import checkpoint, train
 from nanoarc.cli import main as cli
 from nanoarc.corpus import Corpus
 from nanoarc.data import ArcLoader, DataConfig, split
-from nanoarc.model import Block, Model, ModelConfig
+from nanoarc.model import Block, Model, ModelConfig, Muon
 from nanoarc.run import read_metrics
 from nanoarc.solve import SolveConfig, solve
 from nanoarc.sources import read_source
@@ -719,6 +720,25 @@ def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, t
     rewrite(out, lambda meta: meta.update(format=9)) # of a later version
     assert differing(out, [], capsys) == ['format']
 
+@pytest.mark.parametrize('save_every', [4, 0])
+def test_an_update_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch, save_every):
+    """ its loss and gradient were: the last good checkpoint stays, and there is none with step 8 or later """
+    _, src, want = whole
+    out, step, calls = tmp_path / 'run', Muon.step, itertools.count(1)
+    def bad_step(self):
+        step(self)
+        if next(calls) == 8:
+            self.param_groups[0]['params'][0].data[0, 0] = float('inf')
+    monkeypatch.setattr(Muon, 'step', bad_step)
+    last = 24 if save_every else 8
+    with pytest.raises(ValueError, match="step-000008.* not written, 1 of its tensors .* not finite, first model.bl"):
+        run(out, src, max_iters=last, save_every=save_every)
+    assert checkpoint.steps(out) == [4][: save_every]
+    monkeypatch.undo()
+    if save_every:
+        run(out, src, resume=True)
+        assert digest(out) == want
+
 def poisoned(step, what='loss'):
     """ a Model.forward by which the loss of a step is no number, or its gradient """
     original, calls = Model.forward, itertools.count(1)
@@ -746,6 +766,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_
     with pytest.raises(ValueError, match=error) as e:
         run(out, src)
     assert re.findall(r"toy\d+", str(e.value)) == sorted(seen[14] | seen[15]) != sorted(set.union(*seen))
+    assert seen[14] != seen[14] | seen[15] != seen[15] # those of both micro batches
     assert checkpoint.steps(out) == [4]
     monkeypatch.undo()
     run(out, src, resume=True)
@@ -835,6 +856,62 @@ def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
             assert meta['step'] == 3
     assert ranks(world, tmp_path, all_of_them) == [0] * world
     assert all(checkpoint.load(tmp_path / f"run{n}")[1]['step'] == 3 for n in range(4))
+
+def other_weights(out, src):
+    """ a run at step 4, and a copy of it with another weight """
+    run(out, src, max_iters=4)
+    tensors, meta = checkpoint.load(out)
+    tensors['model.head.weight'][0, 0] += 1
+    data = dump_tensors(tensors, metadata={'nanoarc': json.dumps(meta)})
+    shutil.copytree(out, f"{out}-other")
+    path = checkpoint.file(f"{out}-other", 4)
+    path.write_bytes(data)
+    path.with_suffix('.sha256').write_bytes(checkpoint.signed(data, path))
+    run(f"{out}-later", src, max_iters=6)
+
+@pytest.mark.parametrize('what, want', [
+    ('seed', ['seed']), ('lr', ['lr']), ('val_tasks', ['val_tasks']), ('corpus', ['corpus_sha256']),
+    ('n_layer', ['n_layer']), ('number of tasks', ['n_task', 'corpus_sha256']), ('weights', ['checkpoint']),
+    ('step', ['batch', 'checkpoint']), ('base run', ['checkpoint']), ('nothing', []), ('no corpus', None),
+])
+def test_ranks_of_two_runs_are_refused_on_all_ranks_by_what_differs(whole, tmp_path, what, want):
+    src, said = whole[1], tmp_path / 'said'
+    said.mkdir()
+    other = {'corpus': write_toy(tmp_path / 'other', n=4, seed=1), 'number of tasks': write_toy(tmp_path / 'five', n=5),
+             'no corpus': str(tmp_path / 'nothing')}
+    if what in ('weights', 'step', 'base run'):
+        other_weights(tmp_path / 'run', src)
+    def one_differs(rank):
+        cfg, model_cfg = dict(SETTINGS, max_iters=8, out_dir=str(tmp_path / 'out')), dict(MODEL)
+        data_cfg = dict(data=src, batch_tokens=60, val_tasks=2)
+        odd = rank == 2
+        if what in ('seed', 'lr', 'val_tasks', 'n_layer') and odd:
+            for values in (cfg, model_cfg, data_cfg):
+                if what in values or (what in ('seed', 'lr') and values is cfg):
+                    values[what] = 1
+        if what in other and odd:
+            data_cfg['data'] = other[what]
+        if what in ('weights', 'step'):
+            cfg['resume'] = f"{tmp_path / 'run'}" + ({'weights': '-other', 'step': '-later'}[what] if odd else "")
+        if what == 'base run':
+            cfg['init_from'] = f"{tmp_path / 'run'}" + ("-other" if odd else "")
+        try:
+            train.train(TrainConfig(**cfg), ModelConfig(**model_cfg), DataConfig(**data_cfg))
+        except ValueError as e:
+            (said / str(rank)).write_text(str(e))
+            raise
+    t = time.time()
+    codes = ranks(3, tmp_path / 'meet', one_differs)
+    assert codes == ([0] * 3 if want == [] else [1] * 3) and time.time() - t < 40
+    texts = {path.read_text() for path in said.iterdir()}
+    assert len(texts) == (0 if want == [] else 1) # all say the same
+    if want:
+        text, = texts
+        assert text.startswith("the ranks are not of one run: ") and re.findall(r"(\w+) differs", text) == want
+        assert text.count("rank 2 ") == len(want) and "\n" not in text.replace("\n)", ")")
+    elif want is None:
+        assert f"rank 2: {other[what]}" in texts.pop()
+    assert checkpoint.steps(tmp_path / 'out') == ([] if want != [] else [8, 4])
 
 @pytest.mark.parametrize('how', ['raises', 'is killed', 'has a loss that is not finite'])
 def test_a_rank_that_dies_ends_all(whole, tmp_path, how):
