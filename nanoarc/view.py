@@ -2,6 +2,7 @@
 tasks, sources, runs and results for the eye: in the terminal, as a png by matplotlib, as a page.
 """
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nanoarc import checkpoint
 from nanoarc.corpus import read_json
 from nanoarc.data import ArcDataset, alone
 from nanoarc.decode import decode
@@ -42,6 +44,8 @@ def view(cfg):
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
     elif all(Path(x).is_dir() for x in cfg.things):
+        if not cfg.out:
+            checkpoint.refuse_links(cfg.things[0])
         out = cfg.out or f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
         print_frame("runs", run_frame(cfg.things))
@@ -91,7 +95,8 @@ def read_attempts(path, names):
 def print_task(task, tried=(), console=None):
     """ demos, queries, attempts and answers side by side, inputs over outputs """
     console = console or Console()
-    console.print(f"[bold]{task.name}[/bold] ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries")
+    rest = f" ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries"
+    console.print(Text.assemble((task.name, 'bold'), rest)) # brackets in a name are no markup
     blocks = []
     for caption, grids in captioned(task, tried):
         table = Table(caption, box=None, padding=0, header_style="red" if "wrong" in caption else "dim")
@@ -120,7 +125,7 @@ def print_frame(title, frame):
         is_text = frame[name].dtype.to_python() is str
         table.add_column(name, justify='left' if is_text else 'right')
     for row in frame.iter_rows():
-        table.add_row(*map(cell_text, row))
+        table.add_row(*(Text(cell_text(x)) for x in row))
     Console().print(table)
 
 def cell_text(x):
@@ -184,15 +189,21 @@ def pack_grid(grid):
 
 def pyplot():
     """ matplotlib without a window, imported late: it takes a second """
+    os.environ['MPLBACKEND'] = 'agg' # a notebook names one there which may not be here, and then the import fails
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     return plt
 
+PLAIN = {'parse_math': False, 'usetex': False} # names are no formulas, whatever dollars are in them
+
 def save_figure(fig, out):
+    """ a figure to a file, and away with it """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(out, dpi=110)
-    pyplot().close(fig)
+    try:
+        fig.savefig(out, dpi=110)
+    finally:
+        pyplot().close(fig)
 
 def draw_grid(ax, grid, title):
     """ one grid into a matplotlib axis """
@@ -210,7 +221,7 @@ def draw_tasks(tasks, out):
     fig = pyplot().figure(figsize=(1.5 * n, 3.6 * len(tasks)), layout='constrained')
     parts = fig.subfigures(len(tasks), squeeze=False)[:, 0]
     for part, (task, _), columns in zip(parts, tasks, pictures):
-        part.suptitle(task.name, x=0.01, ha='left', fontsize=10, weight='bold')
+        part.suptitle(task.name, x=0.01, ha='left', fontsize=10, weight='bold', **PLAIN)
         axes = part.subplots(2, n, squeeze=False)
         for ax in axes.flat:
             ax.axis('off')
@@ -257,16 +268,17 @@ def draw_loss(runs, out):
         rows = need_metrics(run)
         name, train_color, val_color = "", "C0", "C1"
         if len(runs) > 1:
-            name, train_color, val_color = f"{Path(run).name} ", f"C{k}", f"C{k}"
+            name, train_color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"
         steps, loss = curve(rows, 'loss')
         if steps:
-            ax.plot(steps, loss, color=train_color, label=f"{name}training", alpha=0.5, linewidth=1)
+            ax.plot(steps, loss, color=train_color, label=f"training{name}", alpha=0.5, linewidth=1)
         steps, loss = curve(rows, 'val_loss')
         if steps:
-            ax.plot(steps, loss, color=val_color, label=f"{name}validation", marker='o', markersize=3)
+            ax.plot(steps, loss, color=val_color, label=f"validation{name}", marker='o', markersize=3)
     ax.set(xlabel="step", ylabel="nats per output token", yscale='log')
     ax.grid(alpha=0.3, which='both')
-    ax.legend()
+    for text in ax.legend().get_texts():
+        text.set(**PLAIN)
     save_figure(fig, out)
 
 def curve(rows, key):
@@ -372,5 +384,5 @@ def draw_stats(columns, length, shots, cells, cfg, out):
     c.set(title=f"documents of shots={cfg.shots}, block_size in red", xlabel="tokens", ylabel="documents")
     d.bar(*np.unique(shots, return_counts=True), color='#2ecc40')
     d.set(title="demos before the target", xlabel="demos", ylabel="documents")
-    fig.suptitle(cfg.data)
+    fig.suptitle(cfg.data, **PLAIN)
     save_figure(fig, out)
