@@ -13,8 +13,8 @@ import tyro
 
 # in reading order, the others from the ground up: a file imports only files above it
 CORE = ['grids.py', 'data.py', 'model.py', 'train.py', 'decode.py', 'solve.py', 'checkpoint.py']
-REST = ['jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py', 'finetune.py',
-        'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
+REST = ['settings.py', 'jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py',
+        'finetune.py', 'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
 
 # -----------------------------------------------------------------------------
 # one function a command, its docstring is its help. imports are inside: torch takes seconds
@@ -29,6 +29,8 @@ def train(args):
     text, path = flag(args, 'text'), flag(args, 'config')
     if path and not text:
         text = read_toml(path).get('text', '')
+        if type(text) is not str:
+            raise ValueError(f"{path}: text = {repr(text)[:40]}, want a str")
     data_cfg = TextConfig(text=text) if text else DataConfig()
     cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', train.__doc__)
     run(cfg.train, cfg.model, cfg.data)
@@ -76,6 +78,7 @@ def data(args):
     """ data check SRC, data stats SRC, data pack SRC --out DIR: check a source, describe it, make it open at once """
     from nanoarc.data import DataConfig
     from nanoarc.run import parse
+    from nanoarc.settings import check_numbers
 
     @dataclass
     class Data:
@@ -92,6 +95,7 @@ def data(args):
         png: str = '' # stats: a picture too
 
     cfg = parse(Data, args, 'data', data.__doc__)
+    check_numbers(cfg, dict(deal=1, shots=-1, block_size=1))
     if cfg.action == 'stats':
         from nanoarc.view import print_stats
         print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, val_tasks=0,
@@ -215,8 +219,47 @@ def print_help():
     for name, f in COMMANDS.items():
         print(f"  {name:9s} {f.__doc__.strip()}")
 
+class Unread:
+    """ stdout or stderr, which nobody need read to the end: after `>&-`, `| head` or `| true` the work goes on """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, f, *args):
+        try:
+            f(*args)
+        except OSError as e: # what waits in its buffer is to go somewhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(e, BrokenPipeError):
+                raise
+
 def main(args=None):
-    args = sys.argv[1:] if args is None else args
+    """ a command: list of strings, None = those of this process. exits with 2 after what a user can mend """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is getattr(sys, f"__{name}__"): # otherwise a notebook or a test has put its own there
+            setattr(sys, name, Unread(getattr(sys, name)))
+    try:
+        run_command(sys.argv[1:] if args is None else args)
+        sys.stdout.flush() # a full disk is found out here, or after we have said that all is well
+    except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
+        if os.environ.get('NANOARC_DEBUG'):
+            raise
+        print(f"nanoarc: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+def run_command(args):
     if not args or args[0] not in COMMANDS:
         print_help()
         if args and args[0] in ('-h', '--help'):
@@ -227,14 +270,4 @@ def main(args=None):
     if os.environ.pop('NANOARC_ENDS_WITH_STDIN', ''): # we are a trial of a sweep
         from nanoarc.run import end_with_stdin
         end_with_stdin()
-    try:
-        COMMANDS[args[0]](args[1:])
-    except BrokenPipeError: # `nanoarc source | head`
-        os._exit(1)
-    except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
-        if os.environ.get('NANOARC_DEBUG'):
-            raise
-        print(f"nanoarc: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    COMMANDS[args[0]](args[1:])

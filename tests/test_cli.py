@@ -1,6 +1,7 @@
 """ python -m pytest tests/test_cli.py: the command, and how the package is laid out """
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -87,6 +88,36 @@ def test_as_a_module_it_is_the_same_command(capsys):
     said = capsys.readouterr()
     assert (done.returncode, done.stdout, done.stderr) == (2, said.out, said.err)
 
+@pytest.mark.parametrize('command, end, unbuffered', [
+    ('--help', ' >&-', ''), ('--help', ' >&- 2>&-', ''), ('--help', ' | true', ''), ('--help', ' | true', '1'),
+    ('fly', ' 2>&1 | true', '1'), ('fly', ' >&- 2>&-', ''), ('score --help', ' | true', ''),
+    ('source', ' | head -1', ''), ('source', ' | head -1', '1'), ('data check TOY', ' | true', ''),
+    ('data check TOY', ' | true', '1'), ('data check TOY', ' >&-', ''),
+])
+def test_nobody_need_read_what_it_says(toy, tmp_path, command, end, unbuffered):
+    command = f"{sys.executable} -m nanoarc {command.replace('TOY', toy())}"
+    shell = f"{command}{end}; echo ${{PIPESTATUS[0]}} > {tmp_path / 'rc'}"
+    done = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})
+    is_wrong = command.endswith('fly')
+    assert int((tmp_path / 'rc').read_text()) == (2 if is_wrong else 0)
+    assert done.stderr in ("", "\nnanoarc: no command 'fly'\n" if is_wrong else "")
+
+@pytest.mark.parametrize('end', [' >&-', ' 2>&1 | true'])
+def test_training_goes_on_when_nobody_reads(toy, tmp_path, end):
+    args = " ".join([f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=3', '--log_every=1', *TINY])
+    shell = f"{sys.executable} -m nanoarc train {args}{end}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and checkpoint.load(tmp_path / 'run')[1]['step'] == 3
+    assert "warning" not in (tmp_path / 'run' / 'log.txt').read_text().splitlines()[-1]
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason="no /dev/full")
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_a_full_disk_swallows_is_no_success(unbuffered):
+    done = subprocess.run(['bash', '-c', f"{sys.executable} -m nanoarc source > /dev/full"], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})
+    assert done.returncode == 2 and done.stderr == "nanoarc: [Errno 28] No space left on device\n"
+
 # -----------------------------------------------------------------------------
 # what it is told
 
@@ -159,7 +190,7 @@ def test_the_wheel_installed_elsewhere_trains(toy, tmp_path):
 # the layout
 
 # a file imports only files before it in this list
-ORDER = ['jit', 'grids', 'model', 'checkpoint', 'corpus', 'sources', 'data', 'lm', 'text', 'run', 'decode',
+ORDER = ['settings', 'jit', 'grids', 'model', 'checkpoint', 'corpus', 'sources', 'data', 'lm', 'text', 'run', 'decode',
          'submission', 'view', 'train', 'solve', 'finetune', 'hellaswag', 'sweep', 'cli', '__main__']
 # packages that are optional or slow to import: they may be imported inside a function
 LATE = {'datasets', 'fsspec', 'huggingface_hub', 'matplotlib', 'peft', 'polars', 'tiktoken', 'tiktoken_ext',
