@@ -290,7 +290,7 @@ CONTROLS = [
         "test_train.py::test_a_dropout_would_be_on_in_steps_alone"),
     Control(
         "optimizer state that is not saved", 'checkpoint.py',
-        '                tensors[f"optim.{names[id(p)]}.{key}"] = x\n',
+        '                tensors[f"optim.{name}.{key}"] = x\n',
         "                pass\n",
         "test_reliability.py::test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing"),
     Control(
@@ -330,8 +330,8 @@ CONTROLS = [
         "test_reliability.py::test_no_damaged_checkpoint_is_ever_loaded"),
     Control(
         "damaged ones that count", 'checkpoint.py',
-        "    older = [x for x in steps(out_dir) if x < step]\n    keep = [step, *older][:KEEP]",
-        "    keep = steps(out_dir)[:KEEP]",
+        "    prune(out_dir, [step, *older][:KEEP])",
+        "    prune(out_dir, steps(out_dir)[:KEEP])",
         "test_reliability.py::test_training_goes_on_from_the_one_before_a_damaged_checkpoint_and_keeps_two_good_ones"),
     Control(
         "arrays that are unpickled", 'corpus.py',
@@ -368,6 +368,61 @@ CONTROLS = [
         "            if self.bad is None and not math.isfinite(x): #",
         "            if False: #",
         "test_reliability.py::test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint"),
+    Control(
+        "a gradient that is not finite beside a finite loss", 'train.py',
+        "total if scaler.is_enabled() else total + norm.detach())",
+        "total)",
+        "test_reliability.py::test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint"),
+    Control(
+        "the tasks of a bad step from its first micro batch only", 'train.py',
+        "self.loader.names(*place, self.cfg.grad_accum)",
+        "self.loader.names(*place)",
+        "test_reliability.py::test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_checkpoint"),
+    Control(
+        "weights that are not finite but saved", 'checkpoint.py',
+        "    if bad:\n",
+        "    if False:\n",
+        "test_reliability.py::test_an_update_that_is_not_finite_is_not_saved"),
+    Control(
+        "a setting that may be no number", 'settings.py',
+        "not low <= number <= high",
+        "(number < low or number > high)",
+        "test_settings.py::test_no_setting_is_infinite_or_no_number"),
+    Control(
+        "optimizer state of another shape", 'checkpoint.py',
+        '    refuse_others(have, want, "optimizer states")\n',
+        "",
+        "test_checkpoint.py::test_optimizer_state_that_does_not_fit_is_refused_by_name"),
+    Control(
+        "a run through a link", 'checkpoint.py',
+        "    refuse_links(out_dir)\n    with",
+        "    with",
+        "test_checkpoint.py::test_a_link_in_a_run_is_refused_by_name"),
+    Control(
+        "a user's file that is pruned", 'checkpoint.py',
+        " and path == file(out_dir, int(number), kind) and",
+        " and",
+        "test_checkpoint.py::test_what_a_user_puts_beside_the_checkpoints_stays_and_is_in_nobodys_way"),
+    Control(
+        "a directory that a sweep's database names", 'sweep.py',
+        "        if not re.fullmatch(",
+        "        if False and re.fullmatch(",
+        "test_sweep.py::test_a_run_that_the_database_names_elsewhere_is_refused"),
+    Control(
+        "ranks of two runs", 'train.py',
+        "        together(self.world, self.read)\n",
+        "        self.read()\n",
+        "test_reliability.py::test_ranks_of_two_runs_are_refused_on_all_ranks_by_what_differs"),
+    Control(
+        "a tracker that ends a run", 'run.py',
+        "            if what not in self.failed:",
+        "            raise e\n            if what not in self.failed:",
+        "test_run.py::test_a_tracker_that_fails_ends_no_run_and_is_said_once"),
+    Control(
+        "a leak that no checkpoint knows", 'train.py',
+        "'leaks': self.ds.leaks,",
+        "'leaks': [],",
+        "test_solve.py::test_a_leak_that_training_was_allowed_is_in_its_checkpoint_and_in_the_score"),
     Control(
         "gradients averaged by rank", 'train.py',
         "scaler.scale(loss * world / n)",
