@@ -473,7 +473,8 @@ class Model(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum') # skips -100
+        targets = targets.flatten().clamp(min=-1) # there is no loss where one is negative
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction='sum')
 
     @property
     def device(self):

@@ -12,7 +12,7 @@ TextConfig), a pretrained language model on tasks (LMConfig, DataConfig). what t
     val_pairs, leaks, files         what is validated on, what allow_leak let pass, {name: bytes} to keep with the run
     loader(rank, world, device), val_batches(rank, world), about(), trained_on()
   a model, model.Model or lm.LM
-    model(*batch, cache=None)       -> logits, and the loss summed over the tokens that carry it
+    model(*batch, cache=None)       -> logits, and the loss summed over the targets that are not negative
     cfg, device, n_task             n_task: rows of its task embedding, 0 = none
     blocks, pads                    what torch.compile is for; may filler stand before a prompt?
     about(), cache(), peak_rates(lr, adam_lr), optimizers(lr, adam_lr, weight_decay, ns_steps)
@@ -227,10 +227,10 @@ class Log:
         settings = {}
         for cfg in cfgs:
             settings.update(asdict(cfg))
-        with open(out_dir / 'log.txt', 'a') as f:
+        with open(out_dir / 'log.txt', 'a', encoding='utf-8', errors='backslashreplace') as f:
             print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
             for path in sorted(Path(__file__).parent.glob('*.py')):
-                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
+                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text('utf-8')}", file=f)
         if settings['log']:
             self.tracker = importlib.import_module(settings['log'])
             more = {'id': name, 'dir': str(out_dir)} if settings['log'] == 'wandb' else {}
@@ -257,14 +257,14 @@ class Log:
     def sync(self):
         """ what is logged reaches the disk, before a checkpoint that counts on it """
         if self.out_dir is not None:
-            with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+            with open(self.out_dir / 'metrics.jsonl', 'ab') as f:
                 os.fsync(f.fileno())
 
     def print(self, text, show=True):
         """ a line to the eye and to log.txt """
         if self.out_dir is None:
             return
-        with open(self.out_dir / 'log.txt', 'a') as f:
+        with open(self.out_dir / 'log.txt', 'a', encoding='utf-8', errors='backslashreplace') as f:
             print(text, file=f)
         if show:
             try:
@@ -278,7 +278,7 @@ class Log:
             return
         values = {name: x for name, x in values.items() if x is not None}
         self.last.update(values)
-        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+        with open(self.out_dir / 'metrics.jsonl', 'a', encoding='utf-8') as f:
             f.write(json.dumps({'step': step, **values}) + "\n")
         if self.tracker:
             self.tracker.log(values, step=step)
@@ -315,7 +315,7 @@ def surroundings(device, world):
     if shutil.which('git') and output('git', 'ls-files', 'train.py'): # not the repository of who has us installed
         commit = output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     cpu, cpuinfo = platform.processor(), Path('/proc/cpuinfo')
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+    for line in cpuinfo.read_text('utf-8', 'replace').splitlines() if cpuinfo.exists() else ():
         if line.startswith('model name'):
             cpu = line.partition(':')[2].strip()
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
@@ -442,7 +442,7 @@ def flag(args, name):
 def read_toml(path):
     """ -> {key: value}. raises ValueError """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text('utf-8'))
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
 

@@ -137,7 +137,7 @@ def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
         with autocast():
             _, loss = model(*batch)
         total += float(loss) # waits for the device
-        tokens += int((batch.targets != -100).sum())
+        tokens += int((batch.targets >= 0).sum())
     model.train()
     total, tokens = over_ranks(world, 'SUM', total, tokens)
     return total / tokens if tokens else None

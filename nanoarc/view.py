@@ -163,9 +163,9 @@ def write_page(solved, out, most=6):
         title += f": {states.count('solved')} of {n} solved"
     data = json.dumps({'title': title, 'colors': PALETTE, 'tasks': tasks}, separators=(',', ':'))
     data = data.replace('<', '\\u003c') # no name may end the script
-    page = (Path(__file__).parent / 'page.html').read_text().replace('DATA', data, 1)
+    page = (Path(__file__).parent / 'page.html').read_text('utf-8').replace('DATA', data, 1)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(page)
+    Path(out).write_text(page, 'utf-8')
 
 def state_of(queries):
     """ how a task of the page went """
@@ -235,7 +235,7 @@ def draw_val(model, ds, out, n=4):
         docs = s.plan(np.array([pair]), 0, 0, True, 0)
         length = int(docs.length[0])
         batch = s.write(alone(docs), 0, 1, length, loss_on='query')
-        T = int((batch.targets[0] != -100).nonzero()[0]) + 1 # tokens of the prompt
+        T = int((batch.targets[0] >= 0).nonzero()[0]) + 1 # tokens of the prompt
         told = {}
         if batch.task is not None:
             told = {'task': batch.task[:, 0].to(model.device), 'dihedral': batch.dihedral[:, 0].to(model.device)}

@@ -306,9 +306,9 @@ def test_a_shrunk_vocabulary_has_the_same_logits_on_the_tokens_that_are_kept(kin
     assert (full(*batch)[0] - lm(*batch)[0]).abs().max() < 1e-5
     assert (lm.base.get_output_embeddings().weight is lm.base.get_input_embeddings().weight) == tied
 
-@pytest.mark.parametrize('form', ['raw', 'chat'])
-def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
-    lm, batch = tiny_lm('llama', form), batches()[0]
+@pytest.mark.parametrize('form, ignore_index', [('raw', -100), ('chat', -100), ('chat', -1)])
+def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form, ignore_index):
+    lm, batch = tiny_lm('llama', form), batches(ignore_index=ignore_index)[0]
     logits, loss = lm(*batch)
     total = 0.0
     for b in range(len(batch.idx)):
@@ -319,7 +319,7 @@ def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
         scores, at = alone.log_softmax(-1), 0
         first = [lm.kept.index(lm.form.ids[x][0]) for x in (*range(10), ROW, END)]
         for n, part in enumerate(ids):
-            if n > 0 and batch.targets[b, n - 1] != -100:
+            if n > 0 and batch.targets[b, n - 1] != ignore_index:
                 total -= sum(scores[at + k - 1, i] for k, i in enumerate(part))
             at += len(part)
             assert torch.allclose(logits[b, n, [*range(10), ROW, END]], alone[at - 1, first], atol=1e-4)
