@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanoarc.lm import read_base
+from nanoarc.lm import cache_name, read_base
 from nanoarc.run import get_device, get_ranks, load_run, over_ranks
 from nanoarc.text import PrepareConfig, TextConfig, json_object, make_tokenizer, need, read_tokenizer
 
@@ -75,14 +75,14 @@ class HubModel:
         b, n = len(ends), len(context)
         if self.cached:
             out = self.model(context[None], use_cache=True)
-            cache = out.get('past_key_values')
+            cache = out.get(cache_name(self.model))
             self.cached = is_plain(cache)
         if not self.cached:
             whole = torch.cat([context.expand(b, -1), ends], 1)
             return self.model(whole).logits[:, n - 1 : -1]
         cache.batch_repeat_interleave(b)
         first = out.logits[:, -1:].expand(b, -1, -1)
-        more = self.model(ends, past_key_values=cache).logits[:, :-1]
+        more = self.model(ends, **{cache_name(self.model): cache}).logits[:, :-1]
         return torch.cat([first, more], 1)
 
 def is_plain(cache):

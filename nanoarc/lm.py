@@ -162,6 +162,14 @@ def read_base(base, dtype):
         print(f"note: transformers does not use these of the base: {a_few(sorted(info['unexpected_keys']), 3)}")
     return model.eval(), tokenizer
 
+def cache_name(model):
+    """ what a model of transformers calls its cache: `cache` since 5.24. raises ValueError """
+    accepted = inspect.signature(model.forward).parameters
+    for name in ('cache', 'cache_params', 'past_key_values'): # another name would be swallowed without a word
+        if name in accepted:
+            return name
+    raise ValueError(f"{type(model).__name__}: this version of transformers takes no cache under a name known here")
+
 # -----------------------------------------------------------------------------
 # tasks as text
 
@@ -331,7 +339,7 @@ class LM(nn.Module):
         self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         self.takes_several = not self.recurrent or config.model_type in TAKES_SEVERAL
         accepted = inspect.signature(self.base.forward).parameters
-        self.cache_name = 'cache_params' if 'cache_params' in accepted else 'past_key_values'
+        self.cache_name = cache_name(self.base)
         self.takes_places = 'position_ids' in accepted
         # may prompts of several lengths go together?
         self.pads = self.takes_places and 'attention_mask' in accepted

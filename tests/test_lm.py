@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nanoarc import decode
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.grids import END, IN, OUT, ROW
-from nanoarc.lm import FIRST, LM, LMConfig, TextForm, random_documents, read_tokenizer
+from nanoarc.lm import FIRST, LM, LMConfig, TextForm, cache_name, random_documents, read_tokenizer
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -228,6 +228,15 @@ def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
         cache.keep(rows)
         got += [lm(more[rows][:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 7))]
     assert (torch.cat(got, 1) - want[rows]).abs().max() < 1e-4 * want.abs().max()
+
+class Renamed:
+    def forward(self, input_ids, memory=None, **kwargs):
+        pass
+
+def test_a_cache_of_a_name_that_nobody_knows_is_refused():
+    """ a forward takes any name and drops it: answers would be those to a prompt without its beginning """
+    with pytest.raises(ValueError, match="Renamed: this version of transformers takes no cache"):
+        cache_name(Renamed())
 
 @torch.no_grad()
 @pytest.mark.parametrize('form', ['raw', 'chat'])
