@@ -51,7 +51,7 @@ def lock(out_dir):
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / 'lock', 'a+') as f:
+    with open(out_dir / 'lock', 'a+', encoding='utf-8') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

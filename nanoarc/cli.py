@@ -3,6 +3,7 @@ the command, nothing else: `nanoarc COMMAND ...`, flags with underscores, every 
 """
 import ast
 import importlib.util
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ REST = ['jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'subm
 # -----------------------------------------------------------------------------
 # one function a command, its docstring is its help. imports are inside: torch takes seconds
 
+def help_of(f):
+    """ the docstring of a function as a line, '' where python -OO has dropped it """
+    return " ".join((f.__doc__ or '').split())
+
 def train(args):
     """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
     from nanoarc.data import DataConfig
@@ -30,7 +35,7 @@ def train(args):
     if path and not text:
         text = read_toml(path).get('text', '')
     data_cfg = TextConfig(text=text) if text else DataConfig()
-    cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', train.__doc__)
+    cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', help_of(train))
     run(cfg.train, cfg.model, cfg.data)
 
 def finetune(args):
@@ -41,14 +46,14 @@ def finetune(args):
     from nanoarc.run import Run, parse_run
     from nanoarc.train import TrainConfig
     default = Run(TrainConfig(), LMConfig(), DataConfig(shots=-1, loss_on='outputs'))
-    cfg = parse_run(default, args, 'finetune', finetune.__doc__)
+    cfg = parse_run(default, args, 'finetune', help_of(finetune))
     run(cfg.train, cfg.model, cfg.data)
 
 def export(args):
     """ a fine-tuned language model -> a directory for transformers, or for the hub """
     from nanoarc.finetune import ExportConfig, export as run
     from nanoarc.run import parse
-    cfg = parse(ExportConfig, args, 'export', export.__doc__)
+    cfg = parse(ExportConfig, args, 'export', help_of(export))
     run(cfg)
     print(cfg.out)
 
@@ -56,7 +61,7 @@ def solve(args):
     """ a trained model and a source -> submission.json """
     from nanoarc.run import parse
     from nanoarc.solve import SolveConfig, solve as run
-    path = run(parse(SolveConfig, args, 'solve', solve.__doc__))
+    path = run(parse(SolveConfig, args, 'solve', help_of(solve)))
     if os.environ.get('RANK', '0') == '0': # under torchrun there are several of us
         print(path)
 
@@ -64,13 +69,13 @@ def score(args):
     """ a submission against the answers of a source """
     from nanoarc.run import parse
     from nanoarc.submission import ScoreConfig, score_file
-    score_file(parse(ScoreConfig, args, 'score', score.__doc__))
+    score_file(parse(ScoreConfig, args, 'score', help_of(score)))
 
 def view(args):
     """ tasks, attempts and loss curves, in the terminal or as png """
     from nanoarc.run import parse
     from nanoarc.view import ViewConfig, view as run
-    run(parse(ViewConfig, args, 'view', view.__doc__))
+    run(parse(ViewConfig, args, 'view', help_of(view)))
 
 def data(args):
     """ data check SRC, data stats SRC, data pack SRC --out DIR: check a source, describe it, make it open at once """
@@ -91,7 +96,7 @@ def data(args):
         max_pair: int = 0 # stats: only tasks with no longer demo. 0 = all
         png: str = '' # stats: a picture too
 
-    cfg = parse(Data, args, 'data', data.__doc__)
+    cfg = parse(Data, args, 'data', help_of(data))
     if cfg.action == 'stats':
         from nanoarc.view import print_stats
         print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, val_tasks=0,
@@ -138,14 +143,14 @@ def text(args):
                'sample': (SampleConfig, sample)}
     name = args[0] if args else ''
     if name in ('-h', '--help'):
-        print(f"{text.__doc__.strip()}. `nanoarc text ACTION --help` explains each flag\n")
+        print(f"{help_of(text)}. `nanoarc text ACTION --help` explains each flag\n")
         for _, action in actions.values():
-            print(" ", " ".join(action.__doc__.split()))
+            print(" ", help_of(action))
         sys.exit(0)
     if name not in actions:
         raise ValueError(f"{f'text {name}'.strip()}: want {', '.join(actions)}, each with --help")
     cls, action = actions[name]
-    action(parse(cls, args[1:], f"text {name}", action.__doc__))
+    action(parse(cls, args[1:], f"text {name}", help_of(action)))
 
 def sweep(args):
     """ search for settings: sweep SPACE.toml --trials 100 --jobs 1 """
@@ -153,7 +158,7 @@ def sweep(args):
         raise ValueError("sweep: want optuna: pip install 'nanoarc[sweep]'")
     from nanoarc.run import parse
     from nanoarc.sweep import SweepConfig, sweep as run
-    run(parse(SweepConfig, args, 'sweep', sweep.__doc__))
+    run(parse(SweepConfig, args, 'sweep', help_of(sweep)))
 
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
@@ -165,7 +170,7 @@ def source(args):
         # only a table of lines and tokens (characters / 4), with the longest function and the longest line
         count: bool = False
 
-    cfg = parse(Source, args, 'source', source.__doc__)
+    cfg = parse(Source, args, 'source', help_of(source))
     if cfg.count:
         print_counts()
         return
@@ -174,7 +179,7 @@ def source(args):
 
 def read_files(names):
     """ -> {name: what is in this file of the package} """
-    return {name: (Path(__file__).parent / name).read_text() for name in names}
+    return {name: (Path(__file__).parent / name).read_text('utf-8') for name in names}
 
 def print_counts():
     """ how long the files, the functions and the lines of the package are """
@@ -213,10 +218,15 @@ COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': sol
 def print_help():
     print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
     for name, f in COMMANDS.items():
-        print(f"  {name:9s} {f.__doc__.strip()}")
+        print(f"  {name:9s} {help_of(f)}")
 
 def main(args=None):
     args = sys.argv[1:] if args is None else args
+    if importlib.util.find_spec('fcntl') is None: # by which a run is locked
+        print("nanoarc: want Linux or macOS, on Windows inside WSL (wsl --install)", file=sys.stderr)
+        sys.exit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper): # a locale may not have the letters of a name
+        sys.stdout.reconfigure(errors='backslashreplace')
     if not args or args[0] not in COMMANDS:
         print_help()
         if args and args[0] in ('-h', '--help'):

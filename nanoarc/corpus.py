@@ -238,7 +238,7 @@ class Corpus:
         manifest = {'nanoarc': 'packed corpus', 'format': FORMAT, 'source': self.source, 'tasks': len(self),
                     'pairs': len(self.hash), 'bad': self.bad, 'sha256': files}
         temp = out_dir / '.manifest.json.tmp'
-        temp.write_text(json.dumps(manifest, indent=1))
+        temp.write_text(json.dumps(manifest, indent=1), 'utf-8')
         os.replace(temp, out_dir / 'manifest.json')
 
     @classmethod
@@ -402,7 +402,7 @@ def with_earlier(lines, runs):
     for run in runs:
         path = Path(run) / 'trained_on.txt'
         if run and path.is_file():
-            found.update(path.read_text().splitlines(True))
+            found.update(path.read_text('utf-8').splitlines(True))
     return "".join(sorted(found))
 
 def find_leaks(run, corpora):
@@ -413,7 +413,7 @@ def find_leaks(run, corpora):
         return []
     by_input = defaultdict(list) # {hash of the input: [(pair_hash, label of the task), ...]}
     task_pairs = defaultdict(set) # {label of the task: pair_hash of its pairs}
-    for line in path.read_text().splitlines():
+    for line in path.read_text('utf-8').splitlines():
         pair, x, label = line.split(" ", 2)
         by_input[int(x, 16)].append((int(pair, 16), label))
         task_pairs[label].add(int(pair, 16))

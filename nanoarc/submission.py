@@ -139,7 +139,7 @@ def read_candidates(path, tasks):
         raise ValueError(f"{path}: no such file, want a candidates.jsonl of nanoarc solve")
     number = {task.name: k for k, task in enumerate(tasks)}
     found = defaultdict(list)
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for n, line in enumerate(Path(path).read_text('utf-8').splitlines(), 1):
         where = f"{path}: line {n}"
         try:
             x = json.loads(line)

@@ -82,7 +82,7 @@ def read_space(path):
     a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError with file and key
     """
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(Path(path).read_text('utf-8'))
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: {e}") from None
     fixed, search = tables.pop('fixed', {}), tables.pop('search', {})
@@ -185,7 +185,7 @@ def to_toml(values):
 @contextlib.contextmanager
 def alone(out_dir):
     """ what one of several workers does at a time """
-    with open(out_dir / 'lock', 'a') as f:
+    with open(out_dir / 'lock', 'ab') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -240,7 +240,7 @@ def last_line(path, code):
     """ why a trial failed: what its process said last """
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    said = [line for line in path.read_text(errors='replace').splitlines() if line.strip()]
+    said = [line for line in path.read_text('utf-8', 'replace').splitlines() if line.strip()]
     return said[-1].removeprefix("nanoarc: ") if said else f"exit code {code}"
 
 class Sweep:
