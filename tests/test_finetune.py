@@ -141,6 +141,13 @@ def test_no_code_of_a_base_runs_and_nobody_is_asked(bases, source, tmp_path, cap
         assert ("code of its own" if tells in ('config', 'all') else "model type `evil`") in err
     assert not (tmp_path / 'PWNED').exists()
 
+def test_no_code_of_a_tokenizer_runs_and_nobody_is_asked(bases, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('builtins.input', lambda *_: pytest.fail("it asks"))
+    tokens = {'auto_map': {'AutoTokenizer': [None, 'code.Tokens']}, 'tokenizer_class': 'Evil'}
+    base = copy_of(bases['llama'], tmp_path / 'base', tokens=tokens)
+    (base / 'code.py').write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w').write('x')")
+    assert "code of its own" in refused(capsys, base, source, tmp_path / 'run') and not (tmp_path / 'PWNED').exists()
+
 LOST = 'model.layers.0.self_attn.q_proj.weight'
 
 @pytest.mark.parametrize('tensors, want', [
