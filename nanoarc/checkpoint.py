@@ -12,16 +12,20 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 2
 KEEP = 2 # checkpoints on disk
-# files of a run whose half-written copies, .NAME.tmp, lock may delete
+# files of a run whose half-written copies, .NAME.tmp, lock may delete, and what else is written there
 WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json'
+OPENED = 'ckpt', 'lock', 'solving.lock', 'log.txt', 'loss.png', 'val.png', 'output.txt', 'study.db', 'wandb'
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """
@@ -29,13 +33,16 @@ def write_file(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temp, 'wb') as f:
+        temp.unlink(missing_ok=True) # of a write that was killed, or a link of somebody's
+        with open(temp, 'xb') as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as e:
         temp.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not e.filename: # of a write or a sync
+            e.filename = str(path)
         raise
     fd = os.open(path.parent, os.O_RDONLY) # the rename itself must reach the disk too
     try:
@@ -43,15 +50,24 @@ def write_file(path, data):
     finally:
         os.close(fd)
 
+def refuse_links(out_dir):
+    """ raises ValueError that names a link where we would write: whoever made it could have us write anywhere """
+    for name in (*WRITTEN, *OPENED):
+        if (Path(out_dir) / name).is_symlink():
+            raise ValueError(f"{Path(out_dir) / name} is a link, what it leads to would be written: remove it. the "
+                             "directory as a whole may be one")
+
 @contextlib.contextmanager
-def lock(out_dir):
+def lock(out_dir, name='lock'):
     """
     while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a
-    save that was killed left behind is removed. raises ValueError that names the process that holds it.
+    save that was killed left behind is removed. raises ValueError that names the process that holds it, or a link.
+    another name is another lock, of who solves in a directory that somebody may train in.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / 'lock', 'a+') as f:
+    refuse_links(out_dir)
+    with open(out_dir / name, 'a+', encoding='utf-8') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -60,7 +76,7 @@ def lock(out_dir):
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
-        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]:
+        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')] if name == 'lock' else ():
             is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
             if is_ours:
                 path.unlink()
@@ -70,10 +86,14 @@ def file(out_dir, step, kind='safetensors'):
     """ path of a checkpoint, or of its hash: kind='sha256' """
     return Path(out_dir) / 'ckpt' / f"step-{step:06d}.{kind}"
 
-def steps(out_dir):
-    """ the steps of which there is a checkpoint, newest first """
-    found = [re.fullmatch(r'step-(\d+)\.sha256', path.name) for path in (Path(out_dir) / 'ckpt').glob('*')]
-    return sorted((int(m[1]) for m in found if m), reverse=True)
+def steps(out_dir, kind='sha256'):
+    """ the steps of which there is a checkpoint, newest first. files that are called otherwise are not ours """
+    found = []
+    for path in (Path(out_dir) / 'ckpt').glob(f"step-*.{kind}"):
+        number = path.stem.removeprefix('step-')
+        if number.isdecimal() and path == file(out_dir, int(number), kind) and path.is_file():
+            found.append(int(number))
+    return sorted(found, reverse=True)
 
 def some_steps(out_dir):
     """ the same. raises ValueError if there is none """
@@ -82,6 +102,10 @@ def some_steps(out_dir):
         raise ValueError(f"{out_dir}: no checkpoint here, want the --out_dir of a training run")
     return found
 
+def newest(out_dir):
+    """ what tells the newest checkpoint from all others, '' = out_dir is ''. raises ValueError if there is none """
+    return file(out_dir, some_steps(out_dir)[0], 'sha256').read_text('utf-8') if out_dir else ''
+
 def signed(data, path):
     """ what the .sha256 beside a path says of these bytes """
     return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
@@ -89,36 +113,47 @@ def signed(data, path):
 def save(out_dir, step, model, optimizers, meta, ema=None):
     """
     state of model, optimizers and perhaps averaged weights, and meta (a dict of json values), as the newest checkpoint.
-    prunes older ones
+    prunes older ones. raises ValueError, and leaves them, if something is not finite
     """
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
     if ema is not None:
         for name, x in ema.state_dict().items():
             tensors[f"ema.{name}"] = x
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for key, x in state.items():
-                tensors[f"optim.{names[id(p)]}.{key}"] = x
+    fresh = [] # parameters that no step has reached
+    for name, p, optimizer in trained(model, optimizers):
+        if not optimizer.state.get(p):
+            fresh.append(name)
+        else:
+            for key, x in optimizer.state[p].items():
+                tensors[f"optim.{name}.{key}"] = x
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    data = dump_tensors(tensors, metadata={'nanoarc': json.dumps({'format': FORMAT, 'step': step, **meta})})
     path = file(out_dir, step)
+    bad = [name for name, x in tensors.items() if not x.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: not written, {len(bad)} of its tensors are not finite, first {bad[0]}, though loss "
+                         "and gradient were. it is the update: try a lower --lr, --adam_lr or --weight_decay")
+    meta = {**meta, 'format': FORMAT, 'step': step, 'fresh': fresh}
+    data = dump_tensors(tensors, metadata={'nanoarc': json.dumps(meta)})
     write_file(path, data)
     write_file(file(out_dir, step, 'sha256'), signed(data, path))
-    prune(out_dir, step)
-
-def prune(out_dir, step):
-    """ keep this checkpoint and the ones before it, KEEP in all """
     # this run began with the newest checkpoint that is whole, so any of a later step is damaged: it goes too
     older = [x for x in steps(out_dir) if x < step]
-    keep = [step, *older][:KEEP]
-    for x in steps(out_dir):
-        if x not in keep:
-            file(out_dir, x, 'sha256').unlink() # first: what is left is no checkpoint
-    kept = [file(out_dir, x) for x in keep]
-    for path in (Path(out_dir) / 'ckpt').glob('step-*.safetensors'): # also what a save that was killed has left
-        if path not in kept:
-            path.unlink()
+    prune(out_dir, [step, *older][:KEEP])
+
+def trained(model, optimizers):
+    """ -> list of (name, parameter, its optimizer) """
+    names, found = {id(p): name for name, p in model.named_parameters()}, []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found += [(names[id(p)], p, optimizer) for p in group['params']]
+    return found
+
+def prune(out_dir, keep=()):
+    """ remove the checkpoints of all other steps, and what a save that was killed has left. nothing else """
+    for kind in ('sha256', 'safetensors'): # in this order: what is left is no checkpoint
+        for x in steps(out_dir, kind):
+            if x not in keep:
+                file(out_dir, x, kind).unlink()
 
 def load(out_dir):
     """ the newest checkpoint that is whole -> (tensors, meta). raises ValueError if there is none """
@@ -140,46 +175,70 @@ def load(out_dir):
             continue
         for error in errors:
             print(f"warning: {error}, going back to {path}")
-        meta = read_meta(data)
-        if meta['format'] != FORMAT:
-            raise ValueError(f"{path}: format differs (saved {meta['format']}, this version reads {FORMAT})")
-        return parse_tensors(data), meta
+        return parse(data, path)
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
-def read_meta(data):
-    """
-    bytes of a checkpoint -> what was saved beside the tensors. a safetensors file begins with its header's length
-    """
-    n = int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8 : 8 + n])
-    return json.loads(header['__metadata__']['nanoarc'])
+def parse(data, path):
+    """ the bytes of a checkpoint -> (tensors, meta). raises ValueError """
+    try: # a safetensors file begins with its header's length
+        n = int.from_bytes(data[:8], 'little')
+        header = json.loads(data[8 : 8 + n])
+        meta = json.loads(header['__metadata__']['nanoarc'])
+        found = meta['format']
+        tensors = parse_tensors(data)
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: no checkpoint of nanoarc: {type(e).__name__} {e}") from None
+    if found != FORMAT:
+        raise ValueError(f"{path}: format differs (saved {found}, this version reads {FORMAT})")
+    return tensors, meta
 
-def best_part(meta):
+def eval_part(meta):
     """ the weights of a checkpoint that validation and solve use: 'ema', averaged, where there are any, or 'model' """
     return 'ema' if meta['train']['ema'] > 0 else 'model'
 
 def restore_model(model, tensors, part='model'):
     """ weights into the model, strictly; part='ema': the averaged ones. raises ValueError that names what differs """
-    want = model.state_dict()
-    have = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+    have = part_of(tensors, part)
+    refuse_others(have, model.state_dict(), "weights")
+    model.load_state_dict(have)
+
+def part_of(tensors, part):
+    """ {'model.wte.weight': x, ...} and 'model' -> {'wte.weight': x, ...} """
+    return {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+
+def refuse_others(have, want, what):
+    """ two dicts of tensors. raises ValueError that names the first of another shape or dtype, or that is not there """
     wrong = []
     for name in sorted(want.keys() | have.keys()):
-        saved = list(have[name].shape) if name in have else 'none'
-        now = list(want[name].shape) if name in want else 'none'
+        saved, now = ('none' if x is None else f"{list(x.shape)} {x.dtype}" for x in (have.get(name), want.get(name)))
         if saved != now:
             wrong.append(f"{name}: saved {saved}, now {now}")
     if wrong:
-        raise ValueError(f"the checkpoint's weights do not fit this model: {len(wrong)} differ, first {wrong[0]}")
-    model.load_state_dict(have)
+        raise ValueError(f"the checkpoint's {what} do not fit this model: {len(wrong)} differ, first {wrong[0]}")
 
-def restore_optimizers(model, optimizers, tensors):
-    """ optimizer state by parameter name """
-    for optimizer in optimizers:
-        mine = {id(p) for group in optimizer.param_groups for p in group['params']}
-        for name, p in model.named_parameters():
-            state = {}
-            for key, x in tensors.items():
-                if key.startswith(f"optim.{name}."):
-                    state[key.rpartition('.')[2]] = x.to(p.device)
-            if id(p) in mine and state:
-                optimizer.state[p] = state
+def restore_training(model, optimizers, tensors, meta):
+    """ weights, and optimizer state by parameter name. raises ValueError that names what differs """
+    mine, want = trained(model, optimizers), {}
+    # where a checkpoint does not say what was fresh it is older: there it was all or nothing
+    fresh = meta.get('fresh', [name for name, *_ in mine] if meta['step'] == 0 else [])
+    for name, p, _ in mine:
+        p.grad = None if name in fresh else torch.zeros_like(p)
+    for optimizer in optimizers: # a step makes what there is to restore
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p, optimizer in mine:
+        for key, x in optimizer.state.get(p, {}).items():
+            want[f"{name}.{key}"] = x
+    have = part_of(tensors, 'optim')
+    refuse_others(have, want, "optimizer states")
+    for name, x in want.items():
+        x.copy_(have[name])
+    restore_model(model, tensors) # last: the step has changed the weights
+
+def restore_scaler(scaler, saved):
+    """ a GradScaler's state. raises ValueError that names what differs """
+    for name, now in scaler.state_dict().items():
+        x = saved.get(name)
+        if type(x) is not type(now) or not 0 <= x < math.inf:
+            raise ValueError(f"the checkpoint's gradient scaler does not fit: {name}: saved {x}, want like {now}")
+    scaler.load_state_dict(saved)

@@ -3,6 +3,7 @@ the command, nothing else: `nanoarc COMMAND ...`, flags with underscores, every 
 """
 import ast
 import importlib.util
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ import tyro
 
 # in reading order, the others from the ground up: a file imports only files above it
 CORE = ['grids.py', 'data.py', 'model.py', 'train.py', 'decode.py', 'solve.py', 'checkpoint.py']
-REST = ['jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py', 'finetune.py',
-        'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
+REST = ['settings.py', 'jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py',
+        'finetune.py', 'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
 
 # -----------------------------------------------------------------------------
 # one function a command, its docstring is its help. imports are inside: torch takes seconds
+
+def help_of(f):
+    """ the docstring of a function as a line, '' where python -OO has dropped it """
+    return " ".join((f.__doc__ or '').split())
 
 def train(args):
     """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
@@ -29,8 +34,10 @@ def train(args):
     text, path = flag(args, 'text'), flag(args, 'config')
     if path and not text:
         text = read_toml(path).get('text', '')
+        if type(text) is not str:
+            raise ValueError(f"{path}: text = {repr(text)[:40]}, want a str")
     data_cfg = TextConfig(text=text) if text else DataConfig()
-    cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', train.__doc__)
+    cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', help_of(train))
     run(cfg.train, cfg.model, cfg.data)
 
 def finetune(args):
@@ -41,14 +48,14 @@ def finetune(args):
     from nanoarc.run import Run, parse_run
     from nanoarc.train import TrainConfig
     default = Run(TrainConfig(), LMConfig(), DataConfig(shots=-1, loss_on='outputs'))
-    cfg = parse_run(default, args, 'finetune', finetune.__doc__)
+    cfg = parse_run(default, args, 'finetune', help_of(finetune))
     run(cfg.train, cfg.model, cfg.data)
 
 def export(args):
     """ a fine-tuned language model -> a directory for transformers, or for the hub """
     from nanoarc.finetune import ExportConfig, export as run
     from nanoarc.run import parse
-    cfg = parse(ExportConfig, args, 'export', export.__doc__)
+    cfg = parse(ExportConfig, args, 'export', help_of(export))
     run(cfg)
     print(cfg.out)
 
@@ -56,7 +63,7 @@ def solve(args):
     """ a trained model and a source -> submission.json """
     from nanoarc.run import parse
     from nanoarc.solve import SolveConfig, solve as run
-    path = run(parse(SolveConfig, args, 'solve', solve.__doc__))
+    path = run(parse(SolveConfig, args, 'solve', help_of(solve)))
     if os.environ.get('RANK', '0') == '0': # under torchrun there are several of us
         print(path)
 
@@ -64,18 +71,19 @@ def score(args):
     """ a submission against the answers of a source """
     from nanoarc.run import parse
     from nanoarc.submission import ScoreConfig, score_file
-    score_file(parse(ScoreConfig, args, 'score', score.__doc__))
+    score_file(parse(ScoreConfig, args, 'score', help_of(score)))
 
 def view(args):
     """ tasks, attempts and loss curves, in the terminal or as png """
     from nanoarc.run import parse
     from nanoarc.view import ViewConfig, view as run
-    run(parse(ViewConfig, args, 'view', view.__doc__))
+    run(parse(ViewConfig, args, 'view', help_of(view)))
 
 def data(args):
     """ data check SRC, data stats SRC, data pack SRC --out DIR: check a source, describe it, make it open at once """
     from nanoarc.data import DataConfig
     from nanoarc.run import parse
+    from nanoarc.settings import check_numbers
 
     @dataclass
     class Data:
@@ -91,7 +99,8 @@ def data(args):
         max_pair: int = 0 # stats: only tasks with no longer demo. 0 = all
         png: str = '' # stats: a picture too
 
-    cfg = parse(Data, args, 'data', data.__doc__)
+    cfg = parse(Data, args, 'data', help_of(data))
+    check_numbers(cfg, dict(deal=1, shots=-1, block_size=1))
     if cfg.action == 'stats':
         from nanoarc.view import print_stats
         print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, val_tasks=0,
@@ -114,7 +123,7 @@ def check_source(cfg):
         n_demos = int(c.n_demos.sum())
         n_answers = int((c.h[1::2][~c.is_demo()] > 0).sum()) # an output without rows is not known
         print(f"{c.source}: {len(c)} tasks, {n_demos} demos, {len(c.hash) - n_demos} queries, "
-              f"{n_answers} of them with an answer")
+              f"{n_answers} of them with an answer" + (f", {len(c.bad)} things left out" if c.bad else ""))
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':
@@ -138,14 +147,14 @@ def text(args):
                'sample': (SampleConfig, sample)}
     name = args[0] if args else ''
     if name in ('-h', '--help'):
-        print(f"{text.__doc__.strip()}. `nanoarc text ACTION --help` explains each flag\n")
+        print(f"{help_of(text)}. `nanoarc text ACTION --help` explains each flag\n")
         for _, action in actions.values():
-            print(" ", " ".join(action.__doc__.split()))
+            print(" ", help_of(action))
         sys.exit(0)
     if name not in actions:
         raise ValueError(f"{f'text {name}'.strip()}: want {', '.join(actions)}, each with --help")
     cls, action = actions[name]
-    action(parse(cls, args[1:], f"text {name}", action.__doc__))
+    action(parse(cls, args[1:], f"text {name}", help_of(action)))
 
 def sweep(args):
     """ search for settings: sweep SPACE.toml --trials 100 --jobs 1 """
@@ -153,7 +162,7 @@ def sweep(args):
         raise ValueError("sweep: want optuna: pip install 'nanoarc[sweep]'")
     from nanoarc.run import parse
     from nanoarc.sweep import SweepConfig, sweep as run
-    run(parse(SweepConfig, args, 'sweep', sweep.__doc__))
+    run(parse(SweepConfig, args, 'sweep', help_of(sweep)))
 
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
@@ -165,7 +174,7 @@ def source(args):
         # only a table of lines and tokens (characters / 4), with the longest function and the longest line
         count: bool = False
 
-    cfg = parse(Source, args, 'source', source.__doc__)
+    cfg = parse(Source, args, 'source', help_of(source))
     if cfg.count:
         print_counts()
         return
@@ -174,7 +183,7 @@ def source(args):
 
 def read_files(names):
     """ -> {name: what is in this file of the package} """
-    return {name: (Path(__file__).parent / name).read_text() for name in names}
+    return {name: (Path(__file__).parent / name).read_text('utf-8') for name in names}
 
 def print_counts():
     """ how long the files, the functions and the lines of the package are """
@@ -222,11 +231,59 @@ def set_threads():
 def print_help():
     print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
     for name, f in COMMANDS.items():
-        print(f"  {name:9s} {f.__doc__.strip()}")
+        print(f"  {name:9s} {help_of(f)}")
+
+class Unread:
+    """ stdout or stderr, which nobody need read to the end: after `>&-`, `| head` or `| true` the work goes on """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w', encoding='utf-8')
+        self.error = None # what went wrong but that nobody reads on: a full disk
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, f, *args):
+        try:
+            f(*args)
+        except OSError as e: # what waits in its buffer is to go somewhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(e, BrokenPipeError):
+                self.error = e
 
 def main(args=None):
-    args = sys.argv[1:] if args is None else args
+    """ a command: list of strings, None = those of this process. exits with 2 after what a user can mend """
+    if importlib.util.find_spec('fcntl') is None: # by which a run is locked
+        print("nanoarc: want Linux or macOS, on Windows inside WSL (wsl --install)", file=sys.stderr)
+        sys.exit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper): # a locale may not have the letters of a name
+        sys.stdout.reconfigure(errors='backslashreplace')
     set_threads()
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is getattr(sys, f"__{name}__"): # otherwise a notebook or a test has put its own there
+            setattr(sys, name, Unread(getattr(sys, name)))
+    try:
+        run_command(sys.argv[1:] if args is None else args)
+        sys.stdout.flush()
+        if getattr(sys.stdout, 'error', None): # found out here at the latest: the work is done, what it said is lost
+            raise sys.stdout.error
+    except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
+        if os.environ.get('NANOARC_DEBUG'):
+            raise
+        from nanoarc.grids import one_line # a path or an id may hold anything
+        print(f"nanoarc: {one_line(str(e))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+def run_command(args):
     if not args or args[0] not in COMMANDS:
         print_help()
         if args and args[0] in ('-h', '--help'):
@@ -237,14 +294,4 @@ def main(args=None):
     if os.environ.pop('NANOARC_ENDS_WITH_STDIN', ''): # we are a trial of a sweep
         from nanoarc.run import end_with_stdin
         end_with_stdin()
-    try:
-        COMMANDS[args[0]](args[1:])
-    except BrokenPipeError: # `nanoarc source | head`
-        os._exit(1)
-    except (ValueError, OSError) as e: # what a user can mend is one line. anything else is ours and keeps its traceback
-        if os.environ.get('NANOARC_DEBUG'):
-            raise
-        print(f"nanoarc: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    COMMANDS[args[0]](args[1:])

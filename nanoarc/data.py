@@ -22,6 +22,7 @@ import torch
 from nanoarc.corpus import guard, trained_lines, walk
 from nanoarc.grids import END, IN, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE
 from nanoarc.jit import jit, ufunc
+from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 WINDOW = 4096 # documents that are planned together
@@ -30,7 +31,7 @@ FORMAT = 3 # of the loader's state, goes up when the same state would mean other
 class Batch(NamedTuple):
     """ what a model is given. `x, y = batch[:2]` is enough for a plain nanoGPT """
     idx: torch.Tensor # (B, T) int64 token ids
-    targets: torch.Tensor # (B, T) int64 next tokens, -100 where there is no loss
+    targets: torch.Tensor # (B, T) int64 next tokens, ignore_index where there is no loss
     pos: torch.Tensor # (B, T, 3) uint8 row, col, z
     doc: torch.Tensor # (B, T) int32 number of the document within the row, -1 on PAD
     task: torch.Tensor # (B, T) int32 row of the task embedding, or None if shots != 0
@@ -58,6 +59,8 @@ class DataConfig:
     # 'query' = the target's output | 'outputs' = also those of its context, but the first one, which nothing explains |
     # 'all' = every token
     loss_on: str = 'query'
+    # the target where there is no loss, as the loss of your own model has it: -100 in PyTorch, -1 in nanoGPT
+    ignore_index: int = -100
     # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' |
     # 'auto' = domain at shots=0, else nonzero
     colors: str = 'auto'
@@ -75,11 +78,8 @@ class DataConfig:
         for name, known in (('loss_on', LOSS_ON), ('colors', COLORS), ('batching', BATCHING)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: want one of {', '.join(known)}")
-        for name, least in (('block_size', 1), ('batch_tokens', 1), ('shots', -1), ('val_tasks', 0), ('max_pair', 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least {least}")
-        if not 0 <= self.p_identity <= 1:
-            raise ValueError(f"p_identity={self.p_identity}: want a share of 0..1")
+        check_numbers(self, dict(block_size=1, batch_tokens=1, shots=-1, deal=1, ignore_index=-2**63),
+                      dict(p_identity=1, ignore_index=-1)) # other targets are tokens
 
 # -----------------------------------------------------------------------------
 # counter-based randomness: a hash of a few numbers in place of a generator with a state
@@ -237,7 +237,7 @@ def write_grid(tab, g, d, cmap, z, idx, pos, at):
     return at
 
 @jit
-def write_document(tab, docs, i, loss_on, idx, targets, pos, at):
+def write_document(tab, docs, i, loss_on, ignore, idx, targets, pos, at):
     """ document i into a row of T tokens from `at` on -> where it ends """
     start = at
     shots = (docs.pairs[i] >= 0).sum() - 1
@@ -255,7 +255,7 @@ def write_document(tab, docs, i, loss_on, idx, targets, pos, at):
             idx[at] = END
             pos[at, 0], pos[at, 1], pos[at, 2] = pos[at - 1, 0], 1, 2 * k + 1
             at += 1
-        targets[begin:at] = -100
+        targets[begin:at] = ignore
         if k == 0 or (loss_on == 'outputs' and k < shots):
             targets[out : at - 1] = idx[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
     if loss_on == 'all':
@@ -263,11 +263,11 @@ def write_document(tab, docs, i, loss_on, idx, targets, pos, at):
     return at
 
 @jit
-def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, idx, targets, pos, doc, task, dihedral):
+def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, ignore, idx, targets, pos, doc, task, dihedral):
     """
     rows r0..r1-1 into the (B, T) arrays of a Batch, pos (B, T, 3). row r is the documents
     row_docs[row_start[r] : row_start[r + 1]] one after another. rows of the batch past these stay empty.
-    task and dihedral may have no elements: then they are not wanted.
+    ignore: the target where there is no loss. task and dihedral may have no elements: then they are not wanted.
     """
     for b in range(len(idx)):
         at = 0
@@ -275,12 +275,12 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, idx, targets, po
             first, last = row_start[r0 + b], row_start[r0 + b + 1]
             for j in range(first, last):
                 i, start = row_docs[j], at
-                at = write_document(tab, docs, i, loss_on, idx[b], targets[b], pos[b], at)
+                at = write_document(tab, docs, i, loss_on, ignore, idx[b], targets[b], pos[b], at)
                 doc[b, start:at] = j - first
                 if task.size > 0:
                     task[b, start:at] = tab.row[tab.pair_task[docs.pairs[i, 0]]]
                     dihedral[b, start:at] = docs.dihedral[i]
-        idx[b, at:], targets[b, at:], pos[b, at:], doc[b, at:] = PAD, -100, 0, -1
+        idx[b, at:], targets[b, at:], pos[b, at:], doc[b, at:] = PAD, ignore, 0, -1
         if task.size > 0:
             task[b, at:], dihedral[b, at:] = 0, 0
 
@@ -502,7 +502,8 @@ class Sampler:
         if tasked:
             task, dihedral = batch.task.numpy(), batch.dihedral.numpy()
         write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, loss_on or self.cfg.loss_on,
-                   batch.idx.numpy(), batch.targets.numpy(), batch.pos.numpy(), batch.doc.numpy(), task, dihedral)
+                   self.cfg.ignore_index, batch.idx.numpy(), batch.targets.numpy(), batch.pos.numpy(),
+                   batch.doc.numpy(), task, dihedral)
         return batch
 
 class Buffers:
@@ -829,7 +830,8 @@ class ArcLoader:
         state = {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed}
         state['corpus_sha256'] = self.ds.corpus_sha256
         for name, x in asdict(self.ds.cfg).items():
-            if name not in ('data', 'adapt', 'on_bad'): # files may move, corpus_sha256 may not change
+            # files may move, corpus_sha256 may not change. what is ignored may be called otherwise
+            if name not in ('data', 'adapt', 'on_bad', 'ignore_index'):
                 state[name] = x
         return state
 

@@ -11,11 +11,10 @@ import torch
 import tyro
 
 from nanoarc import checkpoint
-from nanoarc.corpus import read_json
 from nanoarc.grids import END, OUT, ROW
 from nanoarc.lm import FIRST, LM, LMConfig, hash_base, read_base
 from nanoarc.run import saved_configs
-from nanoarc.submission import read_fitting, score
+from nanoarc.submission import read_fitting, read_leaks, read_submission, score, verdict
 from nanoarc.train import train
 
 def finetune(cfg, lm_cfg, data_cfg):
@@ -52,7 +51,7 @@ def export(cfg):
     if not isinstance(lm_cfg, LMConfig):
         raise ValueError(f"{cfg.run}: not a run of nanoarc finetune")
     lm = LM(replace(lm_cfg, base_dtype='float32'))
-    checkpoint.restore_model(lm, tensors, checkpoint.best_part(meta))
+    checkpoint.restore_model(lm, tensors, checkpoint.eval_part(meta))
     is_gguf = lm_cfg.base.endswith('.gguf')
     full, tokenizer = read_base(lm_cfg.base, torch.float32 if is_gguf else 'auto')
     for m in lm.base.modules():
@@ -91,13 +90,10 @@ def model_card(cfg, lm, lm_cfg, data_cfg, meta):
     lines = ["---", head, "tags: [arc-agi, nanoarc]", "---", f"fine-tuned from `{name}` by nanoarc on {data}.", "",
              f"- {meta['step']} steps, {meta['tokens']:,} tokens, {replace(lm_cfg, base=name).about()}", f"- {val}"]
     if cfg.data:
-        submission = read_json(Path(cfg.run) / 'submission.json')
-        result = score(submission, read_fitting(cfg.data, data_cfg.max_pair, opened=True)[1])
-        leaks = read_json(Path(cfg.run) / 'solve.json')['leaks']
-        leaked = f", TRAINED ON {len(leaks)} OF THE ANSWERS" if leaks else ""
-        lines.append(f"- {cfg.data}: {result['score']:.2f}% by the official rule, {result['solved']} of "
-                     f"{result['tasks']} tasks with every output right in one of two attempts{leaked}. "
-                     "what the base has read before, nobody checks: ARC-AGI-1 has been public since 2019")
+        path = Path(cfg.run) / 'submission.json'
+        result = score(read_submission(path), read_fitting(cfg.data, data_cfg.max_pair, opened=True)[1])
+        lines.append(f"- {cfg.data}: {verdict(result, read_leaks(path))}. what the base has read before, nobody "
+                     "checks: ARC-AGI-1 has been public since 2019")
     pair = "".join(lm.form.text[x] for x in (FIRST, 1, 2, ROW, 3, 4, ROW, OUT, 5, ROW, END))
     lines += ["", "A pair is written so, demos first, the query last, and its answer is asked for behind the last "
               "marker:", "", "```", pair, "```", ""]

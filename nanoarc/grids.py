@@ -12,6 +12,8 @@ the json keys "train" (the demos) and "test" (the queries) appear here and in so
 """
 import hashlib
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
 from html import escape
 
 import numpy as np
@@ -148,10 +150,14 @@ def undo_augment(grid, d, cmap):
 # validation: json -> grids. what has passed here is trusted everywhere else. in messages rows, cols, demos and queries
 # count from 0, as in the json
 
-def show(x):
+def show(x, most=40):
     """ a value in an error message: short, one line, without control characters """
     s = ascii(x)
-    return s if len(s) <= 40 else s[:37] + "..."
+    return s if len(s) <= most else s[: most - 3] + "..."
+
+def one_line(text):
+    """ a path or a message as it is, or escaped where it would break a line or a terminal """
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 def to_grid(rows, where):
     """ json rows -> (H, W) uint8 grid. where names the place in error messages. raises ValueError, never casts """
@@ -185,16 +191,26 @@ def refuse_grid(rows, where):
     raise AssertionError(f"{where}: this grid is fine") # the two functions must not disagree
 
 def check_keys(obj, needed, allowed, where):
-    """ raises ValueError unless obj is a dict with all needed keys and no key outside needed and allowed """
+    """ raises ValueError unless obj is a dict with all needed keys. further keys pass, but for typos of known ones """
     if type(obj) is not dict:
         wanted = " and ".join(needed)
         raise ValueError(f"{where}: want an object with {wanted}, got {show(obj)} ({type(obj).__name__})")
+    refuse_typos(obj, needed + allowed, where)
     for key in needed:
         if key not in obj:
             raise ValueError(f"{where}: no key {key!r}, found {show(sorted(obj))}")
-    for key in obj:
-        if key not in needed and key not in allowed:
-            raise ValueError(f"{where}: unknown key {show(key)}, known are {', '.join(needed + allowed)}")
+
+def refuse_typos(keys, known, where):
+    """ raises ValueError if a key is nearly a known one: 'Train', 'tests', 'ouput'. it would be left out in silence """
+    for key in keys:
+        meant = known_like(key, known) if key not in known else ""
+        if meant:
+            raise ValueError(f"{where}: unknown key {show(key)}, a typo of {meant!r}? rename it or take it out")
+
+@lru_cache # each pair of a table has the same keys
+def known_like(key, known):
+    """ the known key that this one is nearly, whatever its case, '' if none """
+    return "".join(get_close_matches(key.strip().lower(), known, 1, 0.8))
 
 def to_pair(obj, where):
     """ {"input": rows, "output": rows}, or BARC's [rows, rows] -> (input, output). raises ValueError """
@@ -203,10 +219,20 @@ def to_pair(obj, where):
     check_keys(obj, ('input', 'output'), (), where)
     return to_grid(obj['input'], f"{where}, input"), to_grid(obj['output'], f"{where}, output")
 
+def as_pairs(obj):
+    """ pairs that a table has by column, {"input": [grid, ...], "output": [...]} -> list of pairs. else obj itself """
+    if type(obj) is not dict or 'input' not in obj:
+        return obj
+    columns = {key: x for key, x in obj.items() if x is not None} # null: nothing is known of any pair
+    sizes = {len(x) if type(x) is list else -1 for x in columns.values()}
+    if -1 in sizes or len(sizes) > 1:
+        return obj
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
 def at_task(name, where):
     """ the place of a task, for error messages. raises ValueError if its name cannot be one """
-    if type(name) is not str or not 1 <= len(name) <= MAX_NAME or "\0" in name:
-        raise ValueError(f"{where}: want a task id of 1..{MAX_NAME} characters, none of them NUL, "
+    if type(name) is not str or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        raise ValueError(f"{where}: want a task id of 1..{MAX_NAME} printable characters, in one line, "
                          f"got {show(name)} ({type(name).__name__})")
     return f"{where}: task {ascii(name)[1:-1][:40]}"
 
@@ -217,20 +243,21 @@ def to_task(obj, name, source, where, opened=True, solutions=None):
     error. raises ValueError.
     """
     where = at_task(name, where)
-    check_keys(obj, ('train', 'test'), ('name',), where) # 11 files of ARC-AGI-1 carry a stray "name"
-    for key, what in (('train', 'demos'), ('test', 'queries')):
-        if type(obj[key]) is not list:
-            raise ValueError(f"{where}: want a list in {key!r}, got {show(obj[key])} ({type(obj[key]).__name__})")
-        if len(obj[key]) == 0:
+    check_keys(obj, ('train', 'test'), (), where)
+    train, test = as_pairs(obj['train']), as_pairs(obj['test'])
+    for key, what, pairs in (('train', 'demos', train), ('test', 'queries', test)):
+        if type(pairs) is not list: # not shown, there may be answers in it
+            raise ValueError(f"{where}: want a list in {key!r}, got {type(pairs).__name__}")
+        if len(pairs) == 0:
             raise ValueError(f"{where}: no {what}, {key!r} is empty")
-    if opened and solutions is not None and len(solutions) != len(obj['test']):
-        raise ValueError(f"{where}: {len(obj['test'])} queries but {len(solutions)} solutions")
+    if opened and solutions is not None and len(solutions) != len(test):
+        raise ValueError(f"{where}: {len(test)} queries but {len(solutions)} solutions")
     demos = []
-    for i, pair in enumerate(obj['train']):
+    for i, pair in enumerate(train):
         check_keys(pair, ('input', 'output'), (), f"{where}, demo {i}") # to_pair would take BARC's lists too
         demos.append(to_pair(pair, f"{where}, demo {i}"))
     queries = []
-    for i, pair in enumerate(obj['test']):
+    for i, pair in enumerate(test):
         at = f"{where}, query {i}"
         check_keys(pair, ('input',), ('output',), at)
         x = to_grid(pair['input'], f"{at}, input")

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanoarc.lm import read_base
+from nanoarc.lm import cache_name, read_base
 from nanoarc.run import get_device, get_ranks, load_run, over_ranks
+from nanoarc.settings import SEED, check_numbers
 from nanoarc.text import PrepareConfig, TextConfig, json_object, make_tokenizer, need, read_tokenizer
 
 def load_text_run(run, device):
@@ -75,14 +76,14 @@ class HubModel:
         b, n = len(ends), len(context)
         if self.cached:
             out = self.model(context[None], use_cache=True)
-            cache = out.get('past_key_values')
+            cache = out.get(cache_name(self.model))
             self.cached = is_plain(cache)
         if not self.cached:
             whole = torch.cat([context.expand(b, -1), ends], 1)
             return self.model(whole).logits[:, n - 1 : -1]
         cache.batch_repeat_interleave(b)
         first = out.logits[:, -1:].expand(b, -1, -1)
-        more = self.model(ends, past_key_values=cache).logits[:, :-1]
+        more = self.model(ends, **{cache_name(self.model): cache}).logits[:, :-1]
         return torch.cat([first, more], 1)
 
 def is_plain(cache):
@@ -151,6 +152,7 @@ def hellaswag(cfg):
     text hellaswag --model M --file F: how often is the right ending the most probable one? by the sum of its losses
     (acc), by their mean (acc_norm)
     """
+    check_numbers(cfg)
     items = read_hellaswag(cfg.file)
     if cfg.limit > 0:
         items = items[: cfg.limit]
@@ -191,14 +193,9 @@ class SampleConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        for name in ('num', 'most'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
-        for name in ('temperature', 'top_k'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want no negative number")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: want a share of 0..1")
+        check_numbers(self, dict(num=1, most=1), dict(top_p=1, seed=SEED))
+        if self.top_p == 0:
+            raise ValueError("top_p=0: want a share of more than 0")
 
 def draw_tokens(logits, cfg, generator):
     """ (B, vocab_size) -> (B,) tokens """

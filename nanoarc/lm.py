@@ -14,6 +14,7 @@ import copy
 import hashlib
 import inspect
 import re
+import textwrap
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,9 +30,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from nanoarc.corpus import hash_file
+from nanoarc.corpus import a_few, hash_file
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, encode_pair
 from nanoarc.model import is_recent
+from nanoarc.settings import check_numbers
 
 FIRST = 15 # the unused symbol stands for the IN that begins a document: there may be more text before it
 
@@ -59,9 +61,8 @@ class LMConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        if self.rank < 0:
-            raise ValueError(f"rank={self.rank}: want 0 or more")
-        if self.alpha <= 0:
+        check_numbers(self)
+        if self.alpha == 0:
             raise ValueError(f"alpha={self.alpha}: want more than 0")
         if self.base_dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
             raise ValueError(f"base_dtype={self.base_dtype!r}: want auto, float32, bfloat16 or float16")
@@ -128,17 +129,46 @@ def read_tokenizer(base):
     """ -> its tokenizer, of transformers """
     from transformers import AutoTokenizer
     folder, gguf = find_base(base)
-    return AutoTokenizer.from_pretrained(folder, gguf_file=gguf) if gguf else AutoTokenizer.from_pretrained(folder)
+    kwargs = {'gguf_file': gguf} if gguf else {}
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
 
 def read_base(base, dtype):
-    """ -> (causal language model of transformers in eval mode, its tokenizer) """
+    """ -> (causal language model of transformers in eval mode, its tokenizer). raises ValueError """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
     disable_progress_bar()
+    set_verbosity_error() # its report of a load is our lines below
     folder, gguf = find_base(base)
+    if (folder / 'adapter_config.json').is_file():
+        raise ValueError(f"base={base!r}: an adapter of peft, want a model that it was merged into")
     kwargs = {'gguf_file': gguf} if gguf else {'use_safetensors': True}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-    return model.eval(), read_tokenizer(base)
+    kwargs.update(dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        tokenizer = read_tokenizer(base)
+    except Exception as e: # not a model, damaged, of another version: each of its libraries has errors of its own
+        if 'trust_remote_code' in str(e):
+            raise ValueError(f"base={base!r}: it comes with code of its own, which nothing here runs, and transformers "
+                             "does not know it otherwise") from None
+        error = textwrap.shorten(f"{type(e).__name__}: {e}", 200, placeholder=" ...")
+        raise ValueError(f"base={base!r}: transformers cannot read it, {error}") from None
+    # transformers fills these with random numbers
+    wrong = [f"{name} is missing" for name in sorted(info['missing_keys'])]
+    for name, saved, wanted in sorted(info['mismatched_keys']):
+        wrong.append(f"{name} is {tuple(saved)}, want {tuple(wanted)}")
+    if wrong:
+        raise ValueError(f"base={base!r}: {a_few(wrong, 3)}")
+    if info['unexpected_keys']:
+        print(f"note: transformers does not use these of the base: {a_few(sorted(info['unexpected_keys']), 3)}")
+    return model.eval(), tokenizer
+
+def cache_name(model):
+    """ what a model of transformers calls its cache: `cache` since 5.24. raises ValueError """
+    accepted = inspect.signature(model.forward).parameters
+    for name in ('cache', 'cache_params', 'past_key_values'): # another name would be swallowed without a word
+        if name in accepted:
+            return name
+    raise ValueError(f"{type(model).__name__}: this version of transformers takes no cache under a name known here")
 
 # -----------------------------------------------------------------------------
 # tasks as text
@@ -309,7 +339,7 @@ class LM(nn.Module):
         self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         self.takes_several = not self.recurrent or config.model_type in TAKES_SEVERAL
         accepted = inspect.signature(self.base.forward).parameters
-        self.cache_name = 'cache_params' if 'cache_params' in accepted else 'past_key_values'
+        self.cache_name = cache_name(self.base)
         self.takes_places = 'position_ids' in accepted
         # may prompts of several lengths go together?
         self.pads = self.takes_places and 'attention_mask' in accepted
@@ -446,7 +476,7 @@ class LM(nn.Module):
 
     def loss(self, logits, targets, x):
         """ summed over all tokens of the symbols that carry loss """
-        predicted = F.pad(targets[:, :-1] != -100, (1, 0)) # (B, T) is this symbol the target of the one before?
+        predicted = F.pad(targets[:, :-1] >= 0, (1, 0)) # (B, T) is this symbol the target of the one before?
         asked = predicted.gather(1, x.of) # (B, t)
         asked &= torch.arange(x.ids.size(1), device=x.ids.device) <= x.ends[:, -1:] # no filler
         wanted = torch.where(asked, x.ids, -100)

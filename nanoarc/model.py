@@ -20,6 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from nanoarc.settings import check_numbers
+
 @dataclass
 class ModelConfig:
     depth: int = 4 # the one dial: layers, and with them width, heads and learning rates
@@ -69,11 +71,9 @@ class ModelConfig:
 
     def check(self):
         """ of a resolved config. raises ValueError that names the setting """
-        least = dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_kv_head=1, window=1, n_hidden=1, loops=1, d_state=1,
-                     d_head=1, d_conv=2, expand=1, chunk_size=1, vocab_size=16, n_task=0)
-        for name, x in least.items():
-            if getattr(self, name) < x:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least {x}")
+        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_kv_head=1, window=1, n_hidden=1,
+                                 rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1,
+                                 vocab_size=16))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
@@ -482,7 +482,8 @@ class Model(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='sum') # skips -100
+        targets = targets.flatten().clamp(min=-1) # there is no loss where one is negative
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction='sum')
 
     @property
     def device(self):

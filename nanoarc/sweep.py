@@ -20,12 +20,11 @@ import fcntl
 import json
 import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
-import tomllib
 import warnings
 from dataclasses import asdict, dataclass
 from html import escape
@@ -42,12 +41,14 @@ from optuna.trial import TrialState
 from nanoarc import checkpoint
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig, width_lr
-from nanoarc.run import Run, Signals, apply_values, read_metrics
+from nanoarc.run import Run, Signals, apply_values, read_metrics, read_toml
+from nanoarc.settings import check_numbers
 from nanoarc.sources import BUNDLED
 from nanoarc.train import TrainConfig
 from nanoarc.view import pyplot
 
 GRACE = 3 # heartbeats that a worker may miss
+NAME = "trial-{:04d}" # of a trial's directory
 # these decide on what is validated: val nats compare only where they are fixed
 MEASURE = 'data', 'val_tasks', 'max_pair', 'block_size', 'on_bad', 'deal', 'seed'
 
@@ -63,9 +64,7 @@ class SweepConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        for name, least in (('trials', 0), ('jobs', 1), ('heartbeat', 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least {least}")
+        check_numbers(self, dict(jobs=1, heartbeat=1))
 
 class Failed(Exception):
     """ of one trial """
@@ -81,10 +80,7 @@ def read_space(path):
     """
     a TOML file -> (its [fixed], its [search], the Run of what is not searched). raises ValueError with file and key
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path}: {e}") from None
+    tables = read_toml(path)
     fixed, search = tables.pop('fixed', {}), tables.pop('search', {})
     if tables:
         raise ValueError(f"{path}: unknown {', '.join(tables)}, want the tables [fixed] and [search]")
@@ -185,7 +181,7 @@ def to_toml(values):
 @contextlib.contextmanager
 def alone(out_dir):
     """ what one of several workers does at a time """
-    with open(out_dir / 'lock', 'a') as f:
+    with open(out_dir / 'lock', 'ab') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -229,18 +225,24 @@ def open_study(cfg, out_dir, fixed, search, run):
     return study, study.user_attrs['settings']
 
 def by_run(study):
-    """ {name of a run: its trial}. a run that was taken over is several trials: the last one """
+    """
+    {name of a run: its trial}. a run that was taken over is several trials: the last one. raises ValueError if the
+    database names what is no run of ours
+    """
     found = {}
     for trial in study.get_trials(deepcopy=False):
+        name = trial.user_attrs.get('run', NAME.format(trial.number))
+        if not re.fullmatch(r'trial-[0-9]{4,}', str(name)):
+            raise ValueError(f"the database of the study names the run {name!r}, want {NAME.format(trial.number)}")
         if 'run' in trial.user_attrs and 'extra' not in trial.user_attrs:
-            found[trial.user_attrs['run']] = trial
+            found[name] = trial
     return found
 
 def last_line(path, code):
     """ why a trial failed: what its process said last """
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    said = [line for line in path.read_text(errors='replace').splitlines() if line.strip()]
+    said = [line for line in path.read_text('utf-8', 'replace').splitlines() if line.strip()]
     return said[-1].removeprefix("nanoarc: ") if said else f"exit code {code}"
 
 class Sweep:
@@ -251,7 +253,9 @@ class Sweep:
         fixed, self.search, self.run = read_space(cfg.space)
         self.out_dir = Path(cfg.out_dir or f"out/{Path(cfg.space).stem}").resolve()
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.refuse_links(self.out_dir)
         self.study, self.fixed = open_study(cfg, self.out_dir, fixed, self.search, self.run)
+        by_run(self.study) # raises
 
     def left(self):
         """ how many trials nobody has begun, or wait to be gone on with? """
@@ -317,12 +321,14 @@ class Sweep:
 
     def objective(self, trial):
         """ train a trial -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
-        name = trial.user_attrs.get('run', f"trial-{trial.number:04d}")
+        name = trial.user_attrs.get('run', NAME.format(trial.number))
         trial.set_user_attr('run', name)
         if sorted(by_run(self.study)).index(name) >= self.cfg.trials: # another worker has begun the last one meanwhile
             trial.set_user_attr('extra', True)
             raise Failed("one too many")
         run = self.out_dir / name
+        if run.is_symlink():
+            raise ValueError(f"{run} is a link, and a trial would be written where it leads: remove it")
         code, pruned = self.follow(trial, run)
         last = [row['val_loss'] for row in read_metrics(run) if row.get('done') == 1]
         if code == 0 and last:
@@ -348,7 +354,9 @@ class Sweep:
             params = [f"{name}={number(x)}" for name, x in trial.params.items()]
             print(f"{text}; {', '.join(params)}", flush=True)
         if trial.state != TrialState.FAIL and not self.cfg.keep:
-            shutil.rmtree(self.out_dir / run / 'ckpt', ignore_errors=True)
+            checkpoint.prune(self.out_dir / run)
+            with contextlib.suppress(OSError): # something of somebody else's is in there
+                (self.out_dir / run / 'ckpt').rmdir()
         if self.left() == 0:
             study.stop()
 
@@ -420,7 +428,12 @@ def report(study, out_dir, fixed, search):
     lines = ""
     for row in rows:
         lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-    pictures = draw_study(study, out_dir, done) if done > 1 else ""
+    pictures = ""
+    if done > 1:
+        try:
+            pictures = draw_study(study, out_dir, done)
+        except Exception as e: # there is a report all the same
+            print(f"warning: history.png and importance.png: {type(e).__name__}: {e}")
     title = escape(study.study_name)
     page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     page += f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'
@@ -431,7 +444,7 @@ def report(study, out_dir, fixed, search):
 
 def draw_study(study, out_dir, n_done):
     """ history.png and importance.png -> both as html """
-    plots = optuna.visualization.matplotlib
+    plt, plots = pyplot(), optuna.visualization.matplotlib # in this order: ours needs no window
     # of what the best are made, at least 5 of them
     judge = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=min(max(5 / n_done, 0.1), 0.5))
     axes = {'history': plots.plot_optimization_history(study, target_name="val nats"),
@@ -441,6 +454,6 @@ def draw_study(study, out_dir, n_done):
         path = out_dir / f"{name}.png"
         ax.figure.set_size_inches(8, 4.5)
         ax.figure.savefig(path, dpi=110, bbox_inches='tight')
-        pyplot().close(ax.figure)
+        plt.close(ax.figure)
         html += f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
     return html

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from nanoarc import checkpoint
-from nanoarc.corpus import hash_file
+from nanoarc.corpus import hash_file, read_json
 from nanoarc.data import EPOCH, ArcLoader, Buffers, bijection, hash64, mix, split
+from nanoarc.settings import check_numbers
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
 ENCODED = 2**21 # characters that are encoded together
@@ -44,11 +45,10 @@ class TextConfig:
         """ raises ValueError that names the setting """
         if self.order not in ('shuffle', 'sequential'):
             raise ValueError(f"order={self.order!r}: want shuffle or sequential")
-        if self.block_size < 1 or self.batch_tokens < 1 or self.batch_tokens % self.block_size:
+        check_numbers(self, dict(block_size=1, batch_tokens=1))
+        if self.batch_tokens % self.block_size:
             raise ValueError(f"block_size={self.block_size} batch_tokens={self.batch_tokens}: want batch_tokens a "
                              "multiple of block_size")
-        if self.val_tokens < 0:
-            raise ValueError(f"val_tokens={self.val_tokens}: want no negative number")
 
 def model_config(cfg, directory):
     """ a ModelConfig -> one for the tokens of a directory: their vocabulary, and places along the row """
@@ -97,10 +97,7 @@ def read_manifest(path):
     path = Path(path)
     file = path / 'manifest.json'
     if file.is_file():
-        try:
-            manifest = json.loads(file.read_bytes())
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+        manifest = read_json(file)
         check_fields(manifest, ('vocab_size', 'eot', 'tokenizer_sha256', 'shards'), file)
         for shard in manifest['shards']:
             check_fields(shard, ('name', 'tokens', 'sha256'), file)
@@ -335,10 +332,7 @@ class PrepareConfig:
         """ raises ValueError that names the setting """
         if self.format not in ('npy', 'bin'):
             raise ValueError(f"format={self.format!r}: want npy or bin")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens={self.shard_tokens}: want at least 1")
-        if self.max_tokens < 0:
-            raise ValueError(f"max_tokens={self.max_tokens}: want no negative number")
+        check_numbers(self, dict(shard_tokens=1), dict(max_tokens=2**53))
         if self.train_bpe != 0 and not 300 <= self.train_bpe <= 2**16:
             raise ValueError(f"train_bpe={self.train_bpe}: want 300 to 65536")
 
@@ -407,7 +401,7 @@ def json_object(line, where, want="an object"):
     """ a line of .jsonl -> dict. raises ValueError """
     try:
         x = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: {e}") from None
     if not isinstance(x, dict):
         raise ValueError(f"{where}: want {want}, got {type(x).__name__}")
@@ -589,8 +583,8 @@ class Preparation:
         """ manifest.json or prepare.json, None if there is none. raises ValueError if other settings made it """
         if not (self.out / name).is_file():
             return None
-        state = json.loads((self.out / name).read_bytes())
-        wrong = []
+        state, wrong = read_json(self.out / name), []
+        check_fields(state, ('settings', 'revision', 'tokenizer_sha256', 'shards'), self.out / name)
         for key, x in self.settings().items():
             there = state['settings'].get(key)
             if there != x:
@@ -630,9 +624,14 @@ class Preparation:
             has = 'none' if self.eot is None else 'one'
             raise ValueError(f"tokenizer {self.cfg.tokenizer!r}: {self.vocab_size:,} tokens, {has} called "
                              f"{self.cfg.eot!r}: want at most 65,536, and --eot one of them")
-        for x in self.state['shards']:
+        for k, x in enumerate(self.state['shards']):
+            if x['name'] != self.shard_name(k):
+                raise ValueError(f"{self.out / 'prepare.json'}: shard {x['name']!r}, want {self.shard_name(k)}")
             if len(open_shard(self.out / x['name'])) != x['tokens']:
                 raise ValueError(f"{self.out / x['name']}: changed since it was written")
+
+    def shard_name(self, k):
+        return f"{self.stem}_{'train' if k else 'val'}_{k:06d}.{self.cfg.format}"
 
     def done(self):
         """ tokens in shards """
@@ -640,8 +639,7 @@ class Preparation:
 
     def write_shard(self, tokens, number, used):
         """ tokens that end after so many documents, and so many tokens of the next one """
-        k = len(self.state['shards'])
-        name = f"{self.stem}_{'train' if k else 'val'}_{k:06d}.{self.cfg.format}"
+        name = self.shard_name(len(self.state['shards']))
         data = shard_bytes(tokens, self.cfg.format)
         checkpoint.write_file(self.out / name, data)
         shard = {'name': name, 'tokens': len(tokens), 'sha256': hashlib.sha256(data).hexdigest()}

@@ -24,8 +24,9 @@ from nanoarc import checkpoint
 from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
-from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, fit_to_data, get_device, get_ranks,
-                         make_dataset, make_model, over_ranks, refuse_changes, threads)
+from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, fit_to_data, from_saved, get_device, get_ranks,
+                         make_dataset, make_model, over_ranks, refuse_changes, threads, together)
+from nanoarc.settings import SEED, check_numbers
 from nanoarc.view import draw_loss, draw_val
 
 @dataclass
@@ -66,16 +67,9 @@ class TrainConfig:
             raise ValueError(f"compile={self.compile!r}: want on, off or auto")
         if self.log and (self.log not in ('wandb', 'trackio') or not importlib.util.find_spec(self.log)):
             raise ValueError(f"log={self.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
-        for f in fields(self):
-            if f.type in (int, float) and f.name != 'seed' and getattr(self, f.name) < 0:
-                raise ValueError(f"{f.name}={getattr(self, f.name)}: want no negative number")
-        if self.grad_accum < 1:
-            raise ValueError(f"grad_accum={self.grad_accum}: want at least 1")
-        if self.ema >= 1:
-            raise ValueError(f"ema={self.ema}: want less than 1")
-        for name in ('decay_frac', 'warmup_frac'):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want a share of 0..1")
+        check_numbers(self, dict(grad_accum=1), dict(ema=1, decay_frac=1, warmup_frac=1, seed=SEED))
+        if self.ema == 1:
+            raise ValueError("ema=1: want less than 1")
         if self.warmup_frac > 0 and self.max_iters == 0 and not self.resume:
             raise ValueError(f"warmup_frac={self.warmup_frac}: a share of max_iters, which is not set, "
                              "want --warmup_iters with --minutes")
@@ -137,7 +131,7 @@ def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
         with autocast():
             _, loss = model(*batch)
         total += float(loss) # waits for the device
-        tokens += int((batch.targets != -100).sum())
+        tokens += int((batch.targets >= 0).sum())
     model.train()
     total, tokens = over_ranks(world, 'SUM', total, tokens)
     return total / tokens if tokens else None
@@ -152,19 +146,11 @@ class Training:
         self.rank, self.world = get_ranks(self.device)
         torch.manual_seed(cfg.seed)
         self.cfg = cfg = replace(cfg, dtype=dtype) # a resumed run takes the same, whatever 'auto' would be there
-        self.data_cfg = data_cfg
+        self.model_cfg, self.data_cfg = model_cfg, data_cfg
         self.out_dir = Path(cfg.resume or cfg.out_dir)
         self.timer = Timer()
         self.watch = Watch(self.device)
-        # data
-        self.ds = make_dataset(data_cfg, cfg.seed)
-        self.loader = self.ds.loader(self.rank, self.world, self.device)
-        if cfg.resume:
-            tensors, self.meta = checkpoint.load(cfg.resume)
-            self.loader.load_state_dict(self.meta['stream']) # refuses another corpus, seed or batch
-        self.model_cfg = fit_to_data(model_cfg, self.ds)
-        if cfg.resume:
-            refuse_changes(self.meta, cfg, self.model_cfg)
+        together(self.world, self.read)
         # model
         self.model = make_model(self.model_cfg, self.device, self.world)
         self.begun = ""
@@ -176,29 +162,49 @@ class Training:
             group['peak'] = group['lr']
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == 'float16')
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema > 0 else None
-        self.best = self.ema or self.model # what is validated and solved with
-        self.rows = self.compile()
+        self.eval_model = self.ema or self.model # what is validated and solved with
+        self.fixed_rows = self.compile_blocks()
         self.net = self.model
         if self.world > 1:
             self.net = DistributedDataParallel(self.model)
         # where it stands
         self.state = State(max_iters=cfg.max_iters, name=f"{self.out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if cfg.resume:
-            checkpoint.restore_model(self.model, tensors)
-            checkpoint.restore_optimizers(self.model, self.optimizers, tensors)
-            if self.ema:
-                checkpoint.restore_model(self.ema, tensors, checkpoint.best_part(self.meta)) # 'model' if it had none
-            self.scaler.load_state_dict(self.meta['scaler'])
-            saved = {f.name: self.meta[f.name] for f in fields(State) if f.name in self.meta}
-            self.state = State(**saved) # a field that is newer has its default
-            self.state.max_iters = cfg.max_iters or self.state.max_iters
-            self.begun = f"resumed {cfg.resume} at step {self.state.step}"
+            self.restore()
+
+    def read(self):
+        """ data and checkpoint -> {name: value} of what must be the same on all ranks. raises ValueError """
+        cfg = self.cfg
+        self.ds = make_dataset(self.data_cfg, cfg.seed)
+        self.loader = self.ds.loader(self.rank, self.world, self.device)
+        if cfg.resume:
+            self.tensors, self.meta = checkpoint.load(cfg.resume)
+            self.loader.load_state_dict(self.meta['stream']) # refuses another corpus, seed or batch
+        self.model_cfg = fit_to_data(self.model_cfg, self.ds)
+        if cfg.resume:
+            refuse_changes(self.meta, cfg, self.model_cfg)
+        same = {**asdict(cfg), **asdict(self.model_cfg), **self.loader.state_dict()}
+        for name in ('out_dir', 'config', 'resume', 'init_from', 'device', 'base'): # another machine may have others
+            same.pop(name, None)
+        return {**same, 'checkpoint': checkpoint.newest(cfg.resume or cfg.init_from)}
+
+    def restore(self):
+        """ to where the checkpoint was saved. raises ValueError that names what does not fit """
+        tensors, meta = self.tensors, self.meta
+        checkpoint.restore_training(self.model, self.optimizers, tensors, meta)
+        if self.ema: # of a saved run without averages they begin with its weights
+            checkpoint.restore_model(self.ema, tensors, checkpoint.eval_part(meta))
+        checkpoint.restore_scaler(self.scaler, meta.get('scaler', {}))
+        self.state = from_saved(State, {f.name: meta[f.name] for f in fields(State) if f.name in meta})
+        self.state.max_iters = self.cfg.max_iters or self.state.max_iters
+        self.begun = f"resumed {self.cfg.resume} at step {self.state.step}"
+        del self.tensors
 
     def groups(self):
         """ the parameter groups of all optimizers """
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def compile(self):
+    def compile_blocks(self):
         """ torch.compile, if it is wanted -> rows that each batch is to have, for one shape. 0 = as they come """
         cfg, batch_rows = self.cfg, self.ds.batch_rows
         gains = self.device.type == 'cuda' and cfg.dtype == 'bfloat16' and batch_rows > 0
@@ -243,7 +249,8 @@ class Training:
     def validate(self, done):
         """ done: share of the steps, None = not known yet """
         with self.timer('validating and drawing'):
-            loss = evaluate(self.best, self.ds, self.device, self.autocast, self.rank, self.world, self.rows)
+            loss = evaluate(self.eval_model, self.ds, self.device, self.autocast, self.rank, self.world,
+                            self.fixed_rows)
         self.state.val_loss = loss
         if loss is not None:
             self.log.row(self.state.step, self.state.max_iters, val_loss=loss, done=done)
@@ -251,10 +258,11 @@ class Training:
     def draw(self):
         """ loss.png and val.png """
         if self.rank == 0 and self.log.last: # something is logged
-            with self.timer('validating and drawing'):
+            with self.timer('validating and drawing'), self.log.harmless("loss.png and val.png"):
                 draw_loss([self.out_dir], self.out_dir / 'loss.png')
                 if len(self.ds.val_pairs) > 0:
-                    draw_val(self.best, self.ds, self.out_dir / 'val.png')
+                    draw_val(self.eval_model, self.ds, self.out_dir / 'val.png')
+            self.eval_model.train() # also where a picture failed
 
     def average(self):
         """ weights into their averages. early on the decay is smaller, as in TensorFlow's moving averages """
@@ -352,7 +360,7 @@ def loop(run, signals):
             net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up gradients once a step
             state.tokens += loader.tokens()
             with timer('waiting for data'):
-                batch = fill_rows(loader.next_batch(), run.rows)
+                batch = fill_rows(loader.next_batch(), run.fixed_rows)
             with run.autocast():
                 _, loss = net(*batch)
             scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged

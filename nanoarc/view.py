@@ -2,6 +2,7 @@
 tasks, sources, runs and results for the eye: in the terminal, as a png by matplotlib, as a page.
 """
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nanoarc import checkpoint
 from nanoarc.corpus import read_json
 from nanoarc.data import ArcDataset, one_a_row
 from nanoarc.decode import decode
-from nanoarc.grids import PALETTE, ROW, captioned, decode_grid, to_grid
+from nanoarc.grids import PALETTE, ROW, captioned, decode_grid
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks
-from nanoarc.submission import ATTEMPTS, read_candidates
+from nanoarc.submission import read_attempts, read_candidates, read_submission
 
 @dataclass
 class ViewConfig:
@@ -42,6 +44,8 @@ def view(cfg):
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
     elif all(Path(x).is_dir() for x in cfg.things):
+        if not cfg.out:
+            checkpoint.refuse_links(cfg.things[0])
         out = cfg.out or f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
         print_frame("runs", run_frame(cfg.things))
@@ -57,9 +61,8 @@ def view_tasks(cfg):
     missing = [x for x in cfg.things if x not in known]
     if missing:
         raise ValueError(f"no task and no directory named {', '.join(missing)} in {cfg.data}")
-    shown = []
-    for name, tried in zip(cfg.things, read_attempts(cfg.submission, cfg.things)):
-        shown.append((known[name], tried))
+    tasks = [known[name] for name in cfg.things]
+    shown = list(zip(tasks, attempts_of(tasks, cfg.submission)))
     if cfg.out:
         draw_tasks(shown, cfg.out)
         print(cfg.out)
@@ -67,21 +70,15 @@ def view_tasks(cfg):
         for task, tried in shown:
             print_task(task, tried)
 
-def read_attempts(path, names):
-    """
-    submission.json ('' = none) -> of each task name a list of {'attempt_1': grid, ...} by query. raises ValueError
-    """
-    submission = read_json(path) if path else {}
-    if type(submission) is not dict:
-        raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
+def attempts_of(tasks, path):
+    """ submission.json ('' = none) -> of each task a list by query of {'attempt_1': grid, ...}. raises ValueError """
+    submission = read_submission(path) if path else {}
     attempts = []
-    for name in names:
-        entries, tried = submission.get(name, []), []
-        if type(entries) is not list or any(type(x) is not dict for x in entries):
-            raise ValueError(f"{path}: task {name}: want a list of attempts by query")
-        for i, x in enumerate(entries):
-            where = f"{path}: task {name}, query {i}"
-            tried.append({key: to_grid(x[key], f"{where}, {key}") for key in ATTEMPTS if key in x})
+    for task in tasks:
+        tried, said = read_attempts(submission.get(task.name, []), len(task.queries), f"{path}: task {task.name}")
+        for kind, text in said:
+            if kind == 'broken':
+                raise ValueError(text)
         attempts.append(tried)
     return attempts
 
@@ -91,7 +88,8 @@ def read_attempts(path, names):
 def print_task(task, tried=(), console=None):
     """ demos, queries, attempts and answers side by side, inputs over outputs """
     console = console or Console()
-    console.print(f"[bold]{task.name}[/bold] ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries")
+    rest = f" ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries"
+    console.print(Text.assemble((task.name, 'bold'), rest)) # brackets in a name are no markup
     blocks = []
     for caption, grids in captioned(task, tried):
         table = Table(caption, box=None, padding=0, header_style="red" if "wrong" in caption else "dim")
@@ -120,7 +118,7 @@ def print_frame(title, frame):
         is_text = frame[name].dtype.to_python() is str
         table.add_column(name, justify='left' if is_text else 'right')
     for row in frame.iter_rows():
-        table.add_row(*map(cell_text, row))
+        table.add_row(*(Text(cell_text(x)) for x in row))
     Console().print(table)
 
 def cell_text(x):
@@ -142,7 +140,7 @@ def write_page(solved, out, most=6):
     solved = Path(solved)
     source = read_json(solved / 'solve.json')['data']
     known = read_tasks(source)
-    attempts = read_attempts(solved / 'submission.json', [task.name for task in known])
+    attempts = attempts_of(known, solved / 'submission.json')
     candidates = read_candidates(solved / 'candidates.jsonl', known)
     tasks = []
     for k, task in enumerate(known):
@@ -163,9 +161,9 @@ def write_page(solved, out, most=6):
         title += f": {states.count('solved')} of {n} solved"
     data = json.dumps({'title': title, 'colors': PALETTE, 'tasks': tasks}, separators=(',', ':'))
     data = data.replace('<', '\\u003c') # no name may end the script
-    page = (Path(__file__).parent / 'page.html').read_text().replace('DATA', data, 1)
+    page = (Path(__file__).parent / 'page.html').read_text('utf-8').replace('DATA', data, 1)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(page)
+    Path(out).write_text(page, 'utf-8')
 
 def state_of(queries):
     """ how a task of the page went """
@@ -184,15 +182,21 @@ def pack_grid(grid):
 
 def pyplot():
     """ matplotlib without a window, imported late: it takes a second """
+    os.environ['MPLBACKEND'] = 'agg' # a notebook names one there which may not be here, and then the import fails
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     return plt
 
+PLAIN = {'parse_math': False, 'usetex': False} # names are no formulas, whatever dollars are in them
+
 def save_figure(fig, out):
+    """ a figure to a file, and away with it """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(out, dpi=110)
-    pyplot().close(fig)
+    try:
+        fig.savefig(out, dpi=110)
+    finally:
+        pyplot().close(fig)
 
 def draw_grid(ax, grid, title):
     """ one grid into a matplotlib axis """
@@ -210,7 +214,7 @@ def draw_tasks(tasks, out):
     fig = pyplot().figure(figsize=(1.5 * n, 3.6 * len(tasks)), layout='constrained')
     parts = fig.subfigures(len(tasks), squeeze=False)[:, 0]
     for part, (task, _), columns in zip(parts, tasks, pictures):
-        part.suptitle(task.name, x=0.01, ha='left', fontsize=10, weight='bold')
+        part.suptitle(task.name, x=0.01, ha='left', fontsize=10, weight='bold', **PLAIN)
         axes = part.subplots(2, n, squeeze=False)
         for ax in axes.flat:
             ax.axis('off')
@@ -235,7 +239,7 @@ def draw_val(model, ds, out, n=4):
         docs = s.plan(np.array([pair]), 0, 0, True, 0)
         length = int(docs.length[0])
         batch = s.write(one_a_row(docs), 0, 1, length, loss_on='query')
-        T = int((batch.targets[0] != -100).nonzero()[0]) + 1 # tokens of the prompt
+        T = int((batch.targets[0] >= 0).nonzero()[0]) + 1 # tokens of the prompt
         told = {}
         if batch.task is not None:
             told = {'task': batch.task[:, 0].to(model.device), 'dihedral': batch.dihedral[:, 0].to(model.device)}
@@ -257,16 +261,17 @@ def draw_loss(runs, out):
         rows = need_metrics(run)
         name, train_color, val_color = "", "C0", "C1"
         if len(runs) > 1:
-            name, train_color, val_color = f"{Path(run).name} ", f"C{k}", f"C{k}"
+            name, train_color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"
         steps, loss = curve(rows, 'loss')
         if steps:
-            ax.plot(steps, loss, color=train_color, label=f"{name}training", alpha=0.5, linewidth=1)
+            ax.plot(steps, loss, color=train_color, label=f"training{name}", alpha=0.5, linewidth=1)
         steps, loss = curve(rows, 'val_loss')
         if steps:
-            ax.plot(steps, loss, color=val_color, label=f"{name}validation", marker='o', markersize=3)
+            ax.plot(steps, loss, color=val_color, label=f"validation{name}", marker='o', markersize=3)
     ax.set(xlabel="step", ylabel="nats per output token", yscale='log')
     ax.grid(alpha=0.3, which='both')
-    ax.legend()
+    for text in ax.legend().get_texts():
+        text.set(**PLAIN)
     save_figure(fig, out)
 
 def curve(rows, key):
@@ -372,5 +377,5 @@ def draw_stats(columns, length, shots, cells, cfg, out):
     c.set(title=f"documents of shots={cfg.shots}, block_size in red", xlabel="tokens", ylabel="documents")
     d.bar(*np.unique(shots, return_counts=True), color='#2ecc40')
     d.set(title="demos before the target", xlabel="demos", ylabel="documents")
-    fig.suptitle(cfg.data)
+    fig.suptitle(cfg.data, **PLAIN)
     save_figure(fig, out)

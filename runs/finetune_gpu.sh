@@ -38,8 +38,9 @@ else
 fi
 PARTS=$(((${SOLVE_MINUTES:-30} + 4) / 5)) # of 5 minutes and other views each, so that one of them fits into a slice
 for k in $(seq 0 $((PARTS - 1))); do
-    [ -f "$OUT/part$k/solve.json" ] || run nanoarc solve --run "$OUT" --data arc1/evaluation --out_dir "$OUT/part$k" \
-        --seed $((1337 + k)) --views 16 --minutes 5
+    if [ -f "$OUT/part$k/solve.json" ] && [ ! -f "$OUT/part$k/solving-0.json" ]; then continue; fi # the latter: stopped
+    run nanoarc solve --run "$OUT" --data arc1/evaluation --out_dir "$OUT/part$k" --seed $((1337 + k)) --views 16 \
+        --minutes 5
 done
 run nanoarc solve --merge "$OUT"/part*/candidates.jsonl --data arc1/evaluation --out_dir "$OUT"
 run nanoarc score "$OUT/submission.json" arc1/evaluation | tail -2

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # what a Kaggle notebook without internet needs: bash runs/kaggle.sh out/quickstart makes out/kaggle with wheels/
 # (nanoarc and what it wants, but for PyTorch, which is there) and run/, to upload as a data set, and tries it: a fresh
-# environment with PyTorch alone, no network, install, solve.
+# environment with PyTorch alone, no network, install, solve (--allow_leak: the test file that a notebook sees is a
+# placeholder made of training tasks, which the run may know).
 # hardware: cpu. minutes: 3. expect: "8 queries" and the path of a submission.json.
 # PLATFORM, PY: of the notebook, by default as here
 set -euo pipefail
@@ -52,5 +53,6 @@ for task in read_tasks('arc1/evaluation'):
 json.dump(challenges, open(sys.argv[1], 'w'))
 EOF
 offline "$TRY/venv/bin/pip" install --quiet --disable-pip-version-check --no-index --find-links input/wheels nanoarc
-offline "$TRY/venv/bin/nanoarc" solve --run input/run --data challenges.json --ttt_steps 4 --views 4 --out_dir working
+offline "$TRY/venv/bin/nanoarc" solve --run input/run --data challenges.json --ttt_steps 4 --views 4 --allow_leak \
+    --out_dir working
 ls "$TRY/working"

@@ -81,7 +81,7 @@ python3 bench/leaderboard.py trained "$OUT" || over
 solved=()
 for k in $(seq 0 $((PARTS - 1))); do # of other views each
     solved+=("$OUT/part$k/candidates.jsonl")
-    if [ ! -f "$OUT/part$k/solve.json" ]; then
+    if [ ! -f "$OUT/part$k/solve.json" ] || [ -f "$OUT/part$k/solving-0.json" ]; then # the latter: it was stopped
         if [ "$SLICE" != 0 ] && [ $SECONDS -ge 60 ]; then # it is not begun to be cut off
             [ "$(awk "BEGIN {print ($SLICE - $SECONDS > 60 * $SOLVE + 60)}")" = 1 ] || over
         fi

@@ -1,15 +1,31 @@
+# `fits PYTHON`: do PyTorch and numba have wheels for it? pyproject.toml has the same versions
+fits() {
+    "$1" -c 'import platform, sys
+sys.exit(not (3, 11) <= sys.version_info < (3, 15) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))' \
+        2> /dev/null
+}
+
+# prints $PYTHON, or the first on the PATH that fits
+find_python() {
+    local python
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.14 python3.13 python3.12 python3.11; fi
+    for python; do
+        if fits "$python"; then echo "$python"; return; fi
+    done
+    echo "nanoarc wants Python 3.11 to 3.14 and no Intel Mac: PyTorch and numba have no wheels for" \
+        "$("$1" --version 2> /dev/null || echo "no $1") on $(uname -sm). install one, or set PYTHON" >&2
+    return 2
+}
+
 # sourced by the scripts of this folder: a virtual environment in .venv with nanoarc in it, pinned. `venv EXTRAS` does
 # nothing when it did so before, and pyproject.toml, constraints.txt and the Python are still the same.
 venv() {
-    local python=${PYTHON:-python3} want
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "nanoarc needs Python >= 3.11, $python is older: set PYTHON" >&2
-        exit 2
-    fi
+    local python want
+    python=$(find_python) || exit 2
     want="$("$python" --version) $(cat pyproject.toml constraints.txt | cksum)"
     if [ "$(cat ".venv/nanoarc-is-installed$1" 2>/dev/null)" != "$want" ]; then
         echo "setting up .venv (a minute the first time, most of it PyTorch)"
-        [ -x .venv/bin/python ] || "$python" -m venv .venv
+        fits .venv/bin/python || "$python" -m venv --clear .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"
         echo "$want" > ".venv/nanoarc-is-installed$1"
     fi

@@ -61,8 +61,8 @@ def rewrite(out, change):
 
     from nanoarc import checkpoint
     tensors, meta = checkpoint.load(out)
-    change(meta)
     path = checkpoint.file(out, meta['step'])
+    change(meta)
     data = save(tensors, metadata={'nanoarc': json.dumps(meta)})
     checkpoint.write_file(path, data)
     checkpoint.write_file(path.with_suffix('.sha256'), checkpoint.signed(data, path))

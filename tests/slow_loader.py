@@ -186,7 +186,7 @@ class SlowLoader:
                 loss.append(cfg.loss_on == 'all' or (counts and n >= start))
             loss.append(cfg.loss_on == 'all')
         nexts = idx[1:] + [None]
-        targets = [y if on and y is not None else -100 for y, on in zip(nexts, loss)]
+        targets = [y if on and y is not None else cfg.ignore_index for y, on in zip(nexts, loss)]
         return {'idx': idx, 'targets': targets, 'pos': pos}
 
     def pack(self, docs):
@@ -249,6 +249,6 @@ class SlowLoader:
                 for out, x in zip(line, parts):
                     out += x
             rest = T - len(line[0])
-            for out, x, empty in zip(fields, line, (PAD, -100, (0, 0, 0), -1, 0, 0)):
+            for out, x, empty in zip(fields, line, (PAD, self.cfg.ignore_index, (0, 0, 0), -1, 0, 0)):
                 out.append([list(v) if isinstance(v, tuple) else v for v in x + [empty] * rest])
         return fields

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,80 @@ def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
     want = 0.75 * 60 * float(minutes) * 0.3 * 989e12 / work / 1e12
     assert float(tokens.replace(',', '')) == pytest.approx(want, rel=0.02) and float(step) > 32
     assert not (tmp_path / 'out').exists()
+
+# a python of some version on some machine: it answers questions as that one would, and `-m venv` makes another
+FAKE = """#!/bin/sh
+case $1 in
+    -c) exec {real} -c "import platform, sys
+sys.version_info, sys.platform, platform.machine = ({version}, 0), '{system}', lambda: '{machine}'
+exec(sys.argv[1])" "$2" ;;
+    --version) echo "Python {shown}" ;;
+    -m) case $2 in
+        venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "{name}" > .venv/made_by ;;
+        pip) echo pip >> .venv/made_by ;;
+    esac
+esac
+"""
+
+def set_up(folder, pythons, **env):
+    """ `venv` where the PATH has these: name -> (version, system, machine). -> what was said, who made .venv """
+    path = folder / 'bin'
+    path.mkdir(parents=True, exist_ok=True)
+    for tool in ('cat', 'cksum', 'cp', 'mkdir', 'rm', 'uname'):
+        if not (path / tool).exists():
+            (path / tool).symlink_to(shutil.which(tool))
+    for name in ('pyproject.toml', 'constraints.txt'):
+        shutil.copy(RUNS.parent / name, folder)
+    for name, (version, system, machine) in pythons.items():
+        text = FAKE.format(real=sys.executable, name=name, version=version, shown=version.replace(', ', '.'),
+                           system=system, machine=machine)
+        (path / name).write_text(text)
+        (path / name).chmod(0o755)
+    done = subprocess.run([shutil.which('bash'), '-euc', f"source {RUNS / 'venv.sh'}; venv [text]"], cwd=folder,
+                          env={'PATH': str(path), **env}, capture_output=True, text=True)
+    made_by = folder / '.venv' / 'made_by'
+    return done.returncode, done.stderr, made_by.read_text().split() if made_by.exists() else []
+
+LINUX, INTEL, ARM = ('linux', 'x86_64'), ('darwin', 'x86_64'), ('darwin', 'arm64')
+
+@pytest.mark.parametrize('pythons, want', [
+    ({'python3': ('3, 12', *LINUX), 'python3.14': ('3, 14', *LINUX)}, 'python3'),
+    ({'python3': ('3, 15', *LINUX), 'python3.13': ('3, 13', *LINUX), 'python3.11': ('3, 11', *LINUX)}, 'python3.13'),
+    ({'python3': ('3, 9', *LINUX), 'python3.14': ('3, 14', *LINUX)}, 'python3.14'),
+    ({'python3.11': ('3, 11', *ARM)}, 'python3.11'),
+    ({'python3': ('3, 12', *INTEL), 'python3.12': ('3, 12', *ARM)}, 'python3.12'),
+])
+def test_a_python_that_pytorch_and_numba_have_wheels_for_is_found_on_the_path(tmp_path, pythons, want):
+    code, said, made_by = set_up(tmp_path, pythons)
+    assert (code, said, made_by) == (0, '', [want, 'pip'])
+    assert set_up(tmp_path, pythons)[2] == [want, 'pip'] # it is there already
+
+@pytest.mark.parametrize('pythons, env, want', [
+    ({}, {}, "no python3 on "),
+    ({'python3': ('3, 15', *LINUX)}, {}, "Python 3.15 on "),
+    ({'python3': ('3, 10', *LINUX), 'python3.9': ('3, 9', *LINUX)}, {}, "Python 3.10 on "),
+    ({'python3': ('3, 12', *INTEL), 'python3.11': ('3, 11', *INTEL)}, {}, "Python 3.12 on "),
+    ({'python3': ('3, 12', *LINUX), 'mine': ('3, 15', *LINUX)}, {'PYTHON': 'mine'}, "Python 3.15 on "), # as told
+])
+def test_where_no_python_has_wheels_a_line_says_so_and_nothing_is_built(tmp_path, pythons, env, want):
+    code, said, made_by = set_up(tmp_path, pythons, **env)
+    assert (code, made_by) == (2, []) and said.count("\n") == 1
+    assert want in said and "Python 3.11 to 3.14" in said
+
+def test_a_virtual_environment_of_another_python_is_made_anew(tmp_path):
+    set_up(tmp_path, {'python3': ('3, 12', *LINUX)})
+    set_up(tmp_path, {'python3': ('3, 15', *LINUX), 'python3.13': ('3, 13', *LINUX)})
+    assert (tmp_path / '.venv' / 'made_by').read_text().split()[0] == 'python3' # its own 3.12 will do
+    shutil.copy(tmp_path / 'bin' / 'python3', tmp_path / '.venv' / 'bin' / 'python') # 3.15
+    (tmp_path / '.venv' / 'nanoarc-is-installed[text]').unlink()
+    assert set_up(tmp_path, {})[2] == ['python3.13', 'pip']
+
+def test_the_scripts_and_pip_want_the_same_pythons():
+    wanted = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (RUNS.parent / 'pyproject.toml').read_text())
+    low, high = wanted.groups()
+    text = (RUNS / 'venv.sh').read_text()
+    assert f"(3, {low}) <= sys.version_info < (3, {high})" in text
+    assert "python3 " + " ".join(f"python3.{k}" for k in range(int(high) - 1, int(low) - 1, -1)) + ";" in text
 
 def start(script, words, cwd, **env):
     """ one of the scripts, in a group of processes of its own """

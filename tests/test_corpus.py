@@ -147,14 +147,20 @@ def test_a_manifest_of_another_format_is_refused(packed, capsys):
     path = packed.write()
     whole = packed.files['manifest.json'].decode()
     for text in ('{"nanoarc": "packed corpus"}', '["packed corpus"]', '"packed corpus"', '{"nanoarc": "packed corpus"',
-                 '{"nanoarc": "something else"}', '', whole[:-20]):
+                 whole[:-20]):
         (path / 'manifest.json').write_text(text)
         assert f"{path}/manifest.json: " in refusal(capsys, 'data', 'check', path), text
-    (path / 'manifest.json').unlink()
-    assert f"{path}: no .json, .jsonl, .parquet file in it" in refusal(capsys, 'data', 'check', path)
+    for text in ('{"nanoarc": "something else"}', ''): # then it is a folder like any other
+        (path / 'manifest.json').write_text(text)
+        assert f"{path}/cells.npy: nothing here reads .npy" in refusal(capsys, 'data', 'check', path), text
 
 def other_type(x):
     return x.astype('U' if x.dtype.kind == 'S' else 'f4')
+
+def npz(x):
+    f = io.BytesIO()
+    np.savez(f, a=x)
+    return f.getvalue()
 
 def wider(x):
     if x.dtype.kind == 'S':
@@ -175,6 +181,8 @@ WRONG = {
     'no array': lambda x: b"garbage",
     'a header alone': lambda x: npy(x)[:128],
     'truncated': lambda x: npy(x)[:-1],
+    'an .npz': npz,
+    'a broken .npz': lambda x: npz(x)[:50],
 }
 
 @pytest.mark.reliability
@@ -212,16 +220,52 @@ def test_only_the_answer_of_a_query_may_be_empty(packed, tmp_path):
     c = packed.corpus # a task has 3 demos and 2 queries
     arrays = {name: getattr(c, name) for name in c.ARRAYS}
     for g in range(10):
-        h, w = c.h.copy(), c.w.copy()
-        h[g] = w[g] = 0
+        h, w, colors = c.h.copy(), c.w.copy(), c.colors.copy()
+        h[g] = w[g] = colors[g] = 0
         cells = np.concatenate([c.grid(k).ravel() for k in range(len(h)) if k != g])
         out = tmp_path / str(g)
-        Corpus("", {**arrays, 'h': h, 'w': w, 'cells': cells}).save(out)
+        Corpus("", {**arrays, 'h': h, 'w': w, 'colors': colors, 'cells': cells}).save(out)
         if g in (7, 9):
             assert read_tasks(str(out))[0].queries[g // 2 - 3][1] is None
         else:
             with pytest.raises(ValueError, match="the arrays do not fit together"):
                 read_source(str(out))
+
+@pytest.mark.reliability
+@pytest.mark.parametrize('h, w', [(0, 3), (3, 0)])
+def test_an_answer_without_rows_has_no_columns_either(h, w, packed, tmp_path):
+    c = packed.corpus # grid 7 is the answer of a query
+    cells = np.concatenate([c.grid(k).ravel() for k in range(len(c.h)) if k != 7])
+    for name, x in (('h', h), ('w', w), ('colors', 0)):
+        getattr(c, name)[7] = x
+    arrays = {name: getattr(c, name) for name in c.ARRAYS}
+    Corpus("", {**arrays, 'cells': cells}).save(tmp_path / 'out')
+    with pytest.raises(ValueError, match="the arrays do not fit together"):
+        read_source(str(tmp_path / 'out'))
+
+@pytest.mark.reliability
+@pytest.mark.parametrize('name', ['colors', 'hash', 'input_hash'])
+def test_what_follows_from_the_cells_cannot_be_made_up(name, packed, capsys):
+    x = getattr(packed.corpus, name)
+    for k in (0, 7, len(x) - 1):
+        lie = x.copy()
+        lie[k] ^= 1
+        err = refusal(capsys, 'data', 'check', packed.write(name, npy(lie)))
+        assert f"{packed.path}: colors, hash or input_hash do not follow from cells" in err
+
+def test_of_a_closed_answer_the_hash_is_all_that_is_left(packed, tmp_path):
+    closed = read_source(str(packed.write()), opened=False)
+    closed.save(tmp_path / 'closed')
+    c = read_source(str(tmp_path / 'closed'))
+    assert (c.hash == packed.corpus.hash).all() and answers_of(all_tasks(c)) == [None] * 8
+
+@pytest.mark.reliability
+@pytest.mark.parametrize('name', [b"a\nb", b"\x1b[31m", b"\xe2\x80\xa8", b"\xff", b"", b"toy0001"])
+def test_the_names_of_a_packed_corpus_are_names_each_once(name, packed):
+    x = packed.corpus.name.copy()
+    x[0] = name
+    with pytest.raises(ValueError, match="the arrays do not fit together"):
+        read_source(str(packed.write('name', npy(x))))
 
 @pytest.mark.reliability
 def test_a_color_cannot_hide_behind_a_short_header(packed):
@@ -359,6 +403,17 @@ def test_all_pairs_of_arc_with_one_hash_are_one_pair():
 
 # -----------------------------------------------------------------------------
 # the leak guard
+
+def test_the_leak_guard_asks_for_every_query_of_a_task(tmp_path):
+    objs, names = toy_tasks(n=1, queries=4, side=9), 'abcd'
+    (tmp_path / 'asked.json').write_text(json.dumps(objs))
+    asked = queries_of([read_source(str(tmp_path / 'asked.json'), opened=False)])
+    for name, pair in zip(names, objs['toy0000']['test']): # a task that has it as a demo, one that has it as a query
+        trained = {name: {**task(), 'train': [pair]}, 'q': {**task(), 'test': [pair]}}
+        (tmp_path / 'x.json').write_text(json.dumps(trained))
+        found = [text for _, text in overlaps(read_source(str(tmp_path / 'x.json')), asked)]
+        i = names.index(name)
+        assert [f"= toy0000 query {i} " in text for text in found] == [True, True], found
 
 def test_the_leak_guard_finds_what_arc_1_and_2_share():
     asked = queries_of([read_source('arc1/evaluation', opened=False)])

@@ -1,4 +1,5 @@
 """ python -m pytest tests/test_data.py: documents, rows and batches, and what is kept out of them """
+import contextlib
 import json
 import pickle
 import subprocess
@@ -9,15 +10,18 @@ import numpy as np
 import pytest
 import slow_loader
 import torch
+import torch.nn.functional as F
 from conftest import toy_tasks
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nanoarc import data, grids
 from nanoarc.corpus import Corpus
-from nanoarc.data import WINDOW, ArcDataset, ArcLoader, Batch, DataConfig, Rows, Sampler
+from nanoarc.data import WINDOW, ArcDataset, ArcLoader, ArcStream, Batch, DataConfig, Rows, Sampler
 from nanoarc.grids import END, IN, MAX_PAIR, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE, Task, grid_bytes
+from nanoarc.model import Model, ModelConfig
 from nanoarc.sources import read_source, read_tasks
+from nanoarc.train import evaluate
 
 def grid_of(most):
     """ any grid of sides up to `most`, for hypothesis """
@@ -164,6 +168,19 @@ def test_augments_differ_between_epochs_and_never_touch_val(toy):
     assert not set(ds.val_pairs) & set(ds.targets.tolist())
     for a, b in zip(ds.val_batches(), ds.val_batches(), strict=True):
         assert same(a, b) and (a.dihedral == 0).all()
+
+@pytest.mark.parametrize('batching', ['bucket', 'pack', 'pad'])
+def test_each_document_of_a_batch_is_turned_for_itself(toy, batching):
+    ds = ArcDataset(DataConfig(data=toy(n=20, demos=5, side=9), val_tasks=0, block_size=256, batching=batching))
+    loader = ArcLoader(ds)
+    for _ in range(5):
+        batch = loader.next_batch()
+        drawn = Counter()
+        for doc, dihedral in zip(batch.doc, batch.dihedral):
+            for k in range(int(doc.max()) + 1):
+                drawn[int(dihedral[doc == k][0])] += 1
+        n = sum(drawn.values())
+        assert n >= 8 and max(drawn.values()) < 0.75 * n, drawn # of 8 symmetries
 
 def test_each_seed_is_judged_on_the_same_batches(toy):
     cfg = DataConfig(data=toy(n=6), val_tasks=3, shots=-1)
@@ -507,6 +524,36 @@ def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
     with pytest.raises(IndexError):
         ds[-1]
 
+def batches_of(ds):
+    """ one of each way to get batches: loader, documents, stream, validation """
+    loader = ArcLoader(ds)
+    n = loader.loss_tokens()
+    batch = loader.next_batch()
+    assert n == (batch.targets >= 0).sum()
+    return [batch, ds.collate([ds[3], ds[10**9]]), next(iter(ArcStream(ds))), *ds.val_batches()]
+
+@pytest.mark.parametrize('batching', ['bucket', 'pack', 'pad'])
+@pytest.mark.parametrize('shots, loss_on', [(0, 'query'), (-1, 'outputs'), (2, 'all')])
+def test_a_loss_that_ignores_minus_one_is_that_of_minus_100(toy, shots, loss_on, batching):
+    """ nanoGPT's and nanochat's models ignore -1. ours takes either """
+    cfg = dict(data=toy(n=6), shots=shots, loss_on=loss_on, batching=batching, block_size=200, batch_tokens=600)
+    ds, other = ArcDataset(DataConfig(**cfg)), ArcDataset(DataConfig(ignore_index=-1, **cfg))
+    torch.manual_seed(0)
+    model = Model(ModelConfig(mixer='A', n_layer=1, n_embd=32, n_task=6 if shots == 0 else 0))
+    pairs = list(zip(batches_of(ds), batches_of(other), strict=True))
+    assert len(pairs) > 3
+    for usual, batch in pairs:
+        want = usual.targets.masked_fill(usual.targets == -100, -1)
+        assert same(batch, usual._replace(targets=want)) and (batch.targets == -1).any()
+        logits, loss = model(*batch)
+        theirs = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1, reduction='sum')
+        assert loss == theirs == model(*usual)[1]
+    val = [evaluate(model, x, torch.device('cpu'), contextlib.nullcontext) for x in (ds, other)]
+    assert val[0] == val[1] > 0
+    loader = ArcLoader(other) # the name of what is ignored is no part of a place
+    loader.load_state_dict(ArcLoader(ds).state_dict())
+    assert 'ignore_index' not in loader.state_dict()
+
 class Subclass(ArcDataset):
     def __getitem__(self, t):
         return {'input_ids': super().__getitem__(t).idx}
@@ -557,6 +604,8 @@ WRONG = [
     (dict(p_identity=7.0), "p_identity=7.0"),
     (dict(max_pair=-1), "max_pair=-1"),
     (dict(deal=0), "deal=0"),
+    (dict(ignore_index=0), "ignore_index=0: want .* to -1"),
+    (dict(ignore_index=-2**70), "ignore_index=-1180591620717411303424"),
 ]
 
 @pytest.mark.parametrize('kwargs, want', WRONG)

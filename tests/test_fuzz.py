@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import polars as pl
@@ -27,15 +28,15 @@ def valid(data):
         obj = json.loads(data.removeprefix(b"\xef\xbb\xbf").decode('utf-8'), object_pairs_hook=Pairs)
     except (ValueError, RecursionError):
         return False
-    return tidy(obj) and (valid_task(obj) or valid_list(obj) or valid_tasks(obj))
+    return valid_task(obj) or valid_list(obj) or valid_tasks(obj)
 
-def tidy(x):
-    """ no float, no key twice """
-    if type(x) is Pairs:
-        return len(dict(x)) == len(x) and all(tidy(y) for _, y in x)
-    if type(x) is list:
-        return all(map(tidy, x))
-    return type(x) is not float
+def has_keys(x, needed, known):
+    """ each needed one, each known one once at most, none that is nearly one of these; any others """
+    keys = [key for key, _ in x]
+    for key in {*keys} - {*known}:
+        if any(SequenceMatcher(None, word, key.strip().lower()).ratio() >= 0.8 for word in known):
+            return False
+    return {*needed} <= {*keys} and max(map(keys.count, known)) == 1
 
 def valid_grid(x):
     if type(x) is not list or not 0 < len(x) < 31:
@@ -47,8 +48,10 @@ def valid_grid(x):
             return False
     return True
 
-def valid_pair(x, keys=('input', 'output')):
-    return type(x) is Pairs and sorted(key for key, _ in x) == sorted(keys) and all(valid_grid(y) for _, y in x)
+def valid_pair(x, needed=('input', 'output')):
+    if type(x) is not Pairs or not has_keys(x, needed, ('input', 'output')):
+        return False
+    return all(valid_grid(y) for key, y in x if key in ('input', 'output'))
 
 def valid_list(x):
     if type(x) is not list or len(x) < 2:
@@ -60,15 +63,17 @@ def valid_list(x):
     return True
 
 def valid_tasks(x):
-    return type(x) is Pairs and len(x) > 0 and all(0 < len(name) <= 200 and valid_task(y) for name, y in x)
+    if type(x) is not Pairs or not 0 < len(x) == len(dict(x)):
+        return False
+    return all(0 < len(name) <= 200 and name.isprintable() and valid_task(y) for name, y in x)
 
 def valid_task(x):
-    if type(x) is not Pairs or not {'train', 'test'} <= {key for key, _ in x} <= {'train', 'test', 'name'}:
+    if type(x) is not Pairs or not has_keys(x, ('train', 'test'), ('train', 'test')):
         return False
     train, test = dict(x)['train'], dict(x)['test']
     if type(train) is not list or type(test) is not list or not train or not test:
         return False
-    return all(map(valid_pair, train)) and all(valid_pair(y) or valid_pair(y, ['input']) for y in test)
+    return all(map(valid_pair, train)) and all(valid_pair(y, ['input']) for y in test)
 
 # -----------------------------------------------------------------------------
 # mutations of valid tasks. a kind is a function of a spot that breaks it; its place is what the error has to name
@@ -136,7 +141,10 @@ def rename(obj, old, new):
     obj.update(items)
 
 def misspell(word, rng):
-    return rng.choice([word + "s", word + " ", word.upper(), word[:-1], f"{word}\n\x1b[31m", "\ud800"])
+    return rng.choice([word + "s", word + " ", word.upper(), word.capitalize(), word[:-1], word[1:], word + "\n"])
+
+def another(word, rng):
+    return rng.choice([f"{word}\n\x1b[31m" + "x" * 9, "\ud800", "k" * 999, ""])
 
 def no_demo_output(s):
     s.part, s.pairs = 'train', s.obj['train']
@@ -193,21 +201,23 @@ KINDS = { # kind: (the place that is known, how to break it)
     'a grid by name': ('grid', a_grid(lambda g, rng: rng.choice([{}, {'0': g[0]}, {'rows': g}]))),
     'no input': ('pair', lambda s: s.pair.pop('input') and None),
     'no output': ('pair', no_demo_output),
-    'unknown key in a pair': ('pair', lambda s: s.pair.update({s.rng.choice(["id", "mask", "a\nb", "k" * 999]): 1})),
     'misspelt key in a pair': ('pair', lambda s: rename(s.pair, s.side, misspell(s.side, s.rng))),
+    'misspelt key beside it': ('pair', lambda s: s.pair.update({misspell(s.side, s.rng): s.grid})),
+    'another key for the input': ('pair', lambda s: rename(s.pair, 'input', another('input', s.rng))),
     'a pair that is none': ('pair', a_pair(lambda pair, rng: rng.choice(SCALARS))),
     'a pair as a list': ('pair', a_pair(lambda pair, rng: rng.choice([list(pair.values()), [pair], []]))),
     'missing part': ('task', lambda s: s.obj.pop(s.part) and None),
-    'unknown key': ('task', lambda s: s.obj.update({s.rng.choice(["Name", "extra", "a\nb", "arc-gen"]): []})),
     'misspelt part': ('task', lambda s: rename(s.obj, s.part, misspell(s.part, s.rng))),
+    'misspelt part beside it': ('task', lambda s: s.obj.update({misspell(s.part, s.rng): s.pairs})),
+    'another key for a part': ('task', lambda s: rename(s.obj, s.part, another(s.part, s.rng))),
     'a part that is none': ('task', a_part(lambda pairs, rng: rng.choice([*SCALARS, {}, {'0': pairs[0]}]))),
     'an empty part': ('task', a_part(lambda pairs, rng: [])),
     'a part in a list': ('pair', in_a_list),
     'a task that is none': ('root', lambda task, rng: rng.choice([*SCALARS, [], {}])),
     'a task in a list': ('root', lambda task, rng: [task]),
     'a bad id': ('id', None),
-    'float': ('file', literal("1.0", "1.5", "1e0", "1E400", "-0.0", "1e-400")),
-    'NaN': ('file', literal("NaN", "Infinity", "-Infinity")),
+    'float': ('cell', literal("1.0", "1.5", "1e0", "1E400", "-0.0", "1e-400")),
+    'NaN': ('cell', literal("NaN", "Infinity", "-Infinity")),
     '5000 digits': ('file', literal("9" * 5000, "-" + "1" * 5000)),
     'a number of another language': ('file', literal("01", "+1", "0x1", "1_0", "\u0661", ".5", "1.", "--1", "1L")),
     'a word of another language': ('file', literal("True", "None", "undefined", "nan", "(1,)", "'1'", "np.uint8(1)")),
@@ -239,7 +249,7 @@ def broken(kind, n):
     forms = {'id': ['tasks'], 'root': ['task', 'tasks']}.get(place, ['task', 'tasks', 'splits'])
     form, edit, hint = rng.choice(forms), None, ""
     if place == 'id':
-        objs = {rng.choice(["", "i" * 201, "\n" * 300]): objs[name], other: objs[other]}
+        objs = {rng.choice(["", "i" * 201, "\n" * 300, "a\nb", "\u2028", "\x1b"]): objs[name], other: objs[other]}
         hint = "want a task id of 1..200"
     elif place == 'root':
         objs[name] = change(objs[name], rng)
@@ -416,7 +426,9 @@ HOSTILE = { # kind: (members, more words for archive, what the error says)
     'a method that nobody has': ({'x.json': ONE}, claim('compress_type', 99), "x.json: damaged"),
     'another checksum': ({'x.json': ONE}, claim('CRC', 5), "x.json: damaged"),
     'control characters': ({'a\n\x1b[31m.json': "{"}, {}, "a\\n\\x1b[31m.json: not json"),
-    'nothing': ({}, {}, "no .json, .jsonl, .parquet file in it"),
+    'nothing': ({}, {}, "no .json, .jsonl, .ndjson, .parquet file in it"),
+    'no name': ({'x.json': ONE}, claim('filename', ""), "an entry without a name"),
+    'a gz': ({'b.json.gz': "x", 'x.json': ONE}, {}, "b.json.gz: an archive within"),
     'junk alone': ({'__MACOSX/x.json': ONE, '._x.json': ONE}, {}, "file in it"),
 }
 

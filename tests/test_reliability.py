@@ -1,6 +1,6 @@
 """
-python -m pytest tests/test_reliability.py: training under kills, full disks, damage and signals, on any number of
-ranks. tests/README.md has the table.
+python -m pytest tests/test_reliability.py: training and solving under kills, full disks, damage and signals, on any
+number of ranks. tests/README.md has the table.
 """
 import errno
 import hashlib
@@ -17,8 +17,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +29,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import rewrite, write_toy
+from safetensors.torch import save as dump_tensors
 
-from nanoarc import checkpoint, train
-from nanoarc.cli import main as cli
+from nanoarc import checkpoint, grids, train
+from nanoarc.cli import Unread, main as cli
 from nanoarc.corpus import Corpus
 from nanoarc.data import ArcLoader, DataConfig, split
-from nanoarc.model import Block, Model, ModelConfig
+from nanoarc.model import Block, Model, ModelConfig, Muon
 from nanoarc.run import read_metrics
 from nanoarc.solve import SolveConfig, solve
-from nanoarc.sources import read_source
+from nanoarc.sources import read_source, read_tasks
+from nanoarc.submission import Keeper, read_attempts
 from nanoarc.train import TrainConfig
 
 pytestmark = pytest.mark.reliability
@@ -146,10 +150,10 @@ def part(whole, tmp_path_factory):
 class File:
     """ what open returns to checkpoint.py from now on """
 
-    def __init__(self, hook, path, mode):
+    def __init__(self, hook, path, mode, **kwargs):
         self.hook = hook
         hook('before', 'create', (path,))
-        self.f = open(path, mode)
+        self.f = open(path, mode, **kwargs)
         hook('after', 'create', (path,))
 
     def __enter__(self):
@@ -171,18 +175,19 @@ def wrapped(hook, name, f):
         return result
     return call
 
-def during_save(mp, act):
+def during_save(mp, act, what='save', nth=0):
     """
-    from now on act(k, moment, name, args) is called at the k-th moment of the first save: 'before' and 'after' each
-    filesystem call that checkpoint.py makes -> list of all moments, to be filled
+    from now on act(k, moment, name, args) is called at the k-th moment of the first save, or of the nth call of another
+    function of checkpoint.py: 'before' and 'after' each filesystem call that it makes -> list of all moments, to be
+    filled
     """
-    moments, is_saving, saves, save = [], [], itertools.count(), checkpoint.save
+    moments, is_saving, saves, save = [], [], itertools.count(), getattr(checkpoint, what)
     def hook(moment, name, args):
         if is_saving:
             moments.append((moment, name))
             act(len(moments), moment, name, args)
     def watched(*args):
-        if next(saves) > 0:
+        if next(saves) != nth:
             return save(*args)
         is_saving.append(True)
         try:
@@ -191,8 +196,8 @@ def during_save(mp, act):
             is_saving.clear()
     for name in ('replace', 'fsync', 'open', 'close', 'unlink', 'mkdir'):
         mp.setattr(os, name, wrapped(hook, name, getattr(os, name)))
-    mp.setattr(checkpoint, 'open', lambda path, mode: File(hook, path, mode), raising=False)
-    mp.setattr(checkpoint, 'save', watched)
+    mp.setattr(checkpoint, 'open', lambda path, mode, **kwargs: File(hook, path, mode, **kwargs), raising=False)
+    mp.setattr(checkpoint, what, watched)
     return moments
 
 @pytest.fixture(scope='module')
@@ -518,7 +523,7 @@ def test_no_line_of_the_package_can_read_a_pickle():
     found = []
     for path in Path(train.__file__).parent.glob('*.py'):
         for line in path.read_text().splitlines():
-            if wanted.search(re.sub(r'"[^"]*"|#.*', '', line)):
+            if wanted.search(re.sub(r"""'[^']*'|"[^"]*"|#.*""", '', line)):
                 found.append(f"{path.name}: {line.strip()}")
     assert found == []
 
@@ -719,6 +724,25 @@ def test_what_would_change_a_resumed_run_is_refused_by_exactly_its_name(whole, t
     rewrite(out, lambda meta: meta.update(format=9)) # of a later version
     assert differing(out, [], capsys) == ['format']
 
+@pytest.mark.parametrize('save_every', [4, 0])
+def test_an_update_that_is_not_finite_is_not_saved(whole, tmp_path, monkeypatch, save_every):
+    """ its loss and gradient were: the last good checkpoint stays, and there is none with step 8 or later """
+    _, src, want = whole
+    out, step, calls = tmp_path / 'run', Muon.step, itertools.count(1)
+    def bad_step(self):
+        step(self)
+        if next(calls) == 8:
+            self.param_groups[0]['params'][0].data[0, 0] = float('inf')
+    monkeypatch.setattr(Muon, 'step', bad_step)
+    last = 24 if save_every else 8
+    with pytest.raises(ValueError, match="step-000008.* not written, 1 of its tensors .* not finite, first model.bl"):
+        run(out, src, max_iters=last, save_every=save_every)
+    assert checkpoint.steps(out) == [4][: save_every]
+    monkeypatch.undo()
+    if save_every:
+        run(out, src, resume=True)
+        assert digest(out) == want
+
 def poisoned(step, what='loss'):
     """ a Model.forward by which the loss of a step is no number, or its gradient """
     original, calls = Model.forward, itertools.count(1)
@@ -746,6 +770,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_
     with pytest.raises(ValueError, match=error) as e:
         run(out, src)
     assert re.findall(r"toy\d+", str(e.value)) == sorted(seen[14] | seen[15]) != sorted(set.union(*seen))
+    assert seen[14] != seen[14] | seen[15] != seen[15] # those of both micro batches
     assert checkpoint.steps(out) == [4]
     monkeypatch.undo()
     run(out, src, resume=True)
@@ -836,6 +861,62 @@ def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
     assert ranks(world, tmp_path, all_of_them) == [0] * world
     assert all(checkpoint.load(tmp_path / f"run{n}")[1]['step'] == 3 for n in range(4))
 
+def other_weights(out, src):
+    """ a run at step 4, and a copy of it with another weight """
+    run(out, src, max_iters=4)
+    tensors, meta = checkpoint.load(out)
+    tensors['model.head.weight'][0, 0] += 1
+    data = dump_tensors(tensors, metadata={'nanoarc': json.dumps(meta)})
+    shutil.copytree(out, f"{out}-other")
+    path = checkpoint.file(f"{out}-other", 4)
+    path.write_bytes(data)
+    path.with_suffix('.sha256').write_bytes(checkpoint.signed(data, path))
+    run(f"{out}-later", src, max_iters=6)
+
+@pytest.mark.parametrize('what, want', [
+    ('seed', ['seed']), ('lr', ['lr']), ('val_tasks', ['val_tasks']), ('corpus', ['corpus_sha256']),
+    ('n_layer', ['n_layer']), ('number of tasks', ['n_task', 'corpus_sha256']), ('weights', ['checkpoint']),
+    ('step', ['batch', 'checkpoint']), ('base run', ['checkpoint']), ('nothing', []), ('no corpus', None),
+])
+def test_ranks_of_two_runs_are_refused_on_all_ranks_by_what_differs(whole, tmp_path, what, want):
+    src, said = whole[1], tmp_path / 'said'
+    said.mkdir()
+    other = {'corpus': write_toy(tmp_path / 'other', n=4, seed=1), 'number of tasks': write_toy(tmp_path / 'five', n=5),
+             'no corpus': str(tmp_path / 'nothing')}
+    if what in ('weights', 'step', 'base run'):
+        other_weights(tmp_path / 'run', src)
+    def one_differs(rank):
+        cfg, model_cfg = dict(SETTINGS, max_iters=8, out_dir=str(tmp_path / 'out')), dict(MODEL)
+        data_cfg = dict(data=src, batch_tokens=60, val_tasks=2)
+        odd = rank == 2
+        if what in ('seed', 'lr', 'val_tasks', 'n_layer') and odd:
+            for values in (cfg, model_cfg, data_cfg):
+                if what in values or (what in ('seed', 'lr') and values is cfg):
+                    values[what] = 1
+        if what in other and odd:
+            data_cfg['data'] = other[what]
+        if what in ('weights', 'step'):
+            cfg['resume'] = f"{tmp_path / 'run'}" + ({'weights': '-other', 'step': '-later'}[what] if odd else "")
+        if what == 'base run':
+            cfg['init_from'] = f"{tmp_path / 'run'}" + ("-other" if odd else "")
+        try:
+            train.train(TrainConfig(**cfg), ModelConfig(**model_cfg), DataConfig(**data_cfg))
+        except ValueError as e:
+            (said / str(rank)).write_text(str(e))
+            raise
+    t = time.time()
+    codes = ranks(3, tmp_path / 'meet', one_differs)
+    assert codes == ([0] * 3 if want == [] else [1] * 3) and time.time() - t < 40
+    texts = {path.read_text() for path in said.iterdir()}
+    assert len(texts) == (0 if want == [] else 1) # all say the same
+    if want:
+        text, = texts
+        assert text.startswith("the ranks are not of one run: ") and re.findall(r"(\w+) differs", text) == want
+        assert text.count("rank 2 ") == len(want) and "\n" not in text.replace("\n)", ")")
+    elif want is None:
+        assert f"rank 2: {other[what]}" in texts.pop()
+    assert checkpoint.steps(tmp_path / 'out') == ([] if want != [] else [8, 4])
+
 @pytest.mark.parametrize('how', ['raises', 'is killed', 'has a loss that is not finite'])
 def test_a_rank_that_dies_ends_all(whole, tmp_path, how):
     def one_dies(rank):
@@ -924,3 +1005,133 @@ def test_solve_gives_the_same_submission_on_any_number_of_ranks(tiny_run, tmp_pa
         found = [(out / name).read_bytes() for name in ('submission.json', 'candidates.jsonl')]
         want = want or found
         assert found == want and all(want)
+
+# -----------------------------------------------------------------------------
+# solving
+
+def solve_toy(tiny_run, out):
+    """ what is known is saved after each batch """
+    Keeper.SHARE = 1e9
+    grids.MAX_SIDE = 9 # in a child: a model that has learned nothing fills the largest grid that there is
+    solve(SolveConfig(run=tiny_run[0], data=tiny_run[1], out_dir=str(out), views=6, p_min=0.1, together=2,
+                      decode_rows=3, ttt_steps=1, device='cpu'))
+
+def solved(out):
+    return [(out / name).read_bytes() for name in ('submission.json', 'candidates.jsonl')]
+
+@pytest.fixture(scope='module')
+def whole_solve(tiny_run, tmp_path_factory):
+    """ what nobody interrupted -> its files, seconds that it takes """
+    path = tmp_path_factory.mktemp('solved')
+    assert join(fork(solve_toy, tiny_run, path / 'cold')) == 0
+    t = time.time()
+    assert join(fork(solve_toy, tiny_run, path / 'warm')) == 0
+    seconds = time.time() - t
+    assert solved(path / 'cold') == solved(path / 'warm')
+    return solved(path / 'warm'), seconds
+
+def is_whole_or_absent(out, src):
+    """ submission.json: two grids for each query of each task """
+    path = out / 'submission.json'
+    if not path.exists():
+        return True
+    submission = json.loads(path.read_text())
+    said = [read_attempts(submission[task.name], len(task.queries), "")[1] for task in read_tasks(src)]
+    return len(submission) == len(said) and not any(said)
+
+def full_disk(tiny_run, out, nth, k):
+    """ solve_toy, but that the k-th moment of the nth file that is written finds the disk full """
+    def fail(n, *_):
+        if n == k:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.MonkeyPatch.context() as mp:
+        during_save(mp, fail, 'write_file', nth)
+        solve_toy(tiny_run, out)
+
+def test_20_solves_that_are_killed_stopped_or_out_of_disk_go_on_to_the_same_bytes(tiny_run, whole_solve, tmp_path):
+    rng, n, moments = random.Random(0), 0, {'kill': 0, 'stop': 0, 'disk': 0}
+    want, seconds = whole_solve
+    while sum(moments.values()) < 20 or min(moments.values()) < 5:
+        out, is_done = tmp_path / f"{n}", False
+        n += 1
+        while not is_done:
+            how = rng.choice(sorted(moments))
+            if how == 'disk':
+                code = join(fork(full_disk, tiny_run, out, rng.randrange(12), rng.randrange(1, 13)))
+            else:
+                pid, number = fork(solve_toy, tiny_run, out), signal.SIGKILL if how == 'kill' else signal.SIGTERM
+                wait_for((out / 'solving.lock').exists) # its handlers are there before
+                time.sleep(rng.random() * seconds * 0.7)
+                os.kill(pid, number)
+                code = join(pid)
+            assert code in {'kill': (0, -signal.SIGKILL), 'stop': (0,), 'disk': (0, 1)}[how]
+            assert is_whole_or_absent(out, tiny_run[1])
+            is_done = code == 0 and not (out / 'solving-0.json').exists()
+            moments[how] += not is_done
+        assert solved(out) == want and no_temps(out)
+
+def test_a_kill_around_each_filesystem_call_of_the_results_loses_nothing(tiny_run, whole_solve, tmp_path):
+    def solve_without_results(out):
+        write = checkpoint.write_file
+        checkpoint.write_file = lambda path, data: die() if path.name == 'solve.json' else write(path, data)
+        solve_toy(tiny_run, out)
+    def solve_and_die(out, nth, k):
+        with pytest.MonkeyPatch.context() as mp:
+            during_save(mp, lambda n, *_: die() if n == k else None, 'write_file', nth)
+            solve_toy(tiny_run, out)
+    almost = tmp_path / 'almost'
+    assert join(fork(solve_without_results, almost)) == -signal.SIGKILL
+    for nth in (3, 4, 5): # after a try of the directory and two saves: solve.json, candidates.jsonl, submission.json
+        codes = []
+        while 0 not in codes and len(codes) < 50: # until it has no more moments
+            out = tmp_path / f"{nth}-{len(codes)}"
+            shutil.copytree(almost, out)
+            codes.append(join(fork(solve_and_die, out, nth, len(codes) + 1)))
+            assert is_whole_or_absent(out, tiny_run[1]) and (out / 'solving-0.json').exists() == (codes[-1] != 0)
+            if codes[-1] != 0:
+                assert join(fork(solve_toy, tiny_run, out)) == 0
+            assert solved(out) == whole_solve[0] and no_temps(out)
+        assert set(codes[:-1]) == {-signal.SIGKILL} and len(codes) > 12
+
+@pytest.mark.parametrize('how', ['stop', 'kill'])
+def test_ranks_that_are_stopped_go_on_as_any_number_of_ranks(tiny_run, whole_solve, tmp_path, how):
+    out, (want, seconds) = tmp_path / 'out', whole_solve
+    def some_ranks(rank, after, number):
+        if after and (how == 'stop' or rank == 1):
+            threading.Timer(after, os.kill, (os.getpid(), number)).start()
+        solve_toy(tiny_run, out)
+    number = signal.SIGTERM if how == 'stop' else signal.SIGKILL
+    for world in (2, 3, 1):
+        codes = ranks(world, tmp_path, some_ranks, 0.4 * seconds / world, number)
+        assert is_whole_or_absent(out, tiny_run[1])
+        assert how == 'kill' or codes == [0] * world
+    while (out / 'solving-0.json').exists():
+        assert ranks(2, tmp_path, some_ranks, 0, 0) == [0, 0]
+    assert solved(out) == want and not list(out.glob('solving-*.json'))
+
+@pytest.mark.parametrize('how', ['nobody reads', 'a full disk', 'closed'])
+def test_solve_needs_nobody_who_reads_its_output(tiny_run, whole_solve, tmp_path, how):
+    def unread():
+        r, w = os.pipe()
+        os.dup2(w if how == 'nobody reads' else os.open('/dev/full', os.O_WRONLY), 1)
+        os.close(r)
+        os.close(w)
+        sys.stdout = Unread(None if how == 'closed' else open(1, 'w', closefd=False)) # as the command has it
+        solve_toy(tiny_run, tmp_path / 'out')
+        sys.stdout.flush()
+    assert join(fork(unread)) == 0 and solved(tmp_path / 'out') == whole_solve[0]
+
+def test_torchrun_stops_a_solve_when_told_and_one_rank_goes_on(tiny_run, tmp_path):
+    """ the real thing, as the readme has it """
+    cfg = SolveConfig(run=tiny_run[0], data=tiny_run[1], views=60, together=1, device='cpu')
+    out, alone = tmp_path / 'out', tmp_path / 'alone'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', '--',
+               'nanoarc', 'solve', '--run', cfg.run, '--data', cfg.data, '--views=60', '--together=1', '--device=cpu']
+    process = subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((out / 'solving-1.json').exists, process)
+    process.terminate()
+    process.wait(timeout=60)
+    assert (out / 'solving-0.json').exists() and is_whole_or_absent(out, cfg.data)
+    for path in (out, alone):
+        assert join(fork(solve, replace(cfg, out_dir=str(path)))) == 0
+    assert solved(out) == solved(alone) and not (out / 'solving-0.json').exists()

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import TINY, rewrite
 
-from nanoarc import checkpoint, run
+from nanoarc import checkpoint, run, train, view
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
-from nanoarc.model import ModelConfig
+from nanoarc.model import Model, ModelConfig
 from nanoarc.run import Log, Pace, Watch, get_device, load_run, read_metrics, saved_configs
 from nanoarc.train import TrainConfig
 
@@ -130,6 +130,64 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(toy, tmp_path, monkeypatch, name
     assert first[1]['project'] == 'nanoarc' and first[1]['config']['max_iters'] == 4
     assert [{'step': step, **values} for _, values, step in calls] == read_metrics(tmp_path / 'run')
 
+@pytest.mark.parametrize('broken', ['import', 'init', 'log', 'finish'])
+def test_a_tracker_that_fails_ends_no_run_and_is_said_once(toy, tmp_path, monkeypatch, capsys, broken):
+    code = TRACKER.replace(f"def {broken}(", "def unused(") + f"def {broken}_(*a, **k): raise OSError('no\\nnet')\n"
+    code = code.replace(f"def {broken}_(", f"def {broken}(") if broken != 'import' else "raise ImportError('no net')"
+    (tmp_path / 'trackio.py').write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'trackio', raising=False)
+    monkeypatch.setenv('TRACKED', str(tmp_path / 'tracked'))
+    out = tmp_path / 'run'
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=4', '--log_every=1', '--log=trackio', *TINY])
+    monkeypatch.delitem(sys.modules, 'trackio', raising=False)
+    assert checkpoint.load(out)[1]['step'] == 4 and len(read_metrics(out)) >= 4
+    for text in (capsys.readouterr().out, (out / 'log.txt').read_text()):
+        assert len(re.findall(r"^warning: trackio: \w+Error: no net. training goes on$", text, re.M)) == 1
+
+@pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl'])
+def test_a_log_that_cannot_be_written_ends_no_run_and_is_said_once(toy, tmp_path, monkeypatch, capsys, name):
+    append = Log.append
+    def full(self, file, text):
+        if file == name:
+            raise OSError(28, "No space left on device")
+        append(self, file, text)
+    monkeypatch.setattr(Log, 'append', full)
+    out = tmp_path / 'run'
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=4', '--log_every=1', *TINY])
+    assert checkpoint.load(out)[1]['step'] == 4
+    assert capsys.readouterr().out.count(f"warning: {name}: OSError: [Errno 28] No space left on device") == 1
+
+@pytest.mark.parametrize('error', [ValueError("no such font"), MemoryError(), OSError(13, "Permission denied")])
+def test_a_picture_that_fails_ends_no_run_and_is_said_once(toy, tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(train, 'draw_loss', fail)
+    out = tmp_path / 'run'
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=6', '--log_every=1', *TINY, '--draw_every=2'])
+    assert checkpoint.load(out)[1]['step'] == 6
+    assert capsys.readouterr().out.count("warning: loss.png and val.png: ") == 1
+
+def test_a_picture_that_fails_leaves_the_model_in_training(toy, tmp_path, monkeypatch):
+    modes, out = [], tmp_path / 'run'
+    def fail(*_, **__):
+        raise ValueError("no picture")
+    monkeypatch.setattr(view, 'decode', fail)
+    forward = Model.forward
+    def watched(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            modes.append(self.training)
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(Model, 'forward', watched)
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=6', '--val_tasks=2', *TINY, '--draw_every=2'])
+    assert modes == [True] * 6 and (out / 'loss.png').exists() and not (out / 'val.png').exists()
+
+def test_rows_of_nonsense_are_no_rows(tmp_path):
+    rows = ['{"step": 1, "loss": 2.5}', "[" * 100_000, '{"step": 2, "loss": "x"}', '{"step": true}', '{"step": 3.5}',
+            '{"step": 4, "a": ' + "[" * 100_000, '{"step": 5, "loss": null}', "[1]", '{"step": 6, "val_loss": NaN}']
+    (tmp_path / 'metrics.jsonl').write_text("\n".join(rows))
+    assert [row['step'] for row in read_metrics(tmp_path)] == [1, 6]
+
 @pytest.mark.slow
 def test_wandb_itself_takes_it_offline(toy, tmp_path):
     """ in a process of its own: it leaves services behind """
@@ -190,6 +248,25 @@ def test_a_saved_setting_that_nobody_knows_is_named(tiny_run, tmp_path, part, ca
         cli(['train', '--resume', str(out), '--max_iters=32'])
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.count("\n") == 1 and "this version does not know: prefix" in error
+
+@pytest.mark.parametrize('change, want', [
+    (lambda meta: meta['model'].update(n_layer='x'), "saved with n_layer = 'x', want one like 0"),
+    (lambda meta: meta['model'].update(rope_bases=['a']), "saved with rope_bases = ['a']"),
+    (lambda meta: meta['train'].update(lr=None), "saved with lr = None"),
+    (lambda meta: meta.update(step='30'), "a checkpoint with step = 30, want a int"),
+    (lambda meta: meta.update(tokens=[1]), "saved with tokens = [1]"),
+    (lambda meta: meta.update(model=5), "a checkpoint with model = 5, want a dict"),
+    (lambda meta: meta.pop('stream'), "a checkpoint with stream = None, want a dict"),
+    (lambda meta: meta['train'].update(lr=float('nan')), "lr=nan: want 0 to"),
+])
+def test_a_saved_setting_of_another_type_is_named(tiny_run, tmp_path, change, want, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(tiny_run[0], out)
+    rewrite(out, change)
+    with pytest.raises(SystemExit) as e:
+        cli(['train', '--resume', str(out), '--max_iters=32'])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1 and want in error
 
 def test_a_run_is_loaded_as_it_was_saved(tiny_run):
     model, data_cfg, meta = load_run(tiny_run[0], 'cpu')

@@ -1,24 +1,32 @@
 """ python -m pytest tests/test_solve.py: views, candidates, test-time training, the command """
 import contextlib
+import errno
 import json
+import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, rewrite
 from test_decode import next_scores
 
-from nanoarc import checkpoint, grids, solve as solving
+from nanoarc import checkpoint, grids, solve as solving, submission as sub
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig, Sampler
 from nanoarc.grids import END, IN, OUT, ROW, dihedral, encode_grid, next_place, undo_augment
 from nanoarc.run import load_run
 from nanoarc.solve import SolveConfig, Solver, make_views, solve
 from nanoarc.sources import read_source, read_tasks
-from nanoarc.submission import score
+from nanoarc.submission import Keeper, read_attempts, score
 
 def change_tasks(src, change, out=None):
     """ change(name, task) each task of a directory, in place or as a copy -> its path """
@@ -73,8 +81,8 @@ def test_a_judge_asks_each_candidate_under_every_view_in_its_own_colors_and_orie
     solver.propose(solver.views)
     solver.judge()
     assert {x.dihedral for x in solver.views} != {0} and len({tuple(x.cmap) for x in solver.views}) > 3
-    asked = [c for c in solver.found[1, 0].values() if c.score is not None]
-    assert len(asked) == 3 < len(solver.found[1, 0])
+    asked = [c for c in solver.candidates[1, 0].values() if c.score is not None]
+    assert len(asked) == 3 < len(solver.candidates[1, 0])
     for c in asked:
         total = 0.0
         for x in solver.views: # the whole forward, a token after another, no cache
@@ -108,7 +116,7 @@ def test_candidates_are_the_same_whatever_goes_together_and_if_memory_runs_out(t
         solver.propose(solver.views)
         solver.judge()
         found = {}
-        for query, candidates in solver.found.items():
+        for query, candidates in solver.candidates.items():
             found.update({(query, key): c for key, c in candidates.items()})
         return found
     want = solved()
@@ -173,6 +181,7 @@ def test_a_model_that_has_learned_its_tasks_solves_them(toy, tmp_path, capsys):
         cli(solve_it)
     err = capsys.readouterr().err
     assert "was trained on 3 of these queries, answers included: " in err and err.count("\n") == 1
+    assert "Kaggle's visible test file is made of training tasks and wants --allow_leak" in err
     assert f"({src}) = toy0000 query 0 ({src})" in err and "--allow_leak" in err
     cli([*solve_it, '--allow_leak'])
     capsys.readouterr()
@@ -204,6 +213,8 @@ def test_a_run_knows_what_it_was_trained_on_though_the_asked_file_has_no_answers
 # -----------------------------------------------------------------------------
 # the command
 
+WORK = dict(views=6, p_min=0.1, together=2, decode_rows=3, device='cpu')
+
 def test_a_task_without_an_embedding_row_is_refused_by_name_with_the_way_out(tiny_run, capsys):
     with pytest.raises(SystemExit) as e:
         cli(['solve', '--run', tiny_run[0], '--data', 'arc2/evaluation'])
@@ -221,12 +232,28 @@ def test_a_query_before_which_no_demo_fits_is_named(toy, tmp_path, capsys, short
 @pytest.mark.parametrize('args, want', [
     (['--views=0'], "views=0"), (['--decode_rows=0'], "decode_rows=0"), (['--device=cuda:9'], "device='cuda:9'"),
     (['--run=/no'], "no checkpoint here"), (['--select=both'], "select='both'"), (['--p_min=0'], "p_min=0"),
-    (['--ttt_steps=-1'], "ttt_steps=-1"), (['--max_pair=1'], "no task in")])
+    (['--ttt_steps=-1'], "ttt_steps=-1"), (['--max_pair=1'], "no task in"), (['--seed=-1'], "seed=-1"),
+    ([f"--seed={2**70}"], f"seed={2**70}"), (['--minutes=nan'], "minutes=nan"), (['--minutes=inf'], "minutes=inf"),
+    (['--p_min=nan'], "p_min=nan"), (['--ttt_lr=inf'], "ttt_lr=inf"), ([f"--views={2**17}"], "views=131072"),
+    (['--base=x'], "base='x'"), (['--ttt_steps=3', '--ttt_lr=1e9'], "ttt_lr=1e+09: after test-time training on toy"),
+])
 def test_a_wrong_setting_is_one_line_and_exit_2(args, want, tiny_run, capsys):
     with pytest.raises(SystemExit) as e:
         cli(['solve', '--run', tiny_run[0], '--data', tiny_run[1], *args])
     err = capsys.readouterr().err
     assert e.value.code == 2 and want in err and err.count("\n") == 1
+
+@pytest.mark.parametrize('x', [math.nan, math.inf, -1, 0, 2**70])
+@pytest.mark.parametrize('name', [f.name for f in fields(SolveConfig) if f.type in (int, float, bool)])
+def test_a_number_is_refused_by_name_or_the_solve_ends(tiny_run, tmp_path, monkeypatch, short_answers, name, x):
+    run, src = tiny_run
+    work = {**WORK, 'views': 1, 'run': run, 'data': src, 'out_dir': str(tmp_path), name: x}
+    try:
+        solve(SolveConfig(**work))
+    except ValueError as e:
+        assert str(e).startswith(f"{name}={x}: want ")
+    else:
+        assert x == 0 and (tmp_path / 'submission.json').exists()
 
 def test_in_context_needs_no_row(toy, tmp_path, short_answers):
     run = tmp_path / 'run'
@@ -284,6 +311,154 @@ def test_kaggles_files_are_solved_without_a_network(tiny_run, tmp_path):
     for name, entries in submission.items():
         assert len(entries) == len(challenges[name]['test'])
         assert all(x.keys() == {'attempt_1', 'attempt_2'} for x in entries)
+
+# -----------------------------------------------------------------------------
+# what is known is not lost (kills at any moment are in test_reliability.py)
+
+def kept(out):
+    """ what is in a file of a Keeper """
+    return json.loads((Path(out) / 'solving-0.json').read_text())
+
+def signal_at(monkeypatch, name, nth, number):
+    """ a signal in the nth call of a function of solve.py -> calls so far, a list """
+    calls, f = [], getattr(solving, name)
+    def called(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == nth:
+            os.kill(os.getpid(), number)
+        return f(*args, **kwargs)
+    monkeypatch.setattr(solving, name, called)
+    return calls
+
+def is_submission(path, tasks):
+    """ of all tasks, with two grids for each query? """
+    submission = json.loads(Path(path).read_text())
+    said = [read_attempts(submission[task.name], len(task.queries), "") for task in tasks]
+    return submission.keys() == {task.name for task in tasks} and all(remarks == [] for _, remarks in said)
+
+@pytest.mark.parametrize('name, nth, number, code', [
+    ('decode', 5, signal.SIGTERM, 0), ('decode', 2, signal.SIGINT, 130), ('score_answers', 1, signal.SIGTERM, 0),
+    ('score_answers', 4, signal.SIGINT, 130), ('fine_tune', 2, signal.SIGTERM, 0)])
+def test_a_signal_writes_what_is_known_and_the_same_command_goes_on(tiny_run, tmp_path, monkeypatch, capsys,
+                                                                     short_answers, name, nth, number, code):
+    monkeypatch.setattr(Keeper, 'SHARE', 1e9) # after each batch
+    run, src = tiny_run
+    work = dict(WORK, run=run, data=src, ttt_steps=2 if name == 'fine_tune' else 0)
+    with monkeypatch.context() as mp:
+        whole = signal_at(mp, 'decode', 0, 0)
+        solve(SolveConfig(**work, out_dir=str(tmp_path / 'whole')))
+    with monkeypatch.context() as mp:
+        signal_at(mp, name, nth, number)
+        calls = signal_at(mp, 'decode', 0, 0) if name != 'decode' else None
+        with pytest.raises(SystemExit) as e:
+            solve(SolveConfig(**work, out_dir=str(tmp_path / 'out')))
+    n = len(calls) if calls is not None else nth
+    assert e.value.code == code and is_submission(tmp_path / 'out' / 'submission.json', read_tasks(src))
+    assert f"stopped by signal {int(number)}, " in capsys.readouterr().out
+    assert sum(len(candidates) for *_, candidates in kept(tmp_path / 'out')['queries']) > 0
+    with monkeypatch.context() as mp:
+        rest = signal_at(mp, 'decode', 0, 0)
+        solve(SolveConfig(**work, out_dir=str(tmp_path / 'out')))
+    assert files(tmp_path / 'out') == files(tmp_path / 'whole')
+    assert n + len(rest) == len(whole) # no view is decoded twice
+    assert not [path for path in (tmp_path / 'out').iterdir() if 'solving-' in path.name or path.suffix == '.tmp']
+
+def test_a_solve_that_is_stopped_at_its_beginning_leaves_an_earlier_submission_alone(tiny_run, tmp_path, monkeypatch,
+                                                                                      short_answers):
+    work = dict(WORK, run=tiny_run[0], data=tiny_run[1], out_dir=str(tmp_path))
+    solve(SolveConfig(**work))
+    before = files(tmp_path)
+    signal_at(monkeypatch, 'load_run', 1, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        solve(SolveConfig(**work, seed=5))
+    assert files(tmp_path) == before
+
+def test_a_solve_goes_on_with_the_same_settings_alone(tiny_run, tmp_path, monkeypatch, short_answers):
+    run, src = tiny_run
+    work = dict(WORK, run=run, data=src, out_dir=str(tmp_path))
+    monkeypatch.setattr(Keeper, 'SHARE', 1e9)
+    with monkeypatch.context() as mp, pytest.raises(SystemExit):
+        signal_at(mp, 'decode', 5, signal.SIGTERM)
+        solve(SolveConfig(**work))
+    others = dict(views=7, p_min=0.2, select='votes', score_most=3, ttt_steps=1, ttt_lr=0.1, ttt_tokens=9, together=3,
+                  max_pair=99, seed=1, minutes=1.0, dtype='bfloat16')
+    for name, x in others.items():
+        with pytest.raises(ValueError, match=rf"solving-0.json is of a solve .* {name} differs \(kept .*, now {x}"):
+            solve(SolveConfig(**{**work, name: x}))
+    other = change_tasks(src, lambda name, task: task['train'].reverse(), tmp_path / 'other')
+    shutil.copytree(run, tmp_path / 'run')
+    rewrite(tmp_path / 'run', lambda meta: meta.update(seconds=1)) # another checkpoint
+    for how, name in (({'data': other}, 'corpus'), ({'run': str(tmp_path / 'run')}, 'checkpoint')):
+        with pytest.raises(ValueError, match=f"{name} differs"):
+            solve(SolveConfig(**{**work, **how}))
+    for text in ("", "[]", "[" * 100000, '{"settings": {}}', json.dumps({**kept(tmp_path), 'queries': [[0]]})):
+        good = (tmp_path / 'solving-0.json').read_text()
+        (tmp_path / 'solving-0.json').write_text(text)
+        with pytest.raises(ValueError, match="solving-0.json: not what nanoarc solve keeps"):
+            solve(SolveConfig(**work))
+        (tmp_path / 'solving-0.json').write_text(good)
+    solve(SolveConfig(**{**work, 'decode_rows': 5, 'allow_leak': True})) # goes on: these decide nothing
+    solve(SolveConfig(**work, seed=1)) # it had ended, so this is another one
+
+def test_minutes_are_those_of_all_starts(tiny_run, tmp_path, monkeypatch, short_answers):
+    work = dict(WORK, run=tiny_run[0], data=tiny_run[1], out_dir=str(tmp_path), minutes=9, together=1)
+    with monkeypatch.context() as mp, pytest.raises(SystemExit):
+        signal_at(mp, 'score_answers', 2, signal.SIGTERM)
+        solve(SolveConfig(**work))
+    about = kept(tmp_path)
+    assert 0 < about['seconds'] < 60
+    (tmp_path / 'solving-0.json').write_text(json.dumps({**about, 'seconds': 9 * 60}))
+    known = {(k, i) for k, i, _, seen, _ in about['queries'] if seen}
+    solve(SolveConfig(**work))
+    views = defaultdict(set)
+    for line in (tmp_path / 'candidates.jsonl').read_text().splitlines():
+        x = json.loads(line)
+        views[int(x['task'][-1]), x['query']] |= set(x['views'])
+    assert 0 < len(known) < 8 and len(views) == 8
+    for query, seen in views.items():
+        assert (len(seen) > 1) == (query in known)
+
+def test_saving_takes_a_share_of_the_time_however_long_it_takes(tmp_path, monkeypatch):
+    now = [0.0] # a clock that a write sets forward
+    monkeypatch.setattr(sub.time, 'perf_counter', lambda: now[0])
+    saves = []
+    def write(path, data):
+        saves.append(now[0])
+        now[0] += 2.0
+    monkeypatch.setattr(checkpoint, 'write_file', write)
+    keeper = Keeper(tmp_path, [(0, 0)], {}, SimpleNamespace(got=0), 0, 1)
+    while now[0] < 5000:
+        now[0] += 1.0
+        assert keeper.pause() is False
+    assert 2 * len(saves) / now[0] < 0.01 and len(saves) > 10
+
+@pytest.mark.parametrize('how', ['a file in the way', 'a file above it', 'a full disk', 'a directory in the way'])
+def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded(tiny_run, tmp_path, monkeypatch,
+                                                                                   capsys, how):
+    out = tmp_path / 'out'
+    if how == 'a file in the way':
+        out.write_text("mine")
+    elif how == 'a file above it':
+        (tmp_path / 'file').write_text("mine")
+        out = tmp_path / 'file' / 'out'
+    elif how == 'a directory in the way':
+        (out / 'candidates.jsonl').mkdir(parents=True)
+    else:
+        def full(fd):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(os, 'fsync', full)
+    monkeypatch.setattr(solving, 'load_run', None)
+    with pytest.raises(SystemExit) as e:
+        cli(['solve', '--run', tiny_run[0], '--data', tiny_run[1], '--out_dir', str(out)])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and str(out) in err and "choose another --out_dir" in err
+
+def test_two_solves_cannot_write_one_directory_and_training_is_not_in_the_way(tiny_run, tmp_path, short_answers):
+    work = dict(WORK, run=tiny_run[0], data=tiny_run[1], out_dir=str(tmp_path), views=1)
+    with checkpoint.lock(tmp_path, 'solving.lock'), pytest.raises(ValueError, match=f"process {os.getpid()} is"):
+        solve(SolveConfig(**work))
+    with checkpoint.lock(tmp_path):
+        solve(SolveConfig(**work))
 
 # -----------------------------------------------------------------------------
 # test-time training

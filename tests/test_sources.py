@@ -1,4 +1,5 @@
 """ python -m pytest tests/test_sources.py: what each kind of source gives, and what it says when it is broken """
+import gzip
 import importlib.util
 import json
 import os
@@ -155,6 +156,197 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path, toy):
     with pytest.raises(ValueError, match="out.json: a link out of"):
         read_tasks(src)
 
+def write_links(folder, links):
+    """ {name: what it leads to} """
+    for name, target in links.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(target, folder / name)
+
+@pytest.mark.parametrize('name, target, want', [
+    ('more', '../other', "more: a link out of"), ('more.json', '../other', "more.json: a link out of"),
+    ('in/more', '../../other', "more: a link out of"), ('more', '..', "more: a link out of"),
+    ('gone.json', 'nowhere.json', "gone.json: No such file"), ('gone', 'nowhere', "gone: No such file"),
+    ('gone.zip', '../nowhere', "gone.zip: a link out of"), ('me.json', 'me.json', "me.json: Too many levels"),
+])
+def test_no_link_is_left_out_in_silence(name, target, want, toy, tmp_path, capsys):
+    src = toy()
+    toy('other', seed=1)
+    write_links(tmp_path / 'toy', {name: target})
+    assert want in refusal(capsys, 'data', 'check', src)
+    assert want.partition(":")[0] in refusal(capsys, 'data', 'check', f"file://{src}")
+    c = read_source(src, on_bad='quarantine')
+    assert len(c) == 3 and len(c.bad) == 1 and want in c.bad[0]
+
+def test_links_may_lead_about_in_a_folder(toy, tmp_path):
+    want = plain(read_source(toy()))
+    write_links(tmp_path / 'toy', {'a/loop': '..', 'b': 'a', '.hidden/x': '/', 'README.md': '/none', 'a.txt': '/none'})
+    assert plain(read_source(str(tmp_path / 'toy'))) == want
+    shutil.copytree(tmp_path / 'toy', tmp_path / 'kept' / '.store', symlinks=True)
+    write_links(tmp_path / 'kept', {'data': '.store'}) # the one way to a hidden folder
+    assert plain(read_source(str(tmp_path / 'kept'))) == want
+
+def test_a_snapshot_of_hugging_face_is_read_and_its_links_lead_nowhere_else(toy, tmp_path, capsys):
+    want = plain(read_source(toy()))
+    repo = tmp_path / 'datasets--me--arc'
+    snapshot = repo / 'snapshots' / '0a1b'
+    (repo / 'blobs').mkdir(parents=True)
+    for k, name in enumerate(os.listdir(tmp_path / 'toy')):
+        shutil.copy(tmp_path / 'toy' / name, repo / 'blobs' / f"ff{k}")
+        write_links(snapshot, {f"data/{name}": f"../../../blobs/ff{k}"})
+    write_links(snapshot, {'README.md': '../../blobs/gone', '.gitattributes': '../../blobs/gone'})
+    for source in (snapshot, snapshot / 'data', repo, f"file://{snapshot}"):
+        assert plain(read_source(str(source))) == want
+    secret = tmp_path / 'secret.json'
+    secret.write_text(json.dumps(task()))
+    (repo / 'refs').mkdir()
+    shutil.copy(secret, repo / 'refs' / 'x.json')
+    write_links(repo, {'blobs/out': secret})
+    for target in ('../../blobs/out', secret, '../../refs/x.json', '../../../secret.json'):
+        write_links(snapshot, {'x.json': target})
+        assert "x.json: a link out of" in refusal(capsys, 'data', 'check', snapshot)
+        (snapshot / 'x.json').unlink()
+
+READ = ['B.JSON', 'c.json.gz', 'd.zip', 'e.ndjson', 'f.Jsonl', 'g.jsonl.GZ', 'h.PARQUET', 'i/j.Zip', 'k.ndjson.gz']
+
+def write_any(path, name, obj):
+    """ a task under that name, in the format that the end of the path says """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind, record = path.name.lower(), {'id': name, **obj}
+    if '.zip' in kind:
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr(f"in/{name}.json", json.dumps(obj))
+    elif '.parquet' in kind:
+        write_table(path, [record])
+    else:
+        data = json.dumps(record if 'l' in kind or 'nd' in kind else {name: obj}).encode()
+        path.write_bytes(gzip.compress(data) if '.gz' in kind else data)
+
+def test_whatever_looks_like_data_is_read(tmp_path):
+    names = []
+    for name, obj in zip(READ, toy_tasks(n=len(READ)).values()):
+        names.append(name.replace('/', '.'))
+        write_any(tmp_path / 'd' / name, names[-1], obj)
+        assert [t.name for t in read_tasks(str(tmp_path / 'd' / name))] == names[-1:] # alone too
+    for source in (tmp_path / 'd', f"file://{tmp_path / 'd'}"):
+        assert sorted(t.name for t in read_tasks(str(source))) == sorted(names)
+
+NOT_READ = ['x.tar', 'x.tar.gz', 'x.tgz', 'x.csv', 'x.CSV', 'x.csv.gz', 'x.pickle', 'x.pkl', 'x.npz', 'x.json.xz',
+            'x.jsonl.zst', 'x.json.bz2', 'x.7z', 'x.arrow', 'in/x.gz']
+
+@pytest.mark.parametrize('name', NOT_READ)
+def test_what_looks_like_data_and_is_not_read_is_named(name, toy, tmp_path, capsys):
+    src = toy()
+    path = tmp_path / 'toy' / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"whatever")
+    assert f"{path}: nothing here reads .{name.lower().rpartition('.')[2]}" in refusal(capsys, 'data', 'check', src)
+    assert f"{path}: nothing here reads" in refusal(capsys, 'data', 'check', path) # alone too
+    c = read_source(src, on_bad='quarantine')
+    assert len(c) == 3 and len(c.bad) == 1 and name in c.bad[0]
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z: # and in an archive
+        z.writestr('a.json', json.dumps(task()))
+        z.writestr(name, "whatever")
+    assert f"x.zip: {name}: " in refusal(capsys, 'data', 'check', tmp_path / 'x.zip')
+    c = read_source(str(tmp_path / 'x.zip'), on_bad='quarantine')
+    assert len(c) == 1 and len(c.bad) == 1 and name in c.bad[0]
+
+def test_what_lies_beside_data_is_no_error(toy, tmp_path):
+    want = plain(read_source(toy()))
+    beside = ['README.md', 'LICENSE', 'a.txt', 'b.png', 'c.py', 'x.json.sha256', '.git/x.csv', '__MACOSX/._x.zip',
+              '.DS_Store', '.x.tar', 'sample_submission.json', '.ipynb_checkpoints/x.json', 'empty/']
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
+        for path in sorted((tmp_path / 'toy').glob('*')):
+            z.write(path, path.name)
+        for name in beside:
+            z.writestr(name, "whatever")
+    for name in beside:
+        path = tmp_path / 'toy' / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("whatever") if name[-1] != '/' else path.mkdir()
+    os.mkfifo(tmp_path / 'toy' / 'pipe')
+    for source in (tmp_path / 'toy', tmp_path / 'x.zip'):
+        assert plain(read_source(str(source))) == want
+
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(toy, tmp_path, capsys):
+    src = toy()
+    os.mkfifo(tmp_path / 'toy' / 'x.json')
+    assert "x.json: neither a file nor a folder" in refusal(capsys, 'data', 'check', src)
+    assert "x.json: is neither a file nor a folder" in refusal(capsys, 'data', 'check', tmp_path / 'toy' / 'x.json')
+    assert len(read_source(src, on_bad='quarantine').bad) == 1
+
+def test_what_we_may_not_read_is_named(toy, tmp_path, capsys, monkeypatch):
+    """ root may read everything, so the system's answer is made up """
+    src = toy()
+    (tmp_path / 'toy' / 'shut').mkdir()
+    shut, listdir, open_it = ['shut', 'toy0001.json'], os.listdir, open
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr('os.listdir', lambda path: refuse(path) if str(path)[-4:] == 'shut' else listdir(path))
+    assert "toy/shut: Permission denied" in refusal(capsys, 'data', 'check', src)
+    monkeypatch.setattr('builtins.open', lambda path, *args, **kwargs:
+                        refuse(path) if str(path).endswith('1.json') else open_it(path, *args, **kwargs))
+    c = read_source(src, on_bad='quarantine')
+    assert c.name.tolist() == [b'toy0000', b'toy0002'] and len(c.bad) == 2
+    for name, error in zip(shut, sorted(c.bad)):
+        assert error == f"{src}/{name}: Permission denied"
+    assert "toy0001.json: Permission denied" in refusal(capsys, 'data', 'check', f"{src}/toy0001.json")
+
+def test_a_gz_is_bounded_and_damage_is_one_line(tmp_path, monkeypatch, capsys):
+    path, data = tmp_path / 'x.json.gz', gzip.compress(json.dumps(task()).encode())
+    broken = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+    for bad in (b"", b"no gz", data[:-1], data[:9], broken, data + b"x", gzip.compress(b"")):
+        path.write_bytes(bad)
+        refusal(capsys, 'data', 'check', path)
+    for name in ('x.json.gz', 'x.jsonl.gz'):
+        (tmp_path / name).write_bytes(gzip.compress(json.dumps(task()).encode() + b" " * 3_000_000))
+        assert f"{name}: a bomb?" in refusal(capsys, 'data', 'check', tmp_path / name)
+    path.write_bytes(data)
+    cap_json(monkeypatch, 100)
+    assert "x.json.gz: a bomb?" in refusal(capsys, 'data', 'check', path)
+
+# -----------------------------------------------------------------------------
+# names that could be two things
+
+AMBIGUOUS = [ # what lies here, the source
+    (['kaggle2025/'], 'kaggle2025'), (['kaggle2025'], 'kaggle2025'), (['kaggle2025/'], 'kaggle2025/'),
+    (['kaggle2025/'], 'kaggle2025*2'), (['kaggle2025/', 'b/'], 'b+kaggle2025'), (['arc1/training/'], 'arc1/training'),
+    (['arc1/'], 'arc2/training + arc1*2'), (['arc1+arc2/'], 'arc1+arc2'), (['arc1*2/'], 'arc1*2'),
+    (['a/', 'b/', 'a+b/'], 'a+b'), (['a/', 'a*2/'], 'a*2'), (['a/', 'a+arc1*2/'], 'a+arc1*2'),
+]
+
+def write_here(names):
+    """ a task in each folder or file, by names that end in / or not """
+    for name in names:
+        if name[-1] == '/':
+            os.makedirs(name)
+        with open(name + ('x.json' if name[-1] == '/' else ''), 'w') as f:
+            json.dump(task(), f)
+
+@pytest.mark.parametrize('here, spec', AMBIGUOUS)
+def test_a_name_that_could_be_two_sources_is_refused(here, spec, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_here(here)
+    err = refusal(capsys, 'data', 'check', spec)
+    assert "ambiguous" in err and "say ./" in err
+    name = err.partition("say ")[2].partition(" for the path")[0] # the way out that it names
+    assert name[2:] in spec
+    if os.path.isdir(name):
+        assert [len(c) for c, _ in read_sources(name)] == [1]
+
+def test_a_name_that_can_be_one_source_alone_is_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_here(['arc1/mine/', 'a+b/', 'a*2/', 'arc2x/', 'b/'])
+    counts = {}
+    for spec in ('arc1/training', 'arc1/mine', 'a+b', 'a*2', 'a*2*3', 'arc2x', './arc1/mine+./b*2', 'arc1/training*2'):
+        counts[spec] = [(len(c), n) for c, n in read_sources(spec)]
+    assert counts == {
+        'arc1/training': [(400, 1)], 'arc1/mine': [(1, 1)], 'a+b': [(1, 1)], 'a*2': [(1, 1)], 'a*2*3': [(1, 3)],
+        'arc2x': [(1, 1)], './arc1/mine+./b*2': [(1, 1), (1, 2)], 'arc1/training*2': [(400, 2)],
+    }
+
+# -----------------------------------------------------------------------------
+# trees
+
 NAMES = ['B.json', 'a.json', 'a/x.json', 'a-b/y.json', 'a/b/c/z.json']
 
 def make_tree(root):
@@ -298,13 +490,13 @@ BAD_LINES = {
     '{"id": "a"': "not json",
     '[]': "want an object, got []",
     json.dumps({'id': "a", **task([[1, 10]])}): "task a, demo 1, input, row 0, col 1: color 10",
-    json.dumps(task(extra=1)): "task x.4: unknown key 'extra'",
+    json.dumps(task(tests=1)): "task x.4: unknown key 'tests', a typo of 'test'?",
     json.dumps({'id': "", **task()}): "want a task id",
     json.dumps({'id': "i" * 201, **task()}): "want a task id",
     json.dumps({'examples': 1}): "task x.4: want a list of at least 2 pairs",
     json.dumps({'examples': [[GRID, GRID], [GRID, [[1], []]]]}): "task x.4, pair 1, output, row 1",
-    json.dumps({'id': "\ud800", 'examples': [[GRID, GRID], [GRID, [[11]]]]}): "task \\ud800, pair 1",
-    '{"train": [{"input": [[1.0]]}]}': "'1.0' is not an integer",
+    json.dumps({'id': "\ud800", 'examples': [[GRID, GRID], [GRID, [[11]]]]}): "want a task id of 1..200 printable",
+    json.dumps({'id': "a", **task([[1.0]])}): "task a, demo 1, input, row 0, col 0: want an integer color",
 }
 
 @pytest.mark.parametrize('line', BAD_LINES)
@@ -314,7 +506,7 @@ def test_a_malformed_line_is_named_by_its_number(line, tmp_path, capsys):
     err = refusal(capsys, 'data', 'check', tmp_path / 'x.jsonl')
     assert f"x.jsonl: line 4: {BAD_LINES[line]}" in err, err
     c = read_source(str(tmp_path / 'x.jsonl'), on_bad='quarantine')
-    assert c.name.tolist() == [b'good'] and len(c.bad) == 1
+    assert c.name.tolist() == [b'good'] and BAD_LINES[line] in c.bad[0]
 
 @pytest.mark.parametrize('name', [{'a': 1}, [], True])
 def test_an_id_is_text_or_a_number(name, tmp_path):
@@ -336,12 +528,53 @@ def test_a_line_over_the_cap_is_one_bad_line(tmp_path, monkeypatch):
     c = read_source(str(tmp_path / 'x.jsonl'), on_bad='quarantine')
     assert len(c.bad) == 1 and c.name.tolist() == [b'x.1', b'x.3'] # the lines behind it keep their numbers
 
-@pytest.mark.parametrize('name', ["a b/c", "\u00e9\u4e2d", "\ud800", "a\\b", "a" * 200])
-def test_an_id_of_any_characters_comes_back(name, tmp_path):
-    kept = name.encode(errors='backslashreplace').decode()
+@pytest.mark.parametrize('name', ["a b/c", "\u00e9\u4e2d", "a\\b", "a" * 200, "cost $0^^2$", "[/x]"])
+def test_an_id_of_any_printable_characters_comes_back(name, tmp_path):
     for obj, tail in ((task(), ""), ({'examples': [[GRID, GRID]] * 3}, ".0")):
         (tmp_path / 'x.jsonl').write_text(json.dumps({'id': name, **obj}))
-        assert read_tasks(str(tmp_path / 'x.jsonl'))[0].name == kept + tail
+        assert read_tasks(str(tmp_path / 'x.jsonl'))[0].name == name + tail
+
+# a name that breaks a line, a terminal or an encoding
+NO_NAMES = ["a\nb", "a\r", "a\tb", "\x1b[31m", "a\x7f", "\x85", "a\u2028b", "\u2029", "\ud800", "\udcff", "\u202e",
+            "\0"]
+
+@pytest.mark.parametrize('name', NO_NAMES)
+def test_no_name_breaks_a_line_whatever_file_it_comes_from(name, tmp_path, capsys):
+    path, obj = tmp_path / 'd', task()
+    path.mkdir()
+    files = {
+        'x.json': json.dumps({name: obj, 'good': obj}),
+        'x_challenges.json': json.dumps({'training': {name: obj, 'good': obj}, 'evaluation': {'good': obj}}),
+        'x.jsonl': json.dumps({'id': name, **obj}) + "\n" + json.dumps({'id': "good", **obj}),
+        'y.jsonl': json.dumps({'id': name, 'examples': make_list(4)}) + "\n" + json.dumps({'id': "good", **obj}),
+    }
+    for file, text in files.items():
+        (path / file).write_text(text)
+        err = refusal(capsys, 'data', 'check', path)
+        assert "want a task id of 1..200 printable characters" in err and err[:-1].isprintable(), file
+        c = read_source(str(path), on_bad='quarantine')
+        assert c.name.tolist() == [b'good'] and len(c.bad) == 1 and c.bad[0].isprintable(), file
+        (path / file).unlink()
+    if name in ("\0", "\ud800"): # no file can have it
+        return
+    (path / f"{name}.json").write_text(json.dumps(obj))
+    (path / 'good.json').write_text(json.dumps(obj))
+    err = refusal(capsys, 'data', 'check', path)
+    assert "want a task id of 1..200 printable characters" in err and err[:-1].isprintable()
+    cli(['data', 'check', str(path), '--on_bad', 'quarantine'])
+    assert [line.isprintable() for line in capsys.readouterr().out.split("\n")] == [True] * 3 # counts, one left out, ""
+
+def test_a_message_is_one_line_whatever_the_source_is_called(tmp_path, capsys):
+    path = tmp_path / "a\n\x1b[31m\u2028"
+    for source in (path, f"{path}*2", f"{path}+x", f"file://{path}", f"{path}/x.zip"):
+        err = refusal(capsys, 'data', 'check', source)
+        assert "no such source" in err and err[:-1].isprintable()
+    path.mkdir()
+    (path / 'x.json').write_text(json.dumps(task()))
+    c = read_source(str(path))
+    assert c.source.isprintable() and c.task(0).source == c.source
+    cli(['data', 'check', str(path)])
+    assert capsys.readouterr().out.count("\n") == 1
 
 def test_ids_that_differ_in_a_nul_alone_are_refused_or_kept(tmp_path):
     objs = {"a": task(), "a\0": task([[5]]), "\0": task([[6]])} # numpy drops a NUL at the end
@@ -385,13 +618,16 @@ def test_a_row_of_parquet_is_a_task_or_a_list_of_pairs(tmp_path):
     want = plain(read_source(str(path)))
     assert plain(read_source(str(tmp_path / 'x.zip'))) == want == plain(read_source(f"file://{path}"))
 
-@pytest.mark.parametrize('column', ['train', 'test', 'examples'])
+PLACES = {'train': "demo 0", 'test': "query 0", 'examples': "pair 0"}
+
+@pytest.mark.parametrize('column', PLACES)
 @pytest.mark.parametrize('cells', [pl.Float32, pl.Float64, pl.Boolean, pl.String])
-def test_a_column_that_holds_no_integers_is_refused_by_name(cells, column, tmp_path, capsys):
+def test_a_cell_of_a_table_that_is_no_integer_is_named(cells, column, tmp_path, capsys):
     path = tmp_path / 'x.parquet'
     records = [{'id': "a", 'examples': make_list(4)}] if column == 'examples' else [{'id': "a", **task()}]
     write_table(path, records, cells, column)
-    assert f"{path}: column {column!r} holds {cells.__name__}" in refusal(capsys, 'data', 'check', path)
+    want = f"{path}: row 0: task a, {PLACES[column]}, input, row 0, col 0: want an integer color 0..9, got "
+    assert want in refusal(capsys, 'data', 'check', path)
 
 def test_a_malformed_table_or_row_is_named(tmp_path, capsys):
     path, good = tmp_path / 'x.parquet', {'id': "good", **task()}
@@ -417,6 +653,54 @@ def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
     queries = [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]
     write_table(tmp_path / 'x.parquet', [{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': queries}])
     assert answers_of(read_tasks(str(tmp_path / 'x.parquet'))) == [GRID, None]
+
+def by_column(pairs):
+    """ list of pairs -> the layout that `datasets` stores a sequence of them in """
+    return {key: [pair.get(key) for pair in pairs] for key in ('input', 'output')}
+
+def test_a_table_may_have_pairs_by_column(tmp_path):
+    objs, path = toy_tasks(n=3, queries=2), tmp_path / 'x.parquet'
+    (tmp_path / 'x.json').write_text(json.dumps(objs))
+    want = plain(read_source(str(tmp_path / 'x.json')))
+    rows_by = []
+    for name, obj in objs.items():
+        rows_by.append({'id': name, 'train': by_column(obj['train']), 'test': by_column(obj['test'])})
+    pl.DataFrame(rows_by).write_parquet(path)
+    assert plain(read_source(str(path))) == want
+    (tmp_path / 'x.jsonl').write_text("\n".join(map(json.dumps, rows_by))) # as `datasets` writes it
+    assert plain(read_source(str(tmp_path / 'x.jsonl'))) == want
+    (tmp_path / 'x.json').write_text(json.dumps({x.pop('id'): x for x in rows_by}))
+    assert plain(read_source(str(tmp_path / 'x.json'))) == want
+    (tmp_path / 'toy0000.json').write_text(json.dumps(rows_by[0]))
+    assert plain(read_source(str(tmp_path / 'toy0000.json'))) == want[:1]
+    pl.DataFrame([{'id': "l", 'examples': by_column(make_list(4))}]).write_parquet(path)
+    assert len(read_source(str(path)).hash) == 4
+
+@pytest.mark.parametrize('test', [
+    [{'input': GRID, 'output': None}], {'input': [GRID], 'output': [None]}, {'input': [GRID], 'output': None},
+    {'input': [GRID]}, [{'input': GRID}],
+])
+def test_a_column_of_outputs_that_is_null_is_of_unknown_answers(test, tmp_path):
+    pl.DataFrame([{'id': "a", 'train': task()['train'], 'test': test}]).write_parquet(tmp_path / 'x.parquet')
+    assert answers_of(read_tasks(str(tmp_path / 'x.parquet'))) == [None]
+
+@pytest.mark.parametrize('test, want', [
+    ([None], "query 0: want an object with input, got None"), ([1], "query 0: want an object with input, got 1 (int)"),
+    (["a"], "query 0: want an object with input, got 'a'"), (None, "want a list in 'test', got NoneType"),
+    (1, "want a list in 'test', got int"), ("text", "want a list in 'test', got str"), ([], "no queries"),
+    ([{'input': None, 'output': GRID}], "query 0, input: want a grid"), ({'input': None, 'output': None}, "no queries"),
+    ({'input': [GRID], 'output': [GRID, GRID]}, "want a list in 'test', got dict"),
+    ([[GRID, GRID]], "query 0: want an object with input"),
+])
+def test_a_row_whose_queries_are_none_is_one_bad_row(test, want, tmp_path, capsys):
+    path = tmp_path / 'x.parquet'
+    pl.DataFrame([{'id': "a", 'train': task()['train'], 'test': test}]).write_parquet(path)
+    assert f"x.parquet: row 0: task a: {want}".replace(": query", ", query") in refusal(capsys, 'data', 'check', path)
+
+def test_a_null_inside_test_costs_its_row_alone(tmp_path):
+    write_table(tmp_path / 'x.parquet', [{'id': "a", **task(), 'test': [None]}, {'id': "good", **task()}])
+    c = read_source(str(tmp_path / 'x.parquet'), on_bad='quarantine')
+    assert c.name.tolist() == [b'good'] and len(c.bad) == 1
 
 # -----------------------------------------------------------------------------
 # URLs
@@ -465,6 +749,25 @@ def test_what_is_wrong_behind_a_url_is_one_line(memory, tmp_path, capsys, monkey
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'fsspec' else find(name))
     assert "memory://d: to read URLs, pip install fsspec" in refusal(capsys, 'data', 'check', 'memory://d')
 
+def test_what_to_install_for_a_url_is_said_in_whole(memory, capsys, monkeypatch):
+    for sentence in ('HTTPFileSystem requires "requests" and "aiohttp" to be installed',
+                     "Install huggingface_hub to access HfFileSystem"):
+        def refuse(url):
+            raise ImportError(sentence)
+        monkeypatch.setattr('fsspec.core.url_to_fs', refuse)
+        assert sentence in refusal(capsys, 'data', 'check', 'https://example.com/z.json')
+
+def test_behind_a_url_nothing_is_left_out_in_silence_either(memory, capsys):
+    memory.pipe('/d/A.JSON', json.dumps(task()).encode())
+    memory.pipe('/d/b.json.gz', gzip.compress(json.dumps(task([[5]])).encode()))
+    memory.pipe('/d/README.md', b"x")
+    memory.pipe('/q.json?download=true', json.dumps(task([[6]])).encode())
+    assert sorted(t.name for t in read_tasks('memory://d')) == ['A', 'b']
+    assert [t.name for t in read_tasks('memory://q.json?download=true')] == ['q']
+    memory.pipe('/d/c.csv', b"x")
+    assert "/d/c.csv: nothing here reads .csv" in refusal(capsys, 'data', 'check', 'memory://d')
+    assert len(read_source('memory://d', on_bad='quarantine').bad) == 1
+
 # -----------------------------------------------------------------------------
 # quarantine
 
@@ -487,20 +790,69 @@ def test_quarantine_leaves_out_whole_tasks_and_says_so(toy, tmp_path, capsys):
     for words, error in zip(want, sorted(c.bad)):
         assert words in error and "\n" not in error
     tasks = {t[0]: t for t in plain(c)}
-    assert tasks.keys() == {'b', 'd', 'toy0000', 'toy0001', 'toy0002'}
+    assert tasks.keys() == {'b', 'd', 'list.0', 'toy0000', 'toy0001', 'toy0002'}
     assert all(tasks[t[0]] == t for t in plain(good))
     cli(['data', 'check', str(src), '--on_bad', 'quarantine'])
     out = capsys.readouterr().out
-    assert f"{src}: 5 tasks, 15 demos, 5 queries, 5 of them" in out
+    assert f"{src}: 6 tasks, 23 demos, 6 queries, 6 of them" in out
     assert out.count("left out: ") == 6 and all(words in out for words in want)
     shutil.copytree(src, tmp_path / 'whole') # the good tasks alone are another corpus
-    for name in ('broken.json', 'list.json', 'x.parquet'):
+    for name in ('broken.json', 'x.parquet'):
         (tmp_path / 'whole' / name).unlink()
+    (tmp_path / 'whole' / 'list.json').write_text(json.dumps(make_list(9)))
     (tmp_path / 'whole' / 'many.json').write_text(json.dumps({'b': task()}))
     (tmp_path / 'whole' / 'lines.jsonl').write_text(d)
     whole = read_source(str(tmp_path / 'whole'), on_bad='quarantine')
     assert whole.bad == [] and (whole.cells == c.cells).all() and (whole.name == c.name).all()
     assert whole.sha256 != c.sha256
+
+def test_of_a_list_quarantine_leaves_out_the_bad_pairs_alone(tmp_path, capsys):
+    pairs, path = make_list(40), tmp_path / 'x.json'
+    tall = {'input': [[1]] * 31, 'output': [[1]]}
+    path.write_text(json.dumps(pairs))
+    whole = read_source(str(path))
+    for bad in ([0], [39], [3, 4, 5], range(0, 40, 2), range(38)):
+        obj = [tall if i in bad else pair for i, pair in enumerate(pairs)]
+        path.write_text(json.dumps(obj))
+        assert f"task x, pair {bad[0]}, input: want 1..30 rows, got 31" in refusal(capsys, 'data', 'check', path)
+        (tmp_path / 'x.jsonl').write_text(json.dumps({'id': "x", 'examples': obj}))
+        for source in (path, tmp_path / 'x.jsonl'):
+            c = read_source(str(source), on_bad='quarantine')
+            got = [[rows(x), rows(y)] for t in all_tasks(c) for x, y in t.demos + t.queries]
+            assert sorted(got) == sorted([p['input'], p['output']] for i, p in enumerate(pairs) if i not in bad)
+            assert [f"pair {i}, input: want 1..30 rows" in error for i, error in zip(bad, c.bad)] == [True] * len(bad)
+            assert len({t.key for t in all_tasks(c)}) == 1
+    path.write_text(json.dumps(pairs + [tall]))
+    c = read_source(str(path), on_bad='quarantine') # the other pairs are dealt as they are without it
+    assert plain(c) == plain(whole) and len(c.bad) == 1
+    path.write_text(json.dumps([tall] * 5 + pairs[:1]))
+    with pytest.raises(ValueError, match="not one whole task, 6 in quarantine"): # one pair is no task
+        read_source(str(path), on_bad='quarantine')
+
+def test_quarantine_leaves_out_the_task_with_the_float_and_no_other(tmp_path, capsys):
+    for bad, want in (
+        ('1.0', "demo 1, input, row 0, col 1: want an integer color 0..9, got 1.0 (float)"),
+        ('1e400', "demo 1, input, row 0, col 1: want an integer color 0..9, got inf (float)"),
+        ('NaN', "demo 1, input, row 0, col 1: want an integer color 0..9, got nan (float)"),
+        ('1]], "input": [[1, 2', "demo 1, input: want a grid, that is a list of rows, got a duplicate key"),
+        ('1]], "mask": [[0.5]], "mask": [[2', None),
+    ):
+        text = json.dumps({'a': task(), 'b': task([[7, "@"]]), 'c': task()}).replace('"@"', bad)
+        path = tmp_path / 'x_challenges.json'
+        path.write_text(text)
+        if want:
+            assert f"{path}: task b, {want}" in refusal(capsys, 'data', 'check', path)
+        c = read_source(str(path), on_bad='quarantine')
+        assert c.name.tolist() == ([b'a', b'c'] if want else [b'a', b'b', b'c'])
+    path.write_text(json.dumps({'a': task(), 'b': task(), 'c': task()}).replace('"c"', '"a"'))
+    assert f"{path}: task a: want an object with train and test, got a duplicate key" in \
+        refusal(capsys, 'data', 'check', path)
+    assert read_source(str(path), on_bad='quarantine').name.tolist() == [b'b']
+    solutions = json.dumps({'a': [GRID], 'b': [[[7, 1.0]]], 'c': [GRID]})
+    path.write_text(json.dumps({'a': task(), 'b': task(), 'c': task()}))
+    (tmp_path / 'x_solutions.json').write_text(solutions)
+    assert "task b, query 0, solution, row 0, col 1: want an integer" in refusal(capsys, 'data', 'check', path)
+    assert read_source(str(path), on_bad='quarantine').name.tolist() == [b'a', b'c']
 
 def test_a_broken_file_alone_is_no_quarantine(tmp_path):
     (tmp_path / 'x.json').write_text("{")
@@ -555,13 +907,13 @@ MALFORMED = {
     'demos a dict': ({**task(), 'train': {'0': 1}}, "bad.json: task bad: want a list in 'train'"),
     'a pair is a list': ({**task(), 'train': [[GRID, GRID]]},
                          "bad.json: task bad, demo 0: want an object with input and output"),
-    'unknown key': (task(extra=1), "bad.json: task bad: unknown key 'extra'"),
+    'typo of a part': (task(tests=[]), "bad.json: task bad: unknown key 'tests', a typo of 'test'?"),
     'a list': ([task(), task()], "bad.json: task bad, pair 0: no key 'input'"),
-    'a float': ('{"train": [{"input": [[1.0]], "output": [[1]]}], "test": []}', "bad.json: '1.0' is not an integer"),
-    'overflow': ('{"train": [{"input": [[1e400]], "output": [[1]]}], "test": []}',
-                 "bad.json: '1e400' is not an integer"),
-    'NaN': ('{"train": [{"input": [[NaN]], "output": [[1]]}], "test": []}', "bad.json: 'NaN' is not an integer"),
-    'duplicate key': ('{"train": [], "test": [], "train": []}', "bad.json: duplicate key 'train'"),
+    'a float': (task([[1.0]]), f"{IN_GRID}, row 0, col 0: {COLOR} 1.0 (float)"),
+    'overflow': (json.dumps(task([["@"]])).replace('"@"', "1e400"), f"{IN_GRID}, row 0, col 0: {COLOR} inf (float)"),
+    'NaN': (task([[float('nan')]]), f"{IN_GRID}, row 0, col 0: {COLOR} nan (float)"),
+    'duplicate key': ('{"train": [], "test": [1], "train": []}',
+                      "bad.json: task bad: want a list in 'train', got DuplicateKey"),
     'trailing comma': ('{"train": [],}', "bad.json: not json, "),
     'truncated': (json.dumps(task())[:-9], "bad.json: not json, "),
     'empty': ('', "bad.json: not json, expecting value at line 1 column 1"),
@@ -569,8 +921,7 @@ MALFORMED = {
     'latin-1': (b'{"train": "\xe9"}', "bad.json: not UTF-8 at byte 11"),
     'deep': ('[' * 200_000, "bad.json: nested too deeply"),
     '5000 digits': ('{"a": ' + '9' * 5000 + '}', "bad.json: Exceeds the limit"),
-    'control characters in an id': ({'a\n\x1b[31m': task([[11]])},
-                                    "bad.json: task a\\n\\x1b[31m, demo 1, input, row 0, col 0: color 11"),
+    'control characters in an id': ({'a\n\x1b[31m': task()}, "bad.json: want a task id of 1..200 printable"),
     'demos by name': ({'abc': {'train': {'a': 1}, 'test': {}}}, "bad.json: task abc: want a list in 'train'"),
     'control characters': (task([["\x1b[31m" + "x" * 99]]), f"{IN_GRID}, row 0, col 0: {COLOR} '\\x1b[31mxxx"),
 }
@@ -585,6 +936,50 @@ def test_malformed_input_is_one_line_that_names_the_place(kind, tmp_path, capsys
     path = tmp_path / 'bad.json'
     path.write_bytes(data)
     assert f"{tmp_path}{os.sep}{want}" in refusal(capsys, 'data', 'check', path)
+
+# other collections have keys of their own
+MORE = {'uuid': "x", 'id': 7, 'name': "stray", 'descriptions': [{'time': 37.165}], 'text': "rotate", 'best': None,
+        'training_set': [], 'metadata': {'score': 1.5, 'nan': float('nan')}, 'solution': [1.0], 'a\nb': 1}
+
+def write_in_each_format(folder, obj):
+    """ -> paths of .json, .jsonl and .parquet with this one task """
+    folder.mkdir()
+    (folder / 'a.json').write_text(json.dumps(obj))
+    (folder / 'x_challenges.json').write_text(json.dumps({'a': obj}))
+    (folder / 'x.jsonl').write_text(json.dumps({**obj, 'id': "a"}))
+    pl.DataFrame([{**obj, 'id': "a"}]).write_parquet(folder / 'x.parquet')
+    return list(folder.glob('*'))
+
+def test_further_keys_pass_in_each_format(tmp_path):
+    obj = task()
+    (tmp_path / 'a.json').write_text(json.dumps(obj))
+    want = plain(read_source(str(tmp_path / 'a.json')))
+    for part in (obj, obj['train'][0], obj['test'][0]): # of a task, of a demo, of a query
+        part.update(MORE)
+    for path in write_in_each_format(tmp_path / 'more', obj):
+        assert plain(read_source(str(path))) == want, path
+    (tmp_path / 'list.json').write_text(json.dumps([{**pair, **MORE} for pair in make_list(4)]))
+    assert len(read_source(str(tmp_path / 'list.json')).hash) == 4
+
+TYPOS = [('train', 'Train'), ('train', 'trian'), ('train', 'train '), ('test', 'tests'), ('test', 'TEST'),
+         ('test', 'tst'), ('output', 'ouput'), ('output', 'Output'), ('output', 'outputs'), ('input', 'imput'),
+         ('input', 'inputs')]
+
+@pytest.mark.parametrize('meant, typo', TYPOS)
+@pytest.mark.parametrize('beside', [True, False])
+def test_a_typo_of_a_known_key_is_refused_by_name_in_each_format(meant, typo, beside, tmp_path, capsys):
+    for place in ("", ", demo 1", ", query 0"):
+        obj = json.loads(json.dumps(task()))
+        part = {"": obj, ", demo 1": obj['train'][1], ", query 0": obj['test'][0]}[place]
+        if meant not in part:
+            continue
+        part[typo] = part[meant]
+        if not beside:
+            del part[meant]
+        for path in write_in_each_format(tmp_path / f"in{place}", obj):
+            err, want = refusal(capsys, 'data', 'check', path), f"unknown key {typo!r}, a typo of {meant!r}?"
+            where = "" if path.suffix == '.parquet' else f": task a{place}: " # in a table all pairs have one key
+            assert where + want in err, path
 
 def test_kaggle_files_that_do_not_match_name_the_task(tmp_path):
     path, solved = tmp_path / 'x_challenges.json', tmp_path / 'x_solutions.json'
@@ -621,7 +1016,7 @@ def test_two_different_tasks_of_one_name_are_refused(tmp_path):
         read_tasks(str(tmp_path))
 
 def test_an_empty_directory_and_a_giant_file_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no .json, .jsonl, .parquet file in it"):
+    with pytest.raises(ValueError, match="no .json, .jsonl, .ndjson, .parquet file in it"):
         read_tasks(str(tmp_path))
     cap_json(monkeypatch, 100)
     (tmp_path / 'x.json').write_text(json.dumps(task()))

@@ -1,5 +1,6 @@
 """ python -m pytest tests/test_submission.py """
 import json
+import math
 import random
 import re
 
@@ -37,7 +38,8 @@ def test_the_score_equals_a_hand_count():
     assert result['score'] == 50.0 and result['solved'] == 3 and result['tasks'] == 8
     assert (result['right'], result['outputs']) == (5, 10)
     assert sub.score({'x': [{'attempt_1': [[True]]}]}, [as_task('x', [[[1]]])])['score'] == 0 # true is not 1
-    assert result['missing'] == ['leftout', 'junk'] and result['unknown'] == ['stranger']
+    assert result['missing'] == ['leftout'] and result['unknown'] == ['stranger']
+    assert "junk: want a list of attempts by query, got 'what?' (str)" in result['misshapen']
     assert result['per_task'] == {'first': [1, 1], 'second': [1, 1], 'shape': [0, 1], 'half': [1, 2],
                                   'noattempt': [1, 1], 'leftout': [0, 1], 'short': [1, 2], 'junk': [0, 1]}
 
@@ -69,6 +71,80 @@ def test_scoring_names_what_is_missing_and_refuses_unknown_answers(tmp_path, cap
     with pytest.raises(SystemExit):
         cli(['score', str(path), str(src)])
     assert "task toy0001, query 0: no answer to score against" in capsys.readouterr().err
+
+def mapped(grid, f):
+    """ f of each cell """
+    return [list(map(f, row)) for row in grid]
+
+A, B, C = [[1]], [[2, 0]], [[3], [4]] # the answers of two tasks, one of two queries
+
+def perfect(attempt):
+    """ a submission of right answers, each as attempt(rows) """
+    a, b, c = ({'attempt_1': attempt(rows), 'attempt_2': attempt([[0]])} for rows in (A, B, C))
+    return {'two': [a, b], 'one': [c]}
+
+def scored(submission, tmp_path, capsys):
+    """ the command on a submission of A, B, C -> its score, what it printed """
+    tasks = {}
+    for name, answers in (('two', [A, B]), ('one', [C])):
+        pairs = [{'input': [[1]], 'output': rows} for rows in answers]
+        tasks[name] = {'train': [{'input': [[5]], 'output': [[6]]}], 'test': pairs}
+    for name, obj in (('tasks', tasks), ('submission', submission)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(obj))
+    cli(['score', str(tmp_path / 'submission.json'), str(tmp_path / 'tasks.json')])
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1])['score'], out
+
+@pytest.mark.parametrize('submission, score, words', [
+    # arc-agi-benchmarking, with the floats that it writes
+    (perfect(lambda rows: {'answer': rows, 'metadata': {'cost': 0.25}}), 100,
+     ["6 things that Kaggle does not know: two, query 0, attempt_1: read from {'answer': [[1]], 'metadata'"]),
+    (perfect(lambda rows: {'answer': None}), 0, ["one, query 0, attempt_2: want a grid", "got None (NoneType)"]),
+    # Kaggle in 2020
+    (perfect(lambda rows: "|" + "|".join("".join(map(str, row)) for row in rows) + "| "), 100,
+     ["6 things", "one, query 0, attempt_1: read from '|3|4| '"]),
+    (perfect(lambda rows: "|1| |2|"), 0, ["two, query 1, attempt_2: want a grid", "got '|1| |2|' (str)"]),
+    (perfect(lambda rows: [rows]), 0, ["6 entries are not", "two, query 0, attempt_1, row 0, col 0: want an integer",
+                                       "got [1] (list)"]),
+    (perfect(lambda rows: json.dumps(rows)), 0, ["two, query 1, attempt_1: want a grid", "got '[[2, 0]]' (str)"]),
+    (perfect(lambda rows: mapped(rows, float)), 0, ["want an integer color 0..9, got 3.0 (float)"]),
+    ({name: entries[0] for name, entries in perfect(list).items()}, 0,
+     ["2 entries", "two: want a list of attempts by query, got {'attempt_1': [[1]], 'attempt_2':", "one: want"]),
+    ({'two': [A, B], 'one': [C]}, 0, ["two: want a list of attempts by query, got [[2, 0]] (list) at query 1"]),
+    ({'two': [{'attempt_1': A}, {'attempt_1': B}], 'one': [{'attempt_1': C}]}, 100, ["two, query 1: no attempt_2"]),
+    ({'two': [{'attempt_1': A, 'attempt_2': A, 'attempt_3': A}, {'attempt_1': A, 'attempt_2': A, 'attempt_3': B}]}, 25,
+     ["two, query 1: 'attempt_3' is ignored", "1 tasks not in the submission, worth 0: one"]),
+    ({'two': None, 'one': [None]}, 0, ["two: want a list of attempts by query, got None", "(NoneType) at query 0"]),
+    ({'two': [{'Attempt_1': A, 'attempt2': A}, {}], 'one': [{}]}, 0,
+     ["two, query 0: no attempt_1 and no attempt_2", "'Attempt_1' is ignored", "'attempt2' is ignored"])])
+def test_a_perfect_submission_in_another_shape_is_read_or_named_with_what_was_found(submission, score, words, tmp_path,
+                                                                                    capsys):
+    got, out = scored(submission, tmp_path, capsys)
+    assert got == score
+    for text in words:
+        assert text in out
+    assert "not in the submission" not in out or 'one' not in submission
+
+def test_the_rules_of_arc_prize_and_of_kaggle_are_both_told(tmp_path, capsys):
+    wrong = {'attempt_1': [[0]], 'attempt_2': [[0]]}
+    _, out = scored({**perfect(list), 'two': [wrong, wrong]}, tmp_path, capsys)
+    assert ("50.00% by the official rule of ARC Prize (the mean over tasks), 33.33% by Kaggle's (over outputs), "
+            "1 of 2 tasks with every output right, 1 of 3 outputs") in out
+    result = json.loads(out.splitlines()[-1])
+    assert (result['score'], result['kaggle'], result['right'], result['outputs']) == (50, 33.33, 1, 3)
+
+@pytest.mark.parametrize('x', [math.nan, math.inf, -1, 2**70])
+def test_a_wrong_max_pair_is_no_score(x):
+    with pytest.raises(ValueError, match=f"max_pair={x}: want "):
+        sub.score_file(sub.ScoreConfig('submission.json', 'tasks.json', max_pair=x))
+
+@pytest.mark.parametrize('text', ["[]", '{"leaks": 3}', "{"])
+def test_a_damaged_solve_json_is_no_score_without_leaks(tmp_path, capsys, text):
+    (tmp_path / 'solve.json').write_text(text)
+    with pytest.raises(SystemExit) as e:
+        scored(perfect(list), tmp_path, capsys)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "solve.json: not" in err and err.count("\n") == 1
 
 def candidate(grid, votes, logp, score=None):
     return Candidate(np.array(grid, np.uint8), votes, [(v, logp) for v in range(max(votes, 1))], score)
@@ -131,6 +207,12 @@ LINE = '{"task": "a", "query": 0, "votes": 1, "log_prob": -1, "score": null, "vi
     ('{"task": "a"}', "line 1: no field 'query'"),
     (LINE.replace('"query": 0', '"query": 2'), "task a has no query 2"),
     (LINE.replace('"votes": 1', '"votes": "1"'), "want numbers"),
+    (LINE.replace('-1', 'NaN'), "want numbers"),
+    (LINE.replace('"votes": 1', f'"votes": {10**400}'), "want numbers"),
+    (LINE.replace('[]', '[[0]]'), "want numbers"),
+    (LINE.replace('"a"', '["a"]'), "line 1: not a candidate"),
+    (LINE.replace('0', 'true'), "task a has no query True"),
+    ("[" * 100000, "line 1: not a candidate"),
     (LINE.replace('}', ', "grid": [[10]]}'), "task a, query 0, grid"),
     (LINE.replace('"a"', '"c"'), "no candidate for any"),
     ("", "no candidate for any"),
@@ -150,7 +232,7 @@ def is_same(a, b):
     return len(a) == len(b) and all(map(is_same, a, b))
 
 def recomputed(submission, tasks):
-    """ the official rule, written down without a look at sub.score -> (score, solved) """
+    """ ARC Prize's rule, written down without a look at sub.score -> (score, solved) """
     shares = []
     for task in tasks:
         entries = submission.get(task.name)
@@ -165,10 +247,6 @@ def recomputed(submission, tasks):
                 hits += 1
         shares.append(hits / len(task.queries))
     return round(100 * sum(shares) / len(tasks), 2), shares.count(1)
-
-def mapped(grid, f):
-    """ f of each cell """
-    return [list(map(f, row)) for row in grid]
 
 SPOILED = [ # what becomes of a right answer
     lambda g: None,

@@ -237,6 +237,52 @@ def test_two_workers_share_a_study(space, tmp_path):
         assert (out / name).stat().st_size > 0
     assert (out / 'report.html').read_text().count('data:image/png;base64,') == 2
 
+@pytest.mark.parametrize('name', ['../victim', '/etc', 'trial-0000/../../victim', 'victim', 'trial-1', '', 5, ['a'],
+                                  'trial-0000\n', 'trial-٠٠٠٠'])
+def test_a_run_that_the_database_names_elsewhere_is_refused(space, tmp_path, capsys, name):
+    out, path, thesis = tmp_path / 'out', space(), tmp_path / 'victim' / 'ckpt' / 'thesis'
+    cli(['sweep', str(path), f"--out_dir={out}", '--trials=0'])
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("precious")
+    study_of(out).enqueue_trial({'lr': 0.005, 'n_embd': 32}, user_attrs={'run': name})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        cli(['sweep', str(path), f"--out_dir={out}", '--trials=1'])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith("nanoarc: the database of the study names the run ")
+    assert error.count("\n") == 1 and thesis.read_text() == "precious"
+
+def test_a_link_in_a_sweep_is_not_followed(space, tmp_path, capsys):
+    path, victim = space(), tmp_path / 'victim'
+    victim.mkdir()
+    for name in ('trial-0000', 'study.db', 'lock'):
+        out = tmp_path / f"out of {name}"
+        out.mkdir()
+        (out / name).symlink_to(victim)
+        with pytest.raises(SystemExit):
+            cli(['sweep', str(path), f"--out_dir={out}", '--trials=1'])
+        assert f"{out / name} is a link" in capsys.readouterr().err and list(victim.iterdir()) == []
+
+def test_a_users_file_among_the_checkpoints_of_a_trial_stays(space, tmp_path, monkeypatch):
+    out, follow = tmp_path / 'out', sweep.Sweep.follow
+    def kept(self, trial, run):
+        result = follow(self, trial, run)
+        (run / 'ckpt' / 'step-000020-best.safetensors').write_text("precious")
+        return result
+    monkeypatch.setattr(sweep.Sweep, 'follow', kept)
+    cli(['sweep', str(space()), f"--out_dir={out}", '--trials=1'])
+    assert [x.name for x in (out / 'trial-0000' / 'ckpt').iterdir()] == ['step-000020-best.safetensors']
+
+def test_a_report_without_pictures_is_a_report(space, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.Sweep, 'follow', lambda *_: (0, False))
+    monkeypatch.setattr(sweep, 'read_metrics', lambda _: [{'step': 1, 'val_loss': 0.5, 'done': 1}])
+    def fail(*_):
+        raise ValueError("no backend")
+    monkeypatch.setattr(sweep, 'draw_study', fail)
+    cli(['sweep', str(space()), f"--out_dir={tmp_path / 'out'}", '--trials=2'])
+    assert "warning: history.png and importance.png: ValueError: no backend" in capsys.readouterr().out
+    assert "2 trials, 2 complete" in (tmp_path / 'out' / 'report.html').read_text()
+
 def test_a_sweep_without_its_database_is_one_line(space, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         cli(['sweep', str(space()), f"--out_dir={tmp_path / 'out'}", '--storage=nosuch://x'])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,44 @@ def test_a_directory_of_nothing_of_both_kinds_or_of_other_tokens_is_refused(tmp_
     (tmp_path / 'a' / 'prepare.json').write_text("{}")
     with pytest.raises(ValueError, match="has not finished here"):
         TextDataset(cfg)
+
+@pytest.mark.parametrize('change, want', [
+    (lambda x: x['shards'][0].update(name='../victim'), "shard '../victim', want toy_val_000000.npy"),
+    (lambda x: x['shards'].append(dict(x['shards'][0])), "shard 'toy_val_000000.npy', want toy_train_000001.npy"),
+    (lambda x: x.pop('shards'), "no field 'shards'"), (lambda x: x.pop('settings'), "no field 'settings'"),
+])
+def test_a_preparation_touches_no_shard_but_its_own(tmp_path, monkeypatch, change, want):
+    """ whatever its prepare.json names """
+    victim, write = tmp_path / 'victim', text.Preparation.write_shard
+    victim.write_bytes(shard_bytes(np.zeros(1000, np.uint16), 'npy'))
+    def once(self, *args):
+        write(self, *args)
+        raise KeyboardInterrupt
+    src, out = write_jsonl(tmp_path / 'x.jsonl', toy_texts()), str(tmp_path / 'shards')
+    cfg = PrepareConfig(src, out_dir=out, stem='toy', train_bpe=300, shard_tokens=1000)
+    with monkeypatch.context() as mp:
+        mp.setattr(text.Preparation, 'write_shard', once)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cfg)
+    path = tmp_path / 'shards' / 'prepare.json'
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {want}")):
+        prepare(cfg)
+    assert victim.exists()
+
+@pytest.mark.parametrize('line', ["[" * 100_000, '{"text": ' + "[" * 100_000, "{", "[]", "\xff"])
+def test_lines_of_nonsense_are_named(tmp_path, capsys, line):
+    path = tmp_path / 'x.jsonl'
+    path.write_bytes(b'{"text": "a"}\n' + line.encode('latin-1'))
+    for command in (['prepare', '--dataset', str(path), '--train_bpe=300', f"--out_dir={tmp_path / 'out'}"],
+                    ['hellaswag', '--model=x', '--file', str(path)]):
+        with pytest.raises(SystemExit) as e:
+            cli(['text', *command])
+        error = capsys.readouterr().err
+        line = 2 if command[0] == 'prepare' else 1
+        assert e.value.code == 2 and f"{path}: line {line}" in error and error.count("\n") == 1
 
 # -----------------------------------------------------------------------------
 # the loader

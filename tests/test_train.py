@@ -1,6 +1,7 @@
 """ python -m pytest tests/test_train.py: the loop """
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,14 @@ def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monk
     view.draw_val(model, ArcDataset(data_cfg), "")
     for _, attempts in drawn[-1]:
         assert attempts[0]['attempt_1'].tolist() == [[3, 4], [5, 6]]
+    prompts = []
+    def asked(model, idx, pos, **kwargs):
+        prompts.append(idx.tolist())
+        return cut_short()
+    monkeypatch.setattr(view, 'decode', asked)
+    for ignore_index in (-100, -1):
+        view.draw_val(model, ArcDataset(replace(data_cfg, ignore_index=ignore_index)), "")
+    assert prompts[:2] == prompts[2:] and all(idx[0][-1] == grids.OUT for idx in prompts)
 
 @pytest.mark.parametrize('mixer', ['MA', 'S'])
 def test_batches_are_filled_up_for_a_compiler(toy, mixer):

@@ -1,10 +1,16 @@
 """ python -m pytest tests/test_view.py """
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
+from conftest import toy_tasks
+from matplotlib.text import Text
 from rich.console import Console
 
 from nanoarc import view
@@ -65,6 +71,55 @@ def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
         cli(['view', '66e6c45b', '--submission', str(path)])
     err = capsys.readouterr().err
     assert e.value.code == 2 and want in err and "sub.json" in err and err.count("\n") == 1
+
+NAMES = ["cost $0^^2$", "$", "[/x]", "[bold]", "_under", "a$b_c$d", r"\frac", "%d{}"]
+
+@pytest.mark.parametrize('name', NAMES)
+def test_any_name_is_shown_as_it_is(toy, tiny_run, tmp_path, capsys, monkeypatch, name):
+    src = tmp_path / 'x.json'
+    src.write_text(json.dumps({name: toy_tasks(1)['toy0000']}))
+    monkeypatch.setattr(Console, '__init__', partialmethod(Console.__init__, width=200))
+    cli(['view', name, '--data', str(src)])
+    assert f"{name} (" in capsys.readouterr().out
+    drawn, draw = [], Text.draw
+    def recorded(self, *args, **kwargs):
+        drawn.append((self.get_text(), self.get_parse_math()))
+        return draw(self, *args, **kwargs)
+    monkeypatch.setattr(Text, 'draw', recorded)
+    cli(['view', name, '--data', str(src), '--out', str(tmp_path / 'x.png')])
+    assert (name, False) in drawn
+    drawn.clear()
+    run = tmp_path / 'runs' / name.replace('/', '')
+    shutil.copytree(tiny_run[0], run)
+    cli(['view', tiny_run[0], str(run), '--out', str(tmp_path / 'y.png')])
+    assert run.name in capsys.readouterr().out and (f"training of {run.name}", False) in drawn
+    drawn.clear()
+    src = tmp_path / name.replace('/', '')
+    shutil.copytree(tmp_path / 'toy', src) if (tmp_path / 'toy').is_dir() else shutil.copytree(toy(), src)
+    cli(['data', 'stats', str(src), '--png', str(tmp_path / 'z.png')])
+    assert (str(src), False) in drawn
+
+@pytest.mark.parametrize('backend', ['module://no.such_backend', 'TkAgg', 'nonsense'])
+def test_pictures_need_no_backend_that_is_not_here(tiny_run, tmp_path, backend):
+    """ as a notebook's `!nanoarc ...` passes one on """
+    code = "import sys; from nanoarc.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, '-c', code, 'view', tiny_run[0], f"--out={tmp_path / 'x.png'}"]
+    done = subprocess.run(command, env={**os.environ, 'MPLBACKEND': backend}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / 'x.png').stat().st_size > 5000
+
+def test_a_picture_of_a_run_is_not_written_through_a_link(tiny_run, tmp_path, capsys):
+    run, thesis = tmp_path / 'run', tmp_path / 'thesis'
+    shutil.copytree(tiny_run[0], run)
+    thesis.write_text("precious")
+    (run / 'loss.png').symlink_to(thesis)
+    with pytest.raises(SystemExit):
+        cli(['view', str(run)])
+    assert f"{run / 'loss.png'} is a link" in capsys.readouterr().err and thesis.read_text() == "precious"
+def test_attempts_of_another_system_are_shown_and_what_is_missing_is_no_error(tmp_path, capsys):
+    path = tmp_path / 'sub.json'
+    path.write_text('{"66e6c45b": [{"attempt_1": {"answer": [[8]], "metadata": {"cost": 0.5}}, "attempt_3": 1}]}')
+    cli(['view', '66e6c45b', '--submission', str(path)])
+    assert "attempt 1 wrong" in capsys.readouterr().out
 
 def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run[0], tmp_path / 'other')
