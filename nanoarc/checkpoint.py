@@ -96,7 +96,7 @@ def steps(out_dir, kind='sha256'):
     return sorted(found, reverse=True)
 
 def some_steps(out_dir):
-    """ the same. raises ValueError if there is none """
+    """ steps(out_dir). raises ValueError if there are none """
     found = steps(out_dir)
     if not found:
         raise ValueError(f"{out_dir}: no checkpoint here, want the --out_dir of a training run")

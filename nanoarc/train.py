@@ -351,7 +351,8 @@ def loop(run, signals):
         factor = get_lr(state.step, state.max_iters, cfg)
         for group in groups:
             group['lr'] = group['peak'] * factor
-        # random numbers of a step (a dropout's) are a function of its number, so there is no state of them to save
+        # random numbers of a step (a dropout's) are a function of its number, so there is no state of them to save. a
+        # seed may have 63 bits
         torch.manual_seed(int(hash64(cfg.seed, state.step, run.rank)) >> 1)
         place = loader.window, loader.batch
         n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches and ranks are weighed by their tokens
