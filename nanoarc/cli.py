@@ -295,3 +295,6 @@ def run_command(args):
         from nanoarc.run import end_with_stdin
         end_with_stdin()
     COMMANDS[args[0]](args[1:])
+
+if __name__ == '__main__': # python -m nanoarc.cli, which without this would do nothing and say nothing
+    main()

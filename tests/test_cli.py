@@ -83,9 +83,10 @@ def test_source_prints_the_core_whole(capsys):
     out = capsys.readouterr().out
     assert "the core " in out and "the longest function is train.py loop, " in out and "the longest line is " in out
 
-def test_as_a_module_it_is_the_same_command(capsys):
+@pytest.mark.parametrize('module', ['nanoarc', 'nanoarc.cli'])
+def test_as_a_module_it_is_the_same_command(capsys, module):
     """ as `torchrun ... -m nanoarc train` calls it """
-    done = subprocess.run([sys.executable, '-m', 'nanoarc', 'fly'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', module, 'fly'], cwd=ROOT, capture_output=True, text=True)
     with pytest.raises(SystemExit):
         cli(['fly'])
     said = capsys.readouterr()
