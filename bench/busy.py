@@ -19,10 +19,11 @@ from nanoarc.run import read_metrics
 # environment of a training, and ranks of one thread each where there are several. nanoarc sets what is not set here
 SETTINGS = {
     'nanoarc': {},
-    'spin': {'GOMP_SPINCOUNT': '300000'}, # what OpenMP of gcc does by itself
+    'gcc': {'GOMP_SPINCOUNT': '300000'}, # what OpenMP of gcc does by itself
     'spin 100,000': {'GOMP_SPINCOUNT': '100000'},
     'spin 30,000': {'GOMP_SPINCOUNT': '30000'},
     'spin 10,000': {'GOMP_SPINCOUNT': '10000'},
+    'spin 5,000': {'GOMP_SPINCOUNT': '5000'},
     'spin 3,000': {'GOMP_SPINCOUNT': '3000'},
     'spin 2,000': {'GOMP_SPINCOUNT': '2000'},
     'spin 1,000': {'GOMP_SPINCOUNT': '1000'},

@@ -55,7 +55,7 @@ def test_it_overfits_a_few_tasks(toy, tmp_path):
 @pytest.mark.slow
 def test_the_2024_form_runs_and_its_loss_falls(tmp_path):
     cli(['train', '--data', 'arc1/training', '--shots=-1', '--batching=pad', '--block_size=4096', '--mixer=MA',
-         '--max_iters=20', f"--out_dir={tmp_path}", '--log_every=1'])
+         '--max_iters=20', '--val_tasks=4', f"--out_dir={tmp_path}", '--log_every=1'])
     loss = logged(tmp_path)
     assert len(loss) == 20 and max(loss) < 4 and sum(loss[-5:]) < 0.8 * sum(loss[:5])
 
