@@ -1,6 +1,6 @@
 """
 can the tests of what is promised fail (tests/README.md)? each control plants one bug in a copy of the sources and runs
-the test that must turn red. usage: python bench/controls.py [words of a name, file or test], 25 minutes on 2 cpu cores.
+the test that must turn red. usage: python bench/controls.py [words of a name, file or test], 35 minutes on 2 cpu cores.
 exit code 1 if a bug went unseen.
 """
 import os
