@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# the tests: set up what they need, then run the quick and the reliability ones. minutes: 6 on 2 cpu cores, plus the
+# the tests: set up what they need, then run the quick and the reliability ones. minutes: 7 on 2 cpu cores, plus the
 # installation. words are passed to pytest: bash runs/test.sh tests/test_data.py -k roundtrip, or -m 'not gpu' for the
 # slow ones too.
 set -euo pipefail
