@@ -76,7 +76,10 @@ def lock(out_dir, name='lock'):
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
-        for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')] if name == 'lock' else ():
+        temps = []
+        if name == 'lock':
+            temps = [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]
+        for path in temps:
             is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
             if is_ours:
                 path.unlink()
@@ -206,11 +209,15 @@ def part_of(tensors, part):
     """ {'model.wte.weight': x, ...} and 'model' -> {'wte.weight': x, ...} """
     return {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
 
+def kind_of(x):
+    """ shape and dtype of a tensor, 'none' of None """
+    return 'none' if x is None else f"{list(x.shape)} {x.dtype}"
+
 def refuse_others(have, want, what):
     """ two dicts of tensors. raises ValueError that names the first of another shape or dtype, or that is not there """
     wrong = []
     for name in sorted(want.keys() | have.keys()):
-        saved, now = ('none' if x is None else f"{list(x.shape)} {x.dtype}" for x in (have.get(name), want.get(name)))
+        saved, now = kind_of(have.get(name)), kind_of(want.get(name))
         if saved != now:
             wrong.append(f"{name}: saved {saved}, now {now}")
     if wrong:
