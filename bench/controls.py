@@ -120,13 +120,13 @@ CONTROLS = [
         "test_data.py::test_an_augmented_copy_of_a_held_out_query_in_another_task_is_held_out_too"),
     Control(
         "a door that lets booleans in", 'grids.py',
-        "set(map(type, cells)) == {int}",
-        "set(map(type, cells)) <= {int, bool}",
+        "set(map(type, row)) != {int} or",
+        "not set(map(type, row)) <= {int, bool} or",
         "test_fuzz.py"),
     Control(
         "a door that does not look at colors", 'grids.py',
-        " and min(cells) >= 0 and max(cells) <= 9:",
-        " and min(cells) >= 0 and max(cells) <= 255:",
+        " or min(row) < 0 or max(row) > 9:",
+        " or min(row) < 0 or max(row) > 255:",
         "test_fuzz.py"),
     Control(
         "a typo of a known key let through", 'grids.py',

@@ -100,7 +100,7 @@ def may_follow(token, row, col, width):
     is open. a row ends where the first one did, END comes after a ROW, no side is over 30. numbers, or arrays that
     broadcast.
     """
-    widest = width + MAX_SIDE * (width == 0)
+    widest = width + MAX_SIDE * (width == 0) # MAX_SIDE while the first row is open
     is_cell = (token < ROW) & (col < widest) & (row < MAX_SIDE)
     is_row = (token == ROW) & (col > 0) & ((col == widest) | (row == 0))
     is_end = (token == END) & (col == 0) & (row > 0)
@@ -161,16 +161,6 @@ def one_line(text):
 
 def to_grid(rows, where):
     """ json rows -> (H, W) uint8 grid. where names the place in error messages. raises ValueError, never casts """
-    is_list = type(rows) is list and 1 <= len(rows) <= MAX_SIDE and set(map(type, rows)) == {list}
-    if is_list and 1 <= len(rows[0]) <= MAX_SIDE and len(set(map(len, rows))) == 1:
-        cells = [x for row in rows for x in row]
-        # bool is a subclass of int, so isinstance would let True pass
-        if set(map(type, cells)) == {int} and min(cells) >= 0 and max(cells) <= 9:
-            return np.array(cells, dtype=np.uint8).reshape(len(rows), -1)
-    return refuse_grid(rows, where)
-
-def refuse_grid(rows, where):
-    """ raises the ValueError that says what is wrong with rows, and where """
     if type(rows) is not list:
         raise ValueError(f"{where}: want a grid, that is a list of rows, got {show(rows)} ({type(rows).__name__})")
     if not 1 <= len(rows) <= MAX_SIDE:
@@ -182,13 +172,18 @@ def refuse_grid(rows, where):
             raise ValueError(f"{where}, row {r}: want 1..{MAX_SIDE} cells, got {len(row)}")
         if len(row) != len(rows[0]):
             raise ValueError(f"{where}, row {r}: has {len(row)} cells, row 0 has {len(rows[0])}")
-        for c, x in enumerate(row):
-            if type(x) is not int:
-                kind = type(x).__name__
-                raise ValueError(f"{where}, row {r}, col {c}: want an integer color 0..9, got {show(x)} ({kind})")
-            if not 0 <= x <= 9:
-                raise ValueError(f"{where}, row {r}, col {c}: color {show(x)} is outside 0..9")
-    raise AssertionError(f"{where}: this grid is fine") # the two functions must not disagree
+        # bool is a subclass of int, so isinstance would let True pass
+        if set(map(type, row)) != {int} or min(row) < 0 or max(row) > 9:
+            refuse_colors(row, f"{where}, row {r}")
+    return np.array(rows, dtype=np.uint8)
+
+def refuse_colors(row, where):
+    """ raises the ValueError that names the first cell that is no color """
+    for c, x in enumerate(row):
+        if type(x) is not int:
+            raise ValueError(f"{where}, col {c}: want an integer color 0..9, got {show(x)} ({type(x).__name__})")
+        if not 0 <= x <= 9:
+            raise ValueError(f"{where}, col {c}: color {show(x)} is outside 0..9")
 
 def check_keys(obj, needed, allowed, where):
     """ raises ValueError unless obj is a dict with all needed keys. further keys pass, but for typos of known ones """
@@ -203,14 +198,15 @@ def check_keys(obj, needed, allowed, where):
 def refuse_typos(keys, known, where):
     """ raises ValueError if a key is nearly a known one: 'Train', 'tests', 'ouput'. it would be left out in silence """
     for key in keys:
-        meant = known_like(key, known) if key not in known else ""
+        meant = "" if key in known else known_like(key, known)
         if meant:
             raise ValueError(f"{where}: unknown key {show(key)}, a typo of {meant!r}? rename it or take it out")
 
 @lru_cache # each pair of a table has the same keys
 def known_like(key, known):
     """ the known key that this one is nearly, whatever its case, '' if none """
-    return "".join(get_close_matches(key.strip().lower(), known, 1, 0.8))
+    nearest = get_close_matches(key.strip().lower(), known, 1, 0.8) # one at most
+    return nearest[0] if nearest else ""
 
 def to_pair(obj, where):
     """ {"input": rows, "output": rows}, or BARC's [rows, rows] -> (input, output). raises ValueError """
@@ -224,8 +220,8 @@ def as_pairs(obj):
     if type(obj) is not dict or 'input' not in obj:
         return obj
     columns = {key: x for key, x in obj.items() if x is not None} # null: nothing is known of any pair
-    sizes = {len(x) if type(x) is list else -1 for x in columns.values()}
-    if -1 in sizes or len(sizes) > 1:
+    are_lists = all(type(x) is list for x in columns.values())
+    if not are_lists or len(set(map(len, columns.values()))) > 1:
         return obj
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
@@ -254,15 +250,17 @@ def to_task(obj, name, source, where, opened=True, solutions=None):
         raise ValueError(f"{where}: {len(test)} queries but {len(solutions)} solutions")
     demos = []
     for i, pair in enumerate(train):
-        check_keys(pair, ('input', 'output'), (), f"{where}, demo {i}") # to_pair would take BARC's lists too
-        demos.append(to_pair(pair, f"{where}, demo {i}"))
+        at = f"{where}, demo {i}"
+        check_keys(pair, ('input', 'output'), (), at) # to_pair would take BARC's lists too
+        demos.append(to_pair(pair, at))
     queries = []
     for i, pair in enumerate(test):
         at = f"{where}, query {i}"
         check_keys(pair, ('input',), ('output',), at)
         x = to_grid(pair['input'], f"{at}, input")
         if solutions is not None:
-            answer = to_answer(solutions[i] if i < len(solutions) else None, f"{at}, solution", opened)
+            rows = solutions[i] if i < len(solutions) else None # too few are no error if they stay closed
+            answer = to_answer(rows, f"{at}, solution", opened)
         elif 'output' in pair:
             answer = to_answer(pair['output'], f"{at}, output", opened)
         else:
@@ -287,8 +285,8 @@ PALETTE = ['#000000', '#0074d9', '#ff4136', '#2ecc40', '#ffdc00', '#aaaaaa', '#f
 
 def captioned(task, tried=()):
     """
-    a task, and of each query a dict {'attempt_1': grid, ...} -> list of (caption, grids), each a column of a picture:
-    demos and queries have the input over the output, an attempt has its grid alone.
+    a task -> list of (caption, grids), each a column of a picture: a demo or query is the input over the output, an
+    attempt its grid alone. tried: of each query {'attempt_1': grid, ...}, () = there are no attempts
     """
     columns = []
     for i, (x, y) in enumerate(task.demos):

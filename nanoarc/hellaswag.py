@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nanoarc.lm import cache_name, read_base
 from nanoarc.run import get_device, get_ranks, load_run, over_ranks
-from nanoarc.settings import SEED, check_numbers
+from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.text import PrepareConfig, TextConfig, json_object, make_tokenizer, need, read_tokenizer
 
 def load_text_run(run, device):
@@ -193,7 +193,7 @@ class SampleConfig:
 
     def check(self):
         """ raises ValueError that names the setting """
-        check_numbers(self, dict(num=1, most=1), dict(top_p=1, seed=SEED))
+        check_numbers(self, dict(num=1, most=1), dict(top_p=1, seed=MAX_SEED))
         if self.top_p == 0:
             raise ValueError("top_p=0: want a share of more than 0")
 

@@ -4,8 +4,8 @@ what is asked of every setting, whether a flag, a TOML file, a checkpoint or pyt
 from dataclasses import fields
 from numbers import Real
 
-MOST = 2**31 # of a number without a bound of its own. so none is infinite: to say "all" or "off" there is 0
-SEED = 2**64 - 1 # the largest
+MOST = 2**31 # the bound of a setting that has none of its own. none is infinite: 0 says "all" or "off"
+MAX_SEED = 2**64 - 1
 
 def check_numbers(cfg, least={}, most={}):
     """
@@ -15,7 +15,8 @@ def check_numbers(cfg, least={}, most={}):
     for f in fields(cfg):
         x = getattr(cfg, f.name)
         low, high = least.get(f.name, 0), most.get(f.name, MOST)
-        for number in x if isinstance(x, tuple) else (x,):
+        numbers = x if isinstance(x, tuple) else [x]
+        for number in numbers:
             if isinstance(number, Real) and not low <= number <= high:
                 raise ValueError(f"{f.name}={x}: want {low} to {high}")
 

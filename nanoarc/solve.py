@@ -28,7 +28,7 @@ from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
 from nanoarc.run import Signals, get_device, get_ranks, load_run
-from nanoarc.settings import SEED, check_numbers
+from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.submission import (Candidate, Keeper, Known, hold, rank_candidates, read_candidates, read_fitting,
                                 read_leaks, write_results)
 from nanoarc.train import TrainConfig, get_lr
@@ -70,7 +70,7 @@ class SolveConfig:
     def check(self):
         """ raises ValueError that names the setting """
         check_numbers(self, dict(views=1, decode_rows=1, together=1, score_most=1, ttt_tokens=1),
-                      dict(p_min=1, seed=SEED, views=MOST_VIEWS))
+                      dict(p_min=1, seed=MAX_SEED, views=MOST_VIEWS))
         if self.select not in ('product', 'votes'):
             raise ValueError(f"select={self.select!r}: want product or votes")
         if self.p_min == 0:

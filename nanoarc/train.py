@@ -26,7 +26,7 @@ from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
 from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, fit_to_data, from_saved, get_device, get_ranks,
                          make_dataset, make_model, over_ranks, refuse_changes, threads, together)
-from nanoarc.settings import SEED, check_numbers
+from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.view import draw_loss, draw_val
 
 @dataclass
@@ -67,7 +67,7 @@ class TrainConfig:
             raise ValueError(f"compile={self.compile!r}: want on, off or auto")
         if self.log and (self.log not in ('wandb', 'trackio') or not importlib.util.find_spec(self.log)):
             raise ValueError(f"log={self.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
-        check_numbers(self, dict(grad_accum=1), dict(ema=1, decay_frac=1, warmup_frac=1, seed=SEED))
+        check_numbers(self, dict(grad_accum=1), dict(ema=1, decay_frac=1, warmup_frac=1, seed=MAX_SEED))
         if self.ema == 1:
             raise ValueError("ema=1: want less than 1")
         if self.warmup_frac > 0 and self.max_iters == 0 and not self.resume:
