@@ -355,8 +355,8 @@ CONTROLS = [
         "test_reliability.py::test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing"),
     Control(
         "temps that stay", 'checkpoint.py',
-        "            is_ours = path.name[1:-4] in WRITTEN or",
-        "            is_ours = False and",
+        "is_ours = path.name[1:-4] in WRITTEN or",
+        "is_ours = False and",
         "test_reliability.py::test_two_runs_cannot_write_one_directory"),
     Control(
         "rows that stay in the log", 'run.py',
@@ -380,8 +380,8 @@ CONTROLS = [
         "test_reliability.py::test_a_full_disk_costs_nothing_but_the_save"),
     Control(
         "a hash that nobody looks at", 'checkpoint.py',
-        "        if found != want:",
-        "        if False:",
+        "    if found != want:",
+        "    if False:",
         "test_reliability.py::test_no_damaged_checkpoint_is_ever_loaded"),
     Control(
         "damaged ones that count", 'checkpoint.py',

@@ -23,8 +23,9 @@ from safetensors.torch import load as parse_tensors, save as dump_tensors
 
 FORMAT = 2
 KEEP = 2 # checkpoints on disk
-# files of a run whose half-written copies, .NAME.tmp, lock may delete, and what else is written there
+# what write_file puts into the directory of a run, by way of .NAME.tmp
 WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json'
+# what else is written there
 OPENED = 'ckpt', 'lock', 'solving.lock', 'log.txt', 'loss.png', 'val.png', 'output.txt', 'study.db', 'wandb'
 
 def write_file(path, data):
@@ -41,7 +42,7 @@ def write_file(path, data):
         os.replace(temp, path)
     except BaseException as e:
         temp.unlink(missing_ok=True)
-        if isinstance(e, OSError) and not e.filename: # of a write or a sync
+        if isinstance(e, OSError) and not e.filename: # a write or a sync does not say of which file
             e.filename = str(path)
         raise
     fd = os.open(path.parent, os.O_RDONLY) # the rename itself must reach the disk too
@@ -60,9 +61,9 @@ def refuse_links(out_dir):
 @contextlib.contextmanager
 def lock(out_dir, name='lock'):
     """
-    while it is held, no other process writes this run: the kernel lets go of it when we die, however we die. what a
-    save that was killed left behind is removed. raises ValueError that names the process that holds it, or a link.
-    another name is another lock, of who solves in a directory that somebody may train in.
+    while it is held no other process writes this run. the kernel lets go of it when we die, however we die. raises
+    ValueError that names the process that holds it, or a link. whoever solves here takes a lock of another name: that
+    may go on beside training
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -76,14 +77,16 @@ def lock(out_dir, name='lock'):
         f.truncate(0)
         f.write(f"{os.getpid()}\n")
         f.flush()
-        temps = []
         if name == 'lock':
-            temps = [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]
-        for path in temps:
-            is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
-            if is_ours:
-                path.unlink()
+            remove_temps(out_dir)
         yield
+
+def remove_temps(out_dir):
+    """ what writes that were killed have left """
+    for path in [*out_dir.glob('.*.tmp'), *(out_dir / 'ckpt').glob('.*.tmp')]:
+        is_ours = path.name[1:-4] in WRITTEN or re.fullmatch(r'\.step-\d+\.\w+\.tmp', path.name)
+        if is_ours:
+            path.unlink()
 
 def file(out_dir, step, kind='safetensors'):
     """ path of a checkpoint, or of its hash: kind='sha256' """
@@ -106,7 +109,7 @@ def some_steps(out_dir):
     return found
 
 def newest(out_dir):
-    """ what tells the newest checkpoint from all others, '' = out_dir is ''. raises ValueError if there is none """
+    """ the hash of the newest checkpoint, '' where out_dir is ''. raises ValueError if there is none """
     return file(out_dir, some_steps(out_dir)[0], 'sha256').read_text('utf-8') if out_dir else ''
 
 def signed(data, path):
@@ -122,13 +125,13 @@ def save(out_dir, step, model, optimizers, meta, ema=None):
     if ema is not None:
         for name, x in ema.state_dict().items():
             tensors[f"ema.{name}"] = x
-    fresh = [] # parameters that no step has reached
+    fresh = [] # parameters without optimizer state: no step has reached them
     for name, p, optimizer in trained(model, optimizers):
-        if not optimizer.state.get(p):
-            fresh.append(name)
-        else:
+        if optimizer.state.get(p):
             for key, x in optimizer.state[p].items():
                 tensors[f"optim.{name}.{key}"] = x
+        else:
+            fresh.append(name)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     path = file(out_dir, step)
     bad = [name for name, x in tensors.items() if not x.isfinite().all()]
@@ -145,10 +148,12 @@ def save(out_dir, step, model, optimizers, meta, ema=None):
 
 def trained(model, optimizers):
     """ -> list of (name, parameter, its optimizer) """
-    names, found = {id(p): name for name, p in model.named_parameters()}, []
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            found += [(names[id(p)], p, optimizer) for p in group['params']]
+            for p in group['params']:
+                found.append((names[id(p)], p, optimizer))
     return found
 
 def prune(out_dir, keep=()):
@@ -163,27 +168,33 @@ def load(out_dir):
     errors = []
     for step in some_steps(out_dir):
         path = file(out_dir, step)
-        if not path.is_file():
-            errors.append(f"{path}: missing")
-            continue
         try:
-            data, want = path.read_bytes(), file(out_dir, step, 'sha256').read_bytes()
-        except OSError as e: # a disk that cannot read it
-            errors.append(f"{path}: {e.strerror}")
-            continue
-        found = signed(data, path)
-        if found != want:
-            want = want[:12].decode('ascii', 'backslashreplace')
-            errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
+            data = read_whole(path)
+        except ValueError as e:
+            errors.append(str(e))
             continue
         for error in errors:
             print(f"warning: {error}, going back to {path}")
         return parse(data, path)
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
+def read_whole(path):
+    """ the bytes of a checkpoint. raises ValueError if they are not those that were saved """
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    try:
+        data, want = path.read_bytes(), path.with_suffix('.sha256').read_bytes()
+    except OSError as e: # a disk that cannot read it
+        raise ValueError(f"{path}: {e.strerror}") from None
+    found = signed(data, path)
+    if found != want:
+        want = want[:12].decode('ascii', 'backslashreplace')
+        raise ValueError(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
+    return data
+
 def parse(data, path):
     """ the bytes of a checkpoint -> (tensors, meta). raises ValueError """
-    try: # a safetensors file begins with its header's length
+    try: # the header by hand: of bytes safetensors gives the tensors alone. they begin with its length
         n = int.from_bytes(data[:8], 'little')
         header = json.loads(data[8 : 8 + n])
         meta = json.loads(header['__metadata__']['nanoarc'])
@@ -225,14 +236,16 @@ def refuse_others(have, want, what):
 
 def restore_training(model, optimizers, tensors, meta):
     """ weights, and optimizer state by parameter name. raises ValueError that names what differs """
-    mine, want = trained(model, optimizers), {}
-    # where a checkpoint does not say what was fresh it is older: there it was all or nothing
-    fresh = meta.get('fresh', [name for name, *_ in mine] if meta['step'] == 0 else [])
-    for name, p, _ in mine:
+    mine = trained(model, optimizers)
+    fresh = meta.get('fresh')
+    if fresh is None: # an older checkpoint does not say it: there it was all or nothing
+        fresh = [name for name, *_ in mine] if meta['step'] == 0 else []
+    for name, p, _ in mine: # a step passes over what has no gradient
         p.grad = None if name in fresh else torch.zeros_like(p)
-    for optimizer in optimizers: # a step makes what there is to restore
+    for optimizer in optimizers: # the step makes the states that are filled below
         optimizer.step()
         optimizer.zero_grad()
+    want = {}
     for name, p, optimizer in mine:
         for key, x in optimizer.state.get(p, {}).items():
             want[f"{name}.{key}"] = x
