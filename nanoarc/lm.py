@@ -76,14 +76,17 @@ def make_lm(cfg, device, world=1):
     cfg.check()
     device = torch.device(device)
     if cfg.base_dtype == 'auto':
-        dtype = 'float32'
-        if device.type == 'cuda':
-            dtype = 'bfloat16' if is_recent(device) else 'float16'
-        cfg = replace(cfg, base_dtype=dtype)
+        cfg = replace(cfg, base_dtype=auto_dtype(device))
     lm = LM(cfg)
     if cfg.shard and world > 1:
         lm.share_out(device, world)
     return lm.to(device)
+
+def auto_dtype(device):
+    """ the name of the dtype that a device is fast in """
+    if device.type != 'cuda':
+        return 'float32'
+    return 'bfloat16' if is_recent(device) else 'float16'
 
 # -----------------------------------------------------------------------------
 # the base

@@ -44,8 +44,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoarc import __version__, checkpoint
 from nanoarc.data import ArcDataset, DataConfig
-from nanoarc.lm import LMConfig, make_lm
-from nanoarc.model import Model, ModelConfig, is_recent
+from nanoarc.lm import LMConfig, auto_dtype, make_lm
+from nanoarc.model import Model, ModelConfig
 from nanoarc.settings import is_like
 from nanoarc.text import TextConfig, TextDataset, model_config
 
@@ -65,9 +65,7 @@ def get_device(device, dtype):
         torch.cuda.set_device(device)
     device = torch.device(device)
     if dtype == 'auto':
-        dtype = 'float32'
-        if device.type == 'cuda':
-            dtype = 'bfloat16' if is_recent(device) else 'float16'
+        dtype = auto_dtype(device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     def autocast():
@@ -94,17 +92,25 @@ def make_fast(device):
 
 def threads():
     """ how many threads torch has, and by which settings they wait for each other (cli.set_threads) """
-    names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'
-    waiting = [f" {name}={os.environ[name]}" for name in names if name in os.environ]
     n = torch.get_num_threads()
-    return f"{n} thread{'s' if n > 1 else ''}{''.join(waiting)}"
+    words = [f"{n} thread{'s' if n > 1 else ''}"]
+    for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'):
+        if name in os.environ:
+            words.append(f"{name}={os.environ[name]}")
+    return " ".join(words)
+
+def is_first_rank():
+    """ is this the process that writes? under torchrun there are several of us """
+    return os.environ.get('RANK', '0') == '0'
 
 def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ and not dist.is_initialized():
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(hours=12)) # some wait for others that solve longer
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        dist.init_process_group(backend, timeout=timedelta(hours=12)) # so long a rank may wait for one that solves
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 def over_ranks(world, op, *values):
     """ numbers -> the SUM or MAX of each over all ranks, as floats, the same on all ranks. exact to 2^53 """
@@ -122,19 +128,23 @@ def together(world, read):
     if world == 1:
         read()
         return
-    found = [None] * world
+    mine, error = {}, ""
     try:
-        mine, error = read(), ""
+        mine = read()
     except (ValueError, OSError) as e:
-        mine, error = {}, str(e)
+        error = str(e)
+    found = [None] * world
     dist.all_gather_object(found, (mine, error))
     for rank, (_, error) in enumerate(found):
         if error:
             raise ValueError(f"rank {rank}: {error}")
-    first, wrong = found[0][0], []
+    first, _ = found[0]
+    wrong = []
     for rank, (other, _) in enumerate(found):
-        wrong += [f"{name} differs (rank 0 {str(x)[:40]}, rank {rank} {str(other.get(name))[:40]})"
-                  for name, x in first.items() if other.get(name) != x]
+        for name, x in first.items():
+            y = other.get(name)
+            if x != y:
+                wrong.append(f"{name} differs (rank 0 {str(x)[:40]}, rank {rank} {str(y)[:40]})")
     if wrong:
         raise ValueError(f"the ranks are not of one run: {'; '.join(wrong)}")
 
@@ -162,6 +172,10 @@ class Signals:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
+def exit_after(number):
+    """ SystemExit at the end of what a signal stopped: 0 for SIGTERM, which asked for that, otherwise 128 + number """
+    sys.exit(0 if number == signal.SIGTERM else 128 + number)
+
 def end_with_stdin():
     """ SIGTERM to ourselves when stdin closes: so a trial ends when its sweep does, however that dies """
     def watch():
@@ -174,13 +188,14 @@ def end_with_stdin():
 
 class Budget:
     """
-    minutes -> a number of steps. the first five are slow, then the speed is measured. it ends before the learning rate
-    would fall: when that begins depends on the number of steps.
+    minutes -> a number of steps. the first five are slow, from then on the speed is measured. the number must be known
+    before the learning rate begins to fall, for it says when that is.
     """
 
     def __init__(self, cfg, step):
         self.seconds = 60 * cfg.minutes
-        self.measuring = min(self.seconds * max(0.8 * (1 - cfg.decay_frac), 0.05), 120) # seconds
+        flat = self.seconds * (1 - cfg.decay_frac) # until the learning rate falls
+        self.measuring = min(max(0.8 * flat, 0.05 * self.seconds), 120) # seconds
         self.first = step + 5
         self.since = None # (step, seconds) when measuring began
 
@@ -242,7 +257,7 @@ class Pace:
 
     def __init__(self):
         self.fastest = 0.0 # tokens/s
-        self.slow_rows = 0 # in turn
+        self.slow_rows = 0 # one after another
         self.said = False
 
     def warning(self, tok_s):
@@ -273,11 +288,7 @@ class Log:
         self.bar = self.tracker = None
         if out_dir is None:
             return
-        lines = [] # a resumed run writes again what came after its checkpoint
-        for row in read_metrics(out_dir) if step > 0 else ():
-            if row['step'] < step or (row['step'] == step and 'loss' in row):
-                lines.append(json.dumps(row) + "\n")
-        checkpoint.write_file(out_dir / 'metrics.jsonl', "".join(lines).encode())
+        self.begin_rows(step)
         settings = {}
         for cfg in cfgs:
             settings.update(asdict(cfg))
@@ -292,6 +303,15 @@ class Log:
             if sys.stdout and sys.stdout.isatty():
                 columns = TextColumn("{task.description}"), BarColumn(bar_width=5), TimeRemainingColumn() # 80 columns
                 self.bar = Progress(*columns, console=Console(soft_wrap=True))
+
+    def begin_rows(self, step):
+        """ metrics.jsonl, of a resumed run without what it writes again: of its checkpoint's step the validation """
+        rows = read_metrics(self.out_dir) if step > 0 else []
+        lines = []
+        for row in rows:
+            if row['step'] < step or (row['step'] == step and 'loss' in row):
+                lines.append(json.dumps(row) + "\n")
+        checkpoint.write_file(self.out_dir / 'metrics.jsonl', "".join(lines).encode())
 
     def begin_tracker(self, settings, name):
         """ wandb or trackio, if it is wanted """
@@ -387,7 +407,8 @@ def read_metrics(run):
             row = json.loads(line)
         except (ValueError, RecursionError): # a crash cut it short
             continue
-        if isinstance(row, dict) and type(row.get('step')) is int and set(map(type, row.values())) <= {int, float}:
+        has_step = isinstance(row, dict) and type(row.get('step')) is int
+        if has_step and all(type(x) in (int, float) for x in row.values()):
             rows.append(row)
     return rows
 
@@ -400,7 +421,8 @@ def surroundings(device, world):
     if shutil.which('git') and output('git', 'ls-files', 'train.py'): # not the repository of who has us installed
         commit = output('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     cpu, cpuinfo = platform.processor(), Path('/proc/cpuinfo')
-    for line in cpuinfo.read_text('utf-8', 'replace').splitlines() if cpuinfo.exists() else ():
+    lines = cpuinfo.read_text('utf-8', 'replace').splitlines() if cpuinfo.exists() else []
+    for line in lines:
         if line.startswith('model name'):
             cpu = line.partition(':')[2].strip()
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
@@ -414,6 +436,7 @@ def surroundings(device, world):
 
 @dataclass
 class Run:
+    """ the three configs of a run. no name stands in two of them """
     train: object # TrainConfig
     model: object # ModelConfig or LMConfig
     data: object # DataConfig or TextConfig
@@ -474,10 +497,9 @@ def load_run(out_dir, device, base=''):
 def refuse_changes(meta, cfg, model_cfg):
     """ raises ValueError that names the settings without which a saved run would not go on as it began """
     old, new = saved_configs(meta)[0], model_cfg
-    if isinstance(old, LMConfig): # files may move, base_sha256 may not change
-        old = replace(old, base='', recompute=False, shard=False)
-        new = replace(new, base='', recompute=False, shard=False)
-    elif old.resolved() == new.resolved(): # written in another way
+    if isinstance(old, LMConfig): # files may move (base_sha256 tells them), memory may be used in another way
+        old = replace(old, base=new.base, recompute=new.recompute, shard=new.shard)
+    elif old.resolved() == new.resolved(): # the same, said in another way
         old = new
     saved_train = from_saved(type(cfg), meta['train'])
     pairs = [(name, saved_train, cfg) for name in ('grad_accum', 'dtype', 'ns_steps')]
@@ -499,12 +521,7 @@ def begin_with(model, ds, run):
     part = checkpoint.eval_part(meta)
     when = f"{run} after {meta['step']} steps"
     if 'text' in meta['data'] and meta['stream']['tokenizer_sha256'] != ds.tokenizer_sha256:
-        blocks = f"{part}.blocks.", f"{part}.norm."
-        old = {name: x for name, x in tensors.items() if name.startswith(blocks)}
-        new = {name: x for name, x in model.state_dict(prefix=f"{part}.").items() if not name.startswith(blocks)}
-        checkpoint.restore_model(model, {**old, **new}, part)
-        names = ", ".join(name.split('.')[1] for name in new)
-        return f"of the text run {when} the {len(model.blocks)} blocks and the last norm; new: {names}"
+        return f"of the text run {when} {begin_with_blocks(model, tensors, part)}"
     if (len(meta['rows']) > 0) != (model.n_task > 0):
         raise ValueError(f"init_from={run}: it was trained with shots={meta['data']['shots']}, "
                          "with or without task embeddings, now it is the other way")
@@ -519,6 +536,16 @@ def begin_with(model, ds, run):
             weight[ds.rows[key]] = theirs[meta['rows'][key]]
     checkpoint.restore_model(model, {**tensors, f"{part}.wtask.weight": weight}, part)
     return f"weights of {when}, {len(known)} of {len(ds.rows)} tasks known to it"
+
+def begin_with_blocks(model, tensors, part):
+    """ of what a checkpoint has, the blocks and the norm behind them into a model -> a text that says so """
+    blocks = f"{part}.blocks.", f"{part}.norm."
+    old = {name: x for name, x in tensors.items() if name.startswith(blocks)}
+    mine = model.state_dict(prefix=f"{part}.")
+    new = {name: x for name, x in mine.items() if not name.startswith(blocks)}
+    checkpoint.restore_model(model, {**old, **new}, part)
+    names = ", ".join(name.split('.')[1] for name in new)
+    return f"the {len(model.blocks)} blocks and the last norm; new: {names}"
 
 # -----------------------------------------------------------------------------
 # flags and TOML files
@@ -542,24 +569,19 @@ def read_toml(path):
     except (ValueError, RecursionError) as e: # or not UTF-8, or too deep
         raise ValueError(f"{path}: {e}") from None
 
-def apply_toml(run, path):
-    """ a Run with the values that a TOML file has for it. raises ValueError """
-    return apply_values(run, read_toml(path), path)
-
 def apply_values(run, values, where):
     """ a Run with other values: {name: value}. raises ValueError on a name that it has not, and on another type """
-    known = set()
+    unknown = dict(values)
     for part in fields(run):
         cfg, mine = getattr(run, part.name), {}
         for f in fields(cfg):
-            if f.name in values and f.name not in ('resume', 'init_from', 'config'): # flags alone
-                mine[f.name] = x = values[f.name]
-                now = getattr(cfg, f.name)
-                if not is_like(x, now):
-                    raise ValueError(f"{where}: {f.name} = {repr(x)[:40]}, want a {type(now).__name__} like {now!r}")
+            if f.name not in values or f.name in ('resume', 'init_from', 'config'): # these are flags alone
+                continue
+            x, now = unknown.pop(f.name), getattr(cfg, f.name)
+            if not is_like(x, now):
+                raise ValueError(f"{where}: {f.name} = {repr(x)[:40]}, want a {type(now).__name__} like {now!r}")
+            mine[f.name] = x
         run = replace(run, **{part.name: replace(cfg, **mine)})
-        known |= mine.keys()
-    unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(f"{where}: unknown setting {', '.join(unknown)}")
     return run
@@ -571,8 +593,8 @@ def parse(cls, args, command, help, default=None):
 
 def parse_run(default, args, command, help):
     """
-    list of strings -> Run. what they leave open is as in the TOML file that they name, or as in the run that is to go
-    on or is begun with, or as in the default
+    list of strings -> Run. a setting that they leave open comes from --config, else from the run of --resume or
+    --init_from, else from the default
     """
     resume, init_from, path = flag(args, 'resume'), flag(args, 'init_from'), flag(args, 'config')
     is_text = isinstance(default.data, TextConfig)
@@ -594,7 +616,7 @@ def parse_run(default, args, command, help):
             model = replace(model, rope_bases=default.model.rope_bases, vocab_size=default.model.vocab_size)
         default = replace(default, model=model)
     if path:
-        default = apply_toml(default, path)
+        default = apply_values(default, read_toml(path), path)
     kinds = [(f.name, type(getattr(default, f.name))) for f in fields(default)]
     return parse(make_dataclass('Run', kinds), args, command, help, default)
 
@@ -602,7 +624,8 @@ def refuse_with_resume(args, meta):
     """ raises ValueError on a flag that a resumed run cannot heed """
     reasons = {'out_dir': "it goes on in its own directory", 'init_from': "its weights are there already",
                'minutes': "its number of steps is fixed, --max_iters changes it"}
+    minutes = meta['train']['minutes']
     for name, reason in reasons.items():
         x = flag(args, name)
-        if x and not (name == 'minutes' and float(x) == meta['train']['minutes']):
+        if x and not (name == 'minutes' and x in (str(minutes), f"{minutes:g}")): # its own may pass
             raise ValueError(f"--{name} does not go with --resume: {reason}")

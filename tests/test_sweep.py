@@ -15,7 +15,7 @@ from nanoarc import sweep
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig
-from nanoarc.run import Run, apply_toml, apply_values, read_metrics
+from nanoarc.run import Run, apply_values, read_metrics, read_toml
 from nanoarc.sweep import SweepConfig, all_values, by_run, first_trial, read_space, to_toml
 from nanoarc.train import TrainConfig, get_lr
 
@@ -125,7 +125,8 @@ def test_what_is_written_is_read_back(tmp_path):
     values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'qk_norm': True,
               'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
     (tmp_path / 'x.toml').write_text(to_toml(values))
-    got = all_values(apply_toml(Run(TrainConfig(), ModelConfig(), DataConfig()), tmp_path / 'x.toml'))
+    default = Run(TrainConfig(), ModelConfig(), DataConfig())
+    got = all_values(apply_values(default, read_toml(tmp_path / 'x.toml'), "x.toml"))
     got['rope_bases'] = list(got['rope_bases'])
     assert {key: got[key] for key in values} == values
 
