@@ -61,10 +61,10 @@ def export(args):
 
 def solve(args):
     """ a trained model and a source -> submission.json """
-    from nanoarc.run import parse
+    from nanoarc.run import is_first_rank, parse
     from nanoarc.solve import SolveConfig, solve as run
     path = run(parse(SolveConfig, args, 'solve', help_of(solve)))
-    if os.environ.get('RANK', '0') == '0': # under torchrun there are several of us
+    if is_first_rank():
         print(path)
 
 def score(args):
@@ -122,8 +122,9 @@ def check_source(cfg):
     for c, _ in sources:
         n_demos = int(c.n_demos.sum())
         n_answers = int((c.h[1::2][~c.is_demo()] > 0).sum()) # an output without rows is not known
+        left_out = f", {len(c.bad)} things left out" if c.bad else ""
         print(f"{c.source}: {len(c)} tasks, {n_demos} demos, {len(c.hash) - n_demos} queries, "
-              f"{n_answers} of them with an answer" + (f", {len(c.bad)} things left out" if c.bad else ""))
+              f"{n_answers} of them with an answer{left_out}")
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':
@@ -152,7 +153,8 @@ def text(args):
             print(" ", help_of(action))
         sys.exit(0)
     if name not in actions:
-        raise ValueError(f"{f'text {name}'.strip()}: want {', '.join(actions)}, each with --help")
+        said = f"text {name}".strip()
+        raise ValueError(f"{said}: want {', '.join(actions)}, each with --help")
     cls, action = actions[name]
     action(parse(cls, args[1:], f"text {name}", help_of(action)))
 
@@ -221,20 +223,21 @@ COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': sol
 
 def set_threads():
     """
-    threads of OpenMP that wait for each other spin, 300,000 rounds before they sleep: beside another process most of
-    the time. 5,000 cost nothing alone, and beside one busy process training is a fifth faster. fewer cost more alone
-    than they save there (bench/busy.py). torch reads this while it is imported
+    threads of OpenMP that wait for each other spin 300,000 rounds before they sleep. with 5,000 training is a fifth
+    faster beside one busy process, and as fast alone; fewer cost more alone than they save there (bench/busy.py).
+    torch reads this while it is imported
     """
     if 'OMP_WAIT_POLICY' not in os.environ:
         os.environ.setdefault('GOMP_SPINCOUNT', '5000')
 
 def print_help():
+    """ every command, a line each """
     print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
     for name, f in COMMANDS.items():
         print(f"  {name:9s} {help_of(f)}")
 
 class Unread:
-    """ stdout or stderr, which nobody need read to the end: after `>&-`, `| head` or `| true` the work goes on """
+    """ stdout or stderr. nobody need read it to the end: after `>&-`, `| head` or `| true` the work goes on """
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w', encoding='utf-8')
@@ -253,7 +256,7 @@ class Unread:
     def attempt(self, f, *args):
         try:
             f(*args)
-        except OSError as e: # what waits in its buffer is to go somewhere too
+        except OSError as e: # what waits in its buffer, and what is to come, goes to /dev/null
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if not isinstance(e, BrokenPipeError):
                 self.error = e
@@ -284,17 +287,19 @@ def main(args=None):
         sys.exit(130)
 
 def run_command(args):
-    if not args or args[0] not in COMMANDS:
+    """ the first word says which. exits with 0 after --help, with 2 if there is no such command """
+    name = args[0] if args else ''
+    if name not in COMMANDS:
         print_help()
-        if args and args[0] in ('-h', '--help'):
+        if name in ('-h', '--help'):
             sys.exit(0)
         if args:
-            print(f"\nnanoarc: no command {args[0]!r}", file=sys.stderr)
+            print(f"\nnanoarc: no command {name!r}", file=sys.stderr)
         sys.exit(2)
     if os.environ.pop('NANOARC_ENDS_WITH_STDIN', ''): # we are a trial of a sweep
         from nanoarc.run import end_with_stdin
         end_with_stdin()
-    COMMANDS[args[0]](args[1:])
+    COMMANDS[name](args[1:])
 
 if __name__ == '__main__': # python -m nanoarc.cli, which without this would do nothing and say nothing
     main()
