@@ -600,13 +600,13 @@ CONTROLS = [
         "test_solve.py::test_a_solve_goes_on_with_the_same_settings_alone"),
     Control(
         "a directory that nobody tried", 'solve.py',
-        "hold(out_dir) if is_first else contextlib.nullcontext():\n",
+        "hold(out_dir) if is_first_rank() else contextlib.nullcontext():\n",
         "contextlib.nullcontext():\n",
         "test_solve.py::test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_loaded"),
     Control(
         "results that are all there is of a solve", 'submission.py',
-        "        for path in self.files() if is_first else ():\n",
-        "        for path in ():\n",
+        "                path.unlink()\n",
+        "                pass\n",
         "test_solve.py::test_a_solve_goes_on_with_the_same_settings_alone"),
     Control(
         "a command that wants to be read", 'cli.py',

@@ -10,7 +10,6 @@ goes on from there (submission.Keeper).
 import contextlib
 import copy
 import json
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from nanoarc.corpus import a_few, find_leaks
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_context, hash64, one_a_row
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
-from nanoarc.run import Signals, get_device, get_ranks, load_run
+from nanoarc.run import Signals, get_device, get_ranks, is_first_rank, load_run
 from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.submission import (Candidate, Keeper, Known, hold, rank_candidates, read_candidates, read_fitting,
                                 read_leaks, write_results)
@@ -44,8 +43,8 @@ class SolveConfig:
     # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
     merge: tuple[str, ...] = ()
     views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
-    # begin no more views after so long, shared out evenly over the tasks; if it is stopped and goes on, in all. 0 = all
-    # views
+    # begin no view after so long, shared out evenly over the tasks. of a solve that was stopped and goes on, in all.
+    # 0 = every view
     minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
@@ -93,7 +92,7 @@ class View:
     pos: np.ndarray # (T, 3)
 
     def kind(self):
-        """ prompts of one kind are equally long, to a language model too: it may add a few tokens a pair """
+        """ prompts of one kind are equally long, also in a language model's tokens: a few more for each pair """
         return len(self.idx), int((self.idx == IN).sum())
 
 def make_views(sampler, pair, n, seed, query):
@@ -103,8 +102,8 @@ def make_views(sampler, pair, n, seed, query):
     """
     assert not sampler.known[pair], "answers are to be closed here"
     k = np.arange(n)
-    visit = np.maximum(k - 1, 0)
-    docs = sampler.plan(np.full(n, pair), visit, hash64(seed, DEMOS, pair, k), k == 0, seed)
+    order = hash64(seed, DEMOS, pair, k)
+    docs = sampler.plan(np.full(n, pair), visit=np.maximum(k - 1, 0), order=order, as_is=k == 0, seed=seed)
     batch = sampler.write(one_a_row(docs), 0, n, int(docs.length.max()))
     row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
     views, known = [], set()
@@ -112,15 +111,16 @@ def make_views(sampler, pair, n, seed, query):
         T = docs.length[i]
         idx, pos = batch.idx[i, :T].numpy(), batch.pos[i, :T].numpy()
         d = int(docs.dihedral[i])
-        if (d, idx.tobytes()) not in known:
-            known.add((d, idx.tobytes()))
+        look = d, idx.tobytes()
+        if look not in known:
+            known.add(look)
             views.append(View(query, i, d, docs.cmap[i], row, idx, pos))
     return views
 
 def view_rounds(views, minutes, first):
     """
-    which views to decode one after another, as (first, last + 1): all at once if there is time for all, otherwise twice
-    as many each round, so that time may run out after any
+    how many views to decode in a round -> list of (from, up to but not with): all in one if there is time for all,
+    otherwise twice as many each round, so that time may run out after any
     """
     if minutes == 0:
         return [(0, views)]
@@ -132,7 +132,7 @@ def view_rounds(views, minutes, first):
     return list(zip(edges, edges[1:]))
 
 class Solver:
-    """ some tasks that are solved together: their views, these through the model, the candidates that come out """
+    """ a group of tasks, solved together: their views, these through the model, the candidates that come out """
 
     def __init__(self, cfg, model, autocast, sampler, queries):
         """ queries: {(task, query) by number: pair of the sampler} """
@@ -190,8 +190,8 @@ class Solver:
         """ decode views, their answers become candidates. after the deadline no batch is begun, see over """
         def decoded(part, args):
             return decode(self.model, **args, p_min=self.cfg.p_min)
-        seen = {(x.query, x.number) for x in self.seen} # by an earlier start: the batches are those that it had left
-        views = [x for x in views if (x.query, x.number) not in seen]
+        earlier = {(x.query, x.number) for x in self.seen} # what is left are the batches that an earlier start had left
+        views = [x for x in views if (x.query, x.number) not in earlier]
         for part, answers in self.each(views, self.cfg.decode_rows, decoded):
             self.seen += part
             for answer in answers:
@@ -245,17 +245,16 @@ class Solver:
 
 def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: False):
     """
-    test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of
-    these tasks, each demo the target under all augments and, in context, the others before it. no answer is looked at,
-    there is none. at shots=0 a task that the model does not know begins with the mean of all embeddings. pause() before
-    each step: is it to stop? -> (model, {task key: row}). raises ValueError if weights are not finite after it
+    test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of these
+    tasks. each demo is the target, under augments, with the others before it if in context; no answer is looked at.
+    pause() before each step: is it to stop? -> (model, {task key: row}). raises ValueError if weights are not finite
     """
     data_cfg = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket',
                        batch_tokens=cfg.ttt_tokens)
     sources = [(c, 1) for c in corpora]
     tuned = copy.deepcopy(model)
     new_rows = Sampler(sources, data_cfg).rows # as the dataset below numbers them too
-    if model.n_task > 0:
+    if model.n_task > 0: # a task that it does not know begins with the mean of all
         known = model.wtask.weight.detach()
         weight = known.mean(0).repeat(len(new_rows), 1)
         for key, row in new_rows.items():
@@ -352,9 +351,10 @@ class Solving:
         """ the groups of this rank of which not all is known """
         cfg, left = self.cfg, set(keeper.left())
         todo = [group for group in self.groups() if left & self.queries(group).keys()][rank::world]
-        about, n = f"{len(left)} queries, {cfg.views} views each", len(keeper.known) - len(left)
-        if rank == 0 and n > 0:
-            print(f"goes on, {n} queries are solved already")
+        about = f"{len(left)} queries, {cfg.views} views each"
+        n_solved = len(keeper.known) - len(left)
+        if rank == 0 and n_solved > 0:
+            print(f"goes on, {n_solved} queries are solved already")
         start, seconds = time.perf_counter(), 60 * cfg.minutes - keeper.spent
         for j, group in enumerate(track(todo, about, disable=rank > 0)):
             deadline = start + seconds * (j + 1) / len(todo) if cfg.minutes > 0 else float('inf')
@@ -367,8 +367,9 @@ class Solving:
         cfg, model, sampler = self.cfg, self.model, self.sampler
         if cfg.ttt_steps > 0:
             lr = cfg.ttt_lr or model.peak_rates(self.meta['train']['lr'], 0)[0] / 5
-            corpora, rows = choose_tasks(self.corpora, group), self.meta['rows']
-            model, rows = fine_tune(model, lr, corpora, self.data_cfg, rows, cfg, self.device, keeper.pause)
+            corpora = choose_tasks(self.corpora, group)
+            model, rows = fine_tune(model, lr, corpora, self.data_cfg, self.meta['rows'], cfg, self.device,
+                                    keeper.pause)
             sampler = self.make_sampler(rows)
         queries = self.queries(group)
         solver = Solver(cfg, model, self.autocast, sampler, queries)
@@ -391,21 +392,20 @@ def solve(cfg):
     out_dir = Path(cfg.out_dir or cfg.run)
     if cfg.run:
         checkpoint.some_steps(cfg.run) # raises before a directory is made of it
-    is_first = os.environ.get('RANK', '0') == '0' # under torchrun there are several of us, one writes the results
-    with Signals() as signals, hold(out_dir) if is_first else contextlib.nullcontext():
+    with Signals() as signals, hold(out_dir) if is_first_rank() else contextlib.nullcontext():
         solve_into(out_dir, cfg, signals)
     if signals.got == signal.SIGINT: # all is written, but who called is not to go on
         sys.exit(130)
     return out_dir / 'submission.json'
 
 def solve_into(out_dir, cfg, signals):
-    """ the same, where nobody else solves. all ranks come by here """
+    """ solve, with out_dir to ourselves. all ranks come by here """
     device, dtype, autocast = get_device(cfg.device, cfg.dtype)
     rank, world = get_ranks(device)
     if device.type == 'cpu': # 'highest' is MKL. oneDNN compiles each shape of a product, and here none comes twice
         torch.set_float32_matmul_precision('highest')
     corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
-    parts = [read_candidates(path, tasks) for path in cfg.merge] # {(task, query) by number: list of Candidates} each
+    parts = [read_candidates(path, tasks) for path in cfg.merge] # of each run {(task, query): list of Candidates}
     leaks = set() # queries that were trained on, also by the runs that are merged
     for path in cfg.merge:
         leaks.update(read_leaks(path))
@@ -413,14 +413,15 @@ def solve_into(out_dir, cfg, signals):
         solving = Solving(cfg, corpora, tasks, device, autocast)
         keeper = Keeper(out_dir, solving.queries(range(len(tasks))), solving.settings(dtype), signals, rank, world)
         solving.solve(keeper, rank, world)
-        warn_without_context(tasks, solving.sampler, rank)
+        if rank == 0:
+            warn_without_context(tasks, solving.sampler)
         keeper.save()
         keeper.share()
         leaks.update(solving.leaks)
         parts.append({query: x.candidates for query, x in keeper.known.items() if x.candidates})
     if rank == 0 and any(parts): # of a solve that was stopped at its beginning there is nothing to write
         ranked = {}
-        for query in {query for part in parts for query in part}:
+        for query in set().union(*parts):
             ranked[query] = rank_candidates([part.get(query, []) for part in parts], cfg.select)
         about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views, 'select': cfg.select,
                  'ttt_steps': cfg.ttt_steps, 'seed': cfg.seed, 'leaks': sorted(leaks)}
@@ -438,9 +439,9 @@ def refuse_unknown(cfg, tasks, row):
                          f"--ttt_steps gives them one, or train on their demos with --adapt {cfg.data}, "
                          "or in context with --shots=-1")
 
-def warn_without_context(tasks, sampler, rank):
+def warn_without_context(tasks, sampler):
     """ in context: names the queries before which no demo fits """
-    if sampler.cfg.shots == 0 or rank > 0:
+    if sampler.cfg.shots == 0:
         return
     t, names = sampler.tables, []
     near = has_context(t, t.need.max(0), sampler.cfg.block_size)

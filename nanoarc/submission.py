@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import re
-import signal
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from nanoarc import checkpoint
 from nanoarc.corpus import a_few, read_json
 from nanoarc.data import small_tasks
 from nanoarc.grids import grid_bytes, show, to_grid
+from nanoarc.run import exit_after
 from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
@@ -38,7 +37,7 @@ class ScoreConfig:
 
 def read_fitting(data, max_pair, opened):
     """
-    sources -> (list of Corpus, list of Task) without tasks that have a demo of over max_pair tokens. raises
+    sources -> (list of Corpus, list of Task), without tasks that have a demo of over max_pair tokens, 0 = all. raises
     ValueError
     """
     corpora, tasks = [], {}
@@ -84,12 +83,12 @@ def merge(same):
 
 def beliefs(candidates, select):
     """
-    Candidates of one run for a query -> a number for each, together 1: its share of the votes, or for 'product' of the
-    probability under all views (a product of experts), where a candidate that was not asked for has none
+    Candidates of one run for a query -> the share of each, 1 in all: of the votes, or with 'product' of the probability
+    under all views (a product of experts), where one without a score has none
     """
-    asked = [c.score for c in candidates if c.score is not None]
-    if select == 'product' and asked:
-        top = max(asked)
+    scores = [c.score for c in candidates if c.score is not None]
+    if select == 'product' and scores:
+        top = max(scores)
         weights = [0.0 if c.score is None else math.exp(c.score - top) for c in candidates]
     else:
         weights = [c.votes for c in candidates]
@@ -109,8 +108,8 @@ def rank_candidates(parts, select):
     merged = {key: merge(candidates) for key, candidates in same.items()}
     def order(key):
         c = merged[key]
-        asked = select == 'product' and c.score is not None
-        score = c.score if asked else -1e9
+        has_score = select == 'product' and c.score is not None
+        score = c.score if has_score else -1e9 # behind all that have one
         return -round(belief[key], 6), -score, -c.log_prob, key
     return [(merged[key], belief[key]) for key in sorted(merged, key=order)]
 
@@ -152,7 +151,8 @@ def read_candidates(path, tasks):
         try:
             x = json.loads(line)
             i, votes, log_prob, score, views = x['query'], x['votes'], x['log_prob'], x['score'], x['views']
-            name, k = x['task'], number.get(x['task'])
+            name = x['task']
+            k = number.get(name)
         except KeyError as e:
             raise ValueError(f"{where}: no field {e}") from None
         except (ValueError, TypeError, RecursionError):
@@ -162,9 +162,10 @@ def read_candidates(path, tasks):
         if type(i) is not int or not 0 <= i < len(tasks[k].queries):
             raise ValueError(f"{where}: task {name} has no query {show(i)}")
         where = f"{where}: task {name}, query {i}"
-        numbers = [votes, log_prob] + ([] if score is None else [score])
-        are_sound = all(type(x) in (int, float) and abs(x) < 2**53 for x in numbers) # nan is not
-        if not are_sound or type(views) is not list or not set(map(type, views)) <= {int}:
+        numbers = votes, log_prob, 0 if score is None else score
+        are_numbers = all(type(value) in (int, float) and abs(value) < 2**53 for value in numbers) # nan is not
+        are_views = type(views) is list and all(type(view) is int for view in views)
+        if not (are_numbers and are_views):
             raise ValueError(f"{where}: want numbers for votes, log_prob and score, a list of views")
         grid = to_grid(x.get('grid'), f"{where}, grid")
         found[k, i].append(Candidate(grid, votes, [(view, log_prob) for view in views], score))
@@ -183,18 +184,18 @@ class Known(NamedTuple):
 
 class Keeper:
     """
-    what is known of each query, also on disk until all is: out_dir/solving-RANK.json. a rank keeps there what it was
-    told at its start, too, so any number of ranks may go on
+    what is known of each query, also on disk until all is: out_dir/solving-RANK.json. each rank keeps there what all
+    knew when it began, so any number of ranks may go on
     """
-    SHARE = 0.005 # of the time, that saving may take
+    SHARE = 0.005 # the share of the time that saving may take
 
     def __init__(self, out_dir, queries, settings, signals, rank, world):
         """ reads what there is, begins to keep. raises ValueError if that is of another solve """
-        self.out_dir, self.path, self.settings = out_dir, out_dir / f"solving-{rank}.json", settings
-        self.signals, self.world = signals, world
+        self.out_dir, self.path = out_dir, out_dir / f"solving-{rank}.json"
+        self.settings, self.signals, self.world = settings, signals, world
         self.known = {query: Known() for query in queries} # {(task, query) by number: Known}
         self.spent = 0.0 # seconds, by earlier starts
-        self.solver = None # of the group that is under way
+        self.solver = None # the Solver that is under way
         self.stop = 0 # the signal that ended it, on any rank
         for path in self.files():
             self.learn(*read_known(path, settings))
@@ -203,15 +204,15 @@ class Keeper:
         self.save()
 
     def files(self):
-        """ of all ranks, that of the first one last """
+        """ those of all ranks, the first one's last """
         return sorted(self.out_dir.glob('solving-[0-9]*.json'), reverse=True)
 
     def learn(self, spent, known):
-        """ what another rank knows, or an earlier start did: of each query whichever got further """
+        """ what another rank or an earlier start knew: of each query the one that got further """
         self.spent = max(self.spent, spent)
-        for query, mine in self.known.items():
-            x = known.get(query, mine)
-            if (x.done, len(x.seen)) > (mine.done, len(mine.seen)):
+        for query, x in known.items():
+            mine = self.known.get(query)
+            if mine and (x.done, len(x.seen)) > (mine.done, len(mine.seen)):
                 self.known[query] = x
 
     def share(self):
@@ -227,9 +228,10 @@ class Keeper:
 
     def save(self):
         """ to the disk """
-        t, queries = time.perf_counter(), []
+        t = time.perf_counter()
         if self.solver:
             self.known.update(self.solver.known(False))
+        queries = []
         for (k, i), x in self.known.items():
             candidates = [[c.grid.tolist(), c.votes, c.found, c.score] for c in x.candidates]
             queries.append([k, i, x.done, x.seen, candidates])
@@ -238,7 +240,7 @@ class Keeper:
         self.due = time.perf_counter() + (time.perf_counter() - t) / self.SHARE
 
     def pause(self):
-        """ between two batches: saves if it is time -> is it to stop? """
+        """ called between two batches: saves if it is time -> is the solve to stop? """
         if time.perf_counter() > self.due:
             self.save()
         return self.signals.got > 0
@@ -260,14 +262,15 @@ class Keeper:
         return [query for query, x in self.known.items() if not x.done]
 
     def end(self, is_first):
-        """ the results are written: what is on disk may go, or SystemExit says that a signal came before the end """
+        """ the results are written: the files go, or if a signal came before the end, SystemExit says so """
         n, left = len(self.known), len(self.left())
         if left > 0:
             if is_first:
                 print(f"stopped by signal {self.stop}, {n - left} of {n} queries are solved: the same command goes on")
-            sys.exit(0 if self.stop == signal.SIGTERM else 128 + self.stop)
-        for path in self.files() if is_first else ():
-            path.unlink()
+            exit_after(self.stop)
+        if is_first:
+            for path in self.files():
+                path.unlink()
 
 def read_known(path, settings):
     """ a file of a Keeper -> (seconds, {query: Known}). raises ValueError if it is none, or of other settings """
@@ -295,7 +298,7 @@ def hold(out_dir):
     for name in RESULTS:
         if (out_dir / name).is_dir():
             raise ValueError(f"{out_dir / name} is a directory, choose another --out_dir")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack: # an error of the solve itself is none of those caught here
         try:
             stack.enter_context(checkpoint.lock(out_dir, 'solving.lock'))
             checkpoint.write_file(out_dir / 'solving.tmp', bytes(2**20)) # about what a submission needs
@@ -324,13 +327,13 @@ def as_rows(x):
 
 def read_attempts(entries, n, where):
     """
-    what a submission has for a task of n queries -> a list by query of {'attempt_1': grid, ...}, without what is no
-    grid; and what is to be said of it, (kind, text) each: it is 'broken' | 'short' of something | read with a 'remark'
+    what a submission has for a task of n queries -> a list by query of {'attempt_1': grid, ...}, the grids alone; and
+    what is odd there, as (kind, text): 'broken' = no grid, 'short' = not all is there, 'remark' = it is worth as much
     """
     attempts, said = [], []
+    wanted = f"{where}: want a list of attempts by query, got"
     if type(entries) is not list:
-        said.append(('broken', f"{where}: want a list of attempts by query, got {show(entries)} "
-                               f"({type(entries).__name__})"))
+        said.append(('broken', f"{wanted} {show(entries)} ({type(entries).__name__})"))
         return attempts, said
     if len(entries) != n:
         said.append(('short', f"{where} has {len(entries)} entries, want {n}"))
@@ -338,24 +341,23 @@ def read_attempts(entries, n, where):
         at, tried = f"{where}, query {i}", {}
         attempts.append(tried)
         if type(x) is not dict:
-            said.append(('broken', f"{where}: want a list of attempts by query, got {show(x)} ({type(x).__name__}) at "
-                                   f"query {i}"))
+            said.append(('broken', f"{wanted} {show(x)} ({type(x).__name__}) at query {i}"))
             continue
         lacks = [f"no {key}" for key in ATTEMPTS if key not in x]
         if lacks:
             said.append(('short', f"{at}: {' and '.join(lacks)}"))
         for key, attempt in x.items():
-            rows = as_rows(attempt)
             if key not in ATTEMPTS:
                 said.append(('remark', f"{at}: {show(key)} is ignored"))
                 continue
+            rows = as_rows(attempt)
             try:
                 tried[key] = to_grid(rows, f"{at}, {key}")
             except ValueError as e:
                 said.append(('broken', str(e)))
-            else:
-                if rows is not attempt:
-                    said.append(('remark', f"{at}, {key}: read from {show(attempt)}"))
+                continue
+            if rows is not attempt:
+                said.append(('remark', f"{at}, {key}: read from {show(attempt)}"))
     return attempts, said
 
 def score_task(task, attempts):
@@ -405,10 +407,10 @@ def score(submission, tasks):
         rows = score_task(task, attempts)
         if is_misordered(task, attempts):
             odd['misordered'].append(task.name)
-        right = sum(row['right'] for row in rows)
+        n_right = sum(row['right'] for row in rows)
         per_query += rows
-        per_task[task.name] = [right, n]
-        total += 100 * right / n
+        per_task[task.name] = [n_right, n]
+        total += 100 * n_right / n
     odd['unknown'] = [name for name in submission if name not in per_task]
     right, n = sum(row['right'] for row in per_query), len(per_query)
     return {'score': round(total / len(tasks), 2), 'kaggle': round(100 * right / n, 2),
