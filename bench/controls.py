@@ -595,8 +595,8 @@ CONTROLS = [
         "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
     Control(
         "other settings that pass", 'submission.py',
-        "            if saved != now:\n",
-        "            if False:\n",
+        "        wrong = differences(kept['settings'], settings, 'kept')\n",
+        "        wrong = []\n",
         "test_solve.py::test_a_solve_goes_on_with_the_same_settings_alone"),
     Control(
         "a directory that nobody tried", 'solve.py',

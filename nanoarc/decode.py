@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nanoarc.grids import END, MAX_GRID, PAD, ROW, VOCAB_SIZE, encode_grid, may_follow, next_place
 
 class Answer(NamedTuple):
+    """ what may be the output of a query """
     prompt: int # its row in the batch of prompts
     tokens: list # up to END
     log_prob: float # of all of them, under the grammar
@@ -59,8 +60,8 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         # each answer goes on by its best token, as long as it is the greedy one, and by all that keep it above p_min
         legal = may_follow(every_token, live['row'][:, None], live['col'][:, None], live['width'][:, None])
         scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1) # (b, 16)
-        best = F.one_hot(scores.argmax(-1), VOCAB_SIZE).bool() & live['greedy'][:, None]
-        probable = live['log_prob'][:, None] + scores >= math.log(p_min)
+        best = F.one_hot(scores.argmax(-1), VOCAB_SIZE).bool() & live['greedy'][:, None] # (b, 16)
+        probable = live['log_prob'][:, None] + scores >= math.log(p_min) # (b, 16)
         parent, token = (best | probable).nonzero(as_tuple=True) # waits for the device
         n = len(live['prompt'])
         live = {name: x[parent] for name, x in live.items()}
@@ -102,7 +103,8 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     for i, grids in enumerate(answers):
         prompt += [i] * len(grids)
         written += [encode_grid(grid) + [END] for grid in grids]
-    width = torch.tensor([tokens.index(ROW) for tokens in written], device=idx.device)[:, None] # (b, 1)
+    first_rows = [tokens.index(ROW) for tokens in written]
+    width = torch.tensor(first_rows, device=idx.device)[:, None] # (b, 1)
     n = max(len(tokens) for tokens in written)
     tokens = np.full((len(written), n), PAD)
     for i, x in enumerate(written):

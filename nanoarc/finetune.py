@@ -63,8 +63,10 @@ def export(cfg):
             merged[name.replace('.base_layer', '')] = p
     with torch.no_grad():
         for name, p in full.named_parameters():
-            rows = slice(None) if merged[name].shape == p.shape else lm.kept
-            p[rows] = merged[name].to(p.dtype)
+            if merged[name].shape == p.shape:
+                p.copy_(merged[name])
+            else: # embedding and head of a shrunk vocabulary
+                p[lm.kept] = merged[name].to(p.dtype)
     if is_gguf: # it is not quantized any more
         del full.config.quantization_config
     full.save_pretrained(cfg.out)
@@ -78,9 +80,11 @@ def export(cfg):
 
 def model_card(cfg, lm, lm_cfg, data_cfg, meta):
     """ what the model is and how good, as markdown """
-    name, head = lm_cfg.base, f"base_model: {lm_cfg.base}"
+    name = lm_cfg.base
+    head = f"base_model: {name}"
     if Path(name).exists(): # where it lies here is nobody's business
-        name, head = Path(name).name, "library_name: transformers"
+        name = Path(name).name
+        head = "library_name: transformers"
     data = f"`{data_cfg.data}`"
     if data_cfg.adapt:
         data += f" and the demos of `{data_cfg.adapt}`"

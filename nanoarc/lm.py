@@ -309,7 +309,7 @@ class LM(nn.Module):
         if odd:
             print(f"note: this tokenizer would write {odd}: it is given a token a symbol all the same, "
                   "which is not what it was pretrained on")
-        ids = [self.form.ids.get(x, self.form.ids[ROW]) for x in range(VOCAB_SIZE)] # PAD is any token: nobody sees it
+        ids = [self.form.ids.get(x, self.form.ids[ROW]) for x in range(VOCAB_SIZE)] # for PAD any: nobody sees it
         self.kept = [] # the tokens whose rows are left in embedding and head, [] = all
         if cfg.shrink:
             self.kept = sorted(set().union(*ids))
@@ -387,7 +387,7 @@ class LM(nn.Module):
         return self.table.device
 
     def train(self, mode=True):
-        """ always in eval mode: no dropout, no fused kernels, and the base answers in training as it does later """
+        """ eval mode all the same: no dropout, no fused kernels, and the base answers in training as it does later """
         return super().train(False)
 
     def cache(self):
@@ -429,7 +429,7 @@ class LM(nn.Module):
         n = cache.n if cache is not None else 0 # tokens so far
         is_prompt = cache is not None and n == 0
         x = self.expand(idx, doc, n == 0, to_the_right=is_prompt)
-        # place: (B, t) the place of each token in its document, filler not counted
+        # (B, t) place: of each token in its document, filler not counted
         if is_prompt:
             x, place = self.begin_prompts(x, doc, cache)
         elif cache is not None and cache.real is not None: # the prompts began with filler
@@ -487,7 +487,7 @@ class LM(nn.Module):
 
     def call(self, ids, place, cache):
         """ (B, t) tokens and their places -> logits over the base's own vocabulary """
-        n = ids.size(1) + (cache.n if cache is not None else 0)
+        n = ids.size(1) + (cache.n if cache is not None else 0) # tokens, with these
         if n > self.longest:
             raise ValueError(f"a document of {ids.size(1)} tokens: {type(self.base).__name__} knows places for "
                              f"{self.longest}: want a smaller --block_size")
@@ -519,7 +519,8 @@ class LM(nn.Module):
         adapters, rest = [], []
         for name, p in self.named_parameters():
             if p.requires_grad:
-                (adapters if '.lora_' in name else rest).append(p)
+                part = adapters if '.lora_' in name else rest
+                part.append(p)
         groups = [{'params': adapters, 'lr': lr}, {'params': rest, 'lr': adam_lr}]
         groups = [group for group in groups if group['params']]
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)]

@@ -46,7 +46,7 @@ from nanoarc import __version__, checkpoint
 from nanoarc.data import ArcDataset, DataConfig
 from nanoarc.lm import LMConfig, auto_dtype, make_lm
 from nanoarc.model import Model, ModelConfig
-from nanoarc.settings import is_like
+from nanoarc.settings import differences, is_like
 from nanoarc.text import TextConfig, TextDataset, model_config
 
 # -----------------------------------------------------------------------------
@@ -141,10 +141,7 @@ def together(world, read):
     first, _ = found[0]
     wrong = []
     for rank, (other, _) in enumerate(found):
-        for name, x in first.items():
-            y = other.get(name)
-            if x != y:
-                wrong.append(f"{name} differs (rank 0 {str(x)[:40]}, rank {rank} {str(y)[:40]})")
+        wrong += differences(first, other, "rank 0", f"rank {rank}")
     if wrong:
         raise ValueError(f"the ranks are not of one run: {'; '.join(wrong)}")
 
@@ -501,14 +498,11 @@ def refuse_changes(meta, cfg, model_cfg):
         old = replace(old, base=new.base, recompute=new.recompute, shard=new.shard)
     elif old.resolved() == new.resolved(): # the same, said in another way
         old = new
-    saved_train = from_saved(type(cfg), meta['train'])
-    pairs = [(name, saved_train, cfg) for name in ('grad_accum', 'dtype', 'ns_steps')]
-    pairs += [(f.name, old, new) for f in fields(old)]
-    wrong = []
-    for name, saved, now in pairs:
-        a, b = getattr(saved, name), getattr(now, name)
-        if a != b:
-            wrong.append(f"{name} differs (saved {a}, now {b})")
+    saved, now = asdict(old), asdict(new)
+    saved_cfg = from_saved(type(cfg), meta['train'])
+    for name in ('grad_accum', 'dtype', 'ns_steps'):
+        saved[name], now[name] = getattr(saved_cfg, name), getattr(cfg, name)
+    wrong = differences(saved, now)
     if wrong:
         raise ValueError("resume refused: " + "; ".join(wrong))
 

@@ -25,3 +25,12 @@ def is_like(x, default):
     if isinstance(default, tuple):
         return type(x) in (list, tuple) and all(is_like(y, default[0]) for y in x)
     return type(x) is type(default) or (type(x) is int and type(default) is float)
+
+def differences(before, now, when='saved', at='now'):
+    """ two dicts of settings -> list of what differs, as ["lr differs (saved 1, now 2)", ...] """
+    wrong = []
+    for name in {**before, **now}:
+        x, y = before.get(name), now.get(name)
+        if x != y:
+            wrong.append(f"{name} differs ({when} {str(x)[:40]}, {at} {str(y)[:40]})")
+    return wrong

@@ -288,11 +288,9 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: Fal
 
 def choose_tasks(corpora, group):
     """ list of Corpus, numbers of tasks that count through all of them -> list of Corpus with these tasks alone """
-    keep = np.zeros(sum(len(c) for c in corpora), bool)
-    keep[group] = True
     chosen, first = [], 0
     for c in corpora:
-        mine = keep[first : first + len(c)]
+        mine = np.isin(np.arange(first, first + len(c)), group)
         first += len(c)
         if mine.any():
             chosen.append(c.select(mine))

@@ -21,7 +21,7 @@ from nanoarc.corpus import a_few, read_json
 from nanoarc.data import small_tasks
 from nanoarc.grids import grid_bytes, show, to_grid
 from nanoarc.run import exit_after
-from nanoarc.settings import check_numbers
+from nanoarc.settings import check_numbers, differences
 from nanoarc.sources import read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
@@ -274,16 +274,13 @@ class Keeper:
 
 def read_known(path, settings):
     """ a file of a Keeper -> (seconds, {query: Known}). raises ValueError if it is none, or of other settings """
-    known, wrong = {}, []
+    known = {}
     try:
         kept = json.loads(path.read_bytes())
         seconds = float(kept['seconds'])
-        for name, now in settings.items():
-            saved = kept['settings'].get(name)
-            if saved != now:
-                wrong.append(f"{name} differs (kept {saved}, now {now})")
+        wrong = differences(kept['settings'], settings, 'kept')
         for k, i, done, seen, rows in kept['queries']:
-            candidates = [Candidate(to_grid(grid, path), *rest) for grid, *rest in rows]
+            candidates = [Candidate(to_grid(grid, path), votes, found, score) for grid, votes, found, score in rows]
             known[k, i] = Known(done, seen, candidates)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: not what nanoarc solve keeps while it solves, remove it to begin anew") from None

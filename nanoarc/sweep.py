@@ -41,7 +41,7 @@ from optuna.trial import TrialState
 from nanoarc import checkpoint
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig, width_lr
-from nanoarc.run import Run, Signals, apply_values, read_metrics, read_toml
+from nanoarc.run import Run, Signals, apply_values, exit_after, read_metrics, read_toml
 from nanoarc.settings import check_numbers
 from nanoarc.sources import BUNDLED
 from nanoarc.train import TrainConfig
@@ -59,7 +59,7 @@ class SweepConfig:
     trials: int = 100 # of the study, all workers and earlier calls together. 0 = the report alone
     jobs: int = 1 # trials at a time, each with its share of the threads
     storage: str = '' # URL of a database that several machines can reach. '' = sqlite in out_dir
-    heartbeat: int = 10 # seconds between a worker's signs of life. a trial that misses three is taken over
+    heartbeat: int = 10 # seconds between a worker's signs of life. a trial that misses some is taken over
     keep: bool = False # keep the checkpoints of trials that ended, not their metrics alone
 
     def check(self):
@@ -168,6 +168,7 @@ def absolute(spec):
     return "+".join(parts)
 
 def with_absolute(values):
+    """ settings whose sources are found from any directory """
     return {name: absolute(x) if name in ('data', 'adapt') else x for name, x in values.items()}
 
 def to_toml(values):
@@ -188,7 +189,9 @@ def alone(out_dir):
 def open_storage(cfg, out_dir):
     """ the database. raises ValueError """
     url = cfg.storage or f"sqlite:///{out_dir / 'study.db'}"
-    options = {'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {}
+    options = {}
+    if url.startswith('sqlite'):
+        options = {'connect_args': {'timeout': 60}} # seconds that it may wait for another worker's write
     try:
         return optuna.storages.RDBStorage(url, heartbeat_interval=cfg.heartbeat, grace_period=GRACE * cfg.heartbeat,
                                           heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
@@ -216,9 +219,10 @@ def open_study(cfg, out_dir, fixed, search, run):
                 study.enqueue_trial({name: to_param(x) for name, x in first.items()})
             begun = now
     wrong = []
-    for part in now:
-        for key in {**now[part], **begun[part]}:
-            if now[part].get(key) != begun[part].get(key):
+    for part in ('fixed', 'search'):
+        mine, theirs = now[part], begun[part]
+        for key in {**mine, **theirs}:
+            if mine.get(key) != theirs.get(key):
                 wrong.append(f"[{part}] {key}")
     if wrong:
         raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
@@ -258,7 +262,7 @@ class Sweep:
         by_run(self.study) # raises
 
     def left(self):
-        """ how many trials nobody has begun, or wait to be gone on with? """
+        """ -> the number of trials that nobody has begun, or that wait for somebody who goes on with them """
         found = by_run(self.study)
         waiting = sum(trial.state == TrialState.WAITING for trial in found.values())
         return max(self.cfg.trials - len(found), 0) + waiting
@@ -323,7 +327,8 @@ class Sweep:
         """ train a trial -> val nats. raises TrialPruned or Failed, and SystemExit when this worker is to stop """
         name = trial.user_attrs.get('run', NAME.format(trial.number))
         trial.set_user_attr('run', name)
-        if sorted(by_run(self.study)).index(name) >= self.cfg.trials: # another worker has begun the last one meanwhile
+        before = [other for other in by_run(self.study) if other < name]
+        if len(before) >= self.cfg.trials: # meanwhile another worker has begun the last one
             trial.set_user_attr('extra', True)
             raise Failed("one too many")
         run = self.out_dir / name
@@ -344,7 +349,7 @@ class Sweep:
         raise Failed
 
     def ended(self, study, trial):
-        """ what is said of a trial """
+        """ called after each trial: says how it went, prunes its checkpoints, stops if it was the last """
         run = trial.user_attrs['run']
         if 'extra' not in trial.user_attrs:
             text = f"{run} {how_it_ended(trial)}"
@@ -376,7 +381,7 @@ def sweep(cfg):
                 path = report(worker.study, worker.out_dir, worker.fixed, worker.search)
         if signals.got:
             print(f"stopped by signal {signals.got}, the same command goes on", flush=True)
-            sys.exit(0 if signals.got == signal.SIGTERM else 128 + signals.got)
+            exit_after(signals.got)
     return path
 
 # -----------------------------------------------------------------------------
@@ -390,6 +395,7 @@ def number(x):
     return f"{x:.4g}" if type(x) is float else str(x)
 
 def how_it_ended(trial):
+    """ in words """
     if trial.state == TrialState.COMPLETE:
         return f"{trial.value:.4f} nats"
     if trial.state == TrialState.PRUNED:
@@ -399,7 +405,7 @@ def how_it_ended(trial):
     return trial.state.name.lower()
 
 def last_value(trial):
-    """ val nats of a trial, of one that has not ended the last ones, inf where there are none """
+    """ val nats of a trial: those at its end or, before it, those reported last. inf where there are none """
     if trial.value is not None:
         return trial.value
     return trial.intermediate_values.get(trial.last_step, math.inf)
@@ -427,7 +433,8 @@ def report(study, out_dir, fixed, search):
         rows.append([name, "" if nats == math.inf else f"{nats:.4f}", how_it_ended(trial), *params])
     lines = ""
     for row in rows:
-        lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines += f"<tr>{cells}</tr>"
     pictures = ""
     if done > 1:
         try:

@@ -9,7 +9,6 @@ fixed), lr, tok_s, wait (share of the time that was spent waiting for data).
 import contextlib
 import copy
 import importlib.util
-import os
 import signal
 import sys
 import time
@@ -17,15 +16,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoarc import checkpoint
 from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
-from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, fit_to_data, from_saved, get_device, get_ranks,
-                         make_dataset, make_model, over_ranks, refuse_changes, threads, together)
+from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved, get_device,
+                         get_ranks, is_first_rank, make_dataset, make_model, over_ranks, refuse_changes, threads,
+                         together)
 from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.view import draw_loss, draw_val
 
@@ -107,9 +106,9 @@ def fill_rows(batch, n):
     if more <= 0:
         return batch
     parts = []
-    for x, empty in zip(batch, (PAD, -100, 0, -1, 0, 0)):
+    for x, empty in zip(batch, (PAD, -100, 0, -1, 0, 0)): # of idx, targets, pos, doc, task, dihedral
         if x is not None:
-            x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, more), value=empty)
+            x = torch.cat([x, x.new_full((more, *x.shape[1:]), empty)])
         parts.append(x)
     batch = Batch(*parts)
     if batch.doc is not None: # cut into documents -1, -2, ... of 128 tokens: one large one costs attention more
@@ -173,7 +172,10 @@ class Training:
             self.restore()
 
     def read(self):
-        """ data and checkpoint -> {name: value} of what must be the same on all ranks. raises ValueError """
+        """
+        ds, loader, model_cfg, and of a resumed run tensors and meta -> {name: value} of what must be the same on all
+        ranks. raises ValueError
+        """
         cfg = self.cfg
         self.ds = make_dataset(self.data_cfg, cfg.seed)
         self.loader = self.ds.loader(self.rank, self.world, self.device)
@@ -214,7 +216,7 @@ class Training:
             block.compile()
         for block in self.ema.blocks if self.ema else ():
             block.compile()
-        return -(-batch_rows // self.world)
+        return -(-batch_rows // self.world) # rounded up
 
     def open_log(self):
         """ -> Log, with what this run is about in it, and trained_on.txt beside it """
@@ -222,7 +224,9 @@ class Training:
         out_dir = self.out_dir if self.rank == 0 else None
         configs = cfg, self.model_cfg, self.data_cfg
         self.log = Log(out_dir, self.state.step, self.state.name, configs, self.device, self.world)
-        where = f"{self.device}, {threads()}" if self.device.type == 'cpu' else f"{self.device}"
+        where = str(self.device)
+        if self.device.type == 'cpu':
+            where += f", {threads()}"
         if self.world > 1:
             where += f", {self.world} ranks"
         leaks = [f"leak allowed: {text}" for text in ds.leaks]
@@ -272,8 +276,9 @@ class Training:
                 a.lerp_(p.detach(), 1 - decay)
 
     def not_finite(self):
-        """ the error to raise """
-        step, tasks = self.state.step, "on another rank"
+        """ -> the error to raise """
+        step = self.state.step
+        tasks = "on another rank"
         if self.watch.bad is not None:
             step, place = self.watch.bad
             names = self.loader.names(*place, self.cfg.grad_accum)
@@ -297,8 +302,7 @@ def train(cfg, model_cfg, data_cfg):
     out_dir = cfg.resume or cfg.out_dir
     if cfg.resume:
         checkpoint.some_steps(cfg.resume) # raises before the lock would make it a directory
-    is_first = os.environ.get('RANK', '0') == '0' # under torchrun there are several of us, one writes
-    with Signals() as signals, checkpoint.lock(out_dir) if is_first else contextlib.nullcontext():
+    with Signals() as signals, checkpoint.lock(out_dir) if is_first_rank() else contextlib.nullcontext():
         if not cfg.resume and checkpoint.steps(out_dir):
             raise ValueError(f"{out_dir} holds a run already: continue it with --resume {out_dir}, or choose another "
                              "--out_dir")
@@ -328,10 +332,10 @@ def loop(run, signals):
         stop, max_iters, bad = over_ranks(world, 'MAX', signals.got, state.max_iters, run.watch.found())
         stop, state.max_iters = int(stop), int(max_iters)
         done = 0 < state.max_iters <= state.step
-        # save in time, and in the moment when the number of steps gets fixed
+        # also in the moment when the number of steps gets fixed
         saves = is_time(cfg.save_every, state.step) or state.max_iters != planned
         planned = state.max_iters
-        if saves or stop or done: # nothing bad may be saved
+        if saves or stop or done: # nothing bad may be saved, so look at the last step too
             bad, = over_ranks(world, 'MAX', run.watch.found(lag=0))
         if bad:
             raise run.not_finite()
@@ -391,7 +395,7 @@ def loop(run, signals):
         if state.step > start or not cfg.resume:
             run.save()
         run.log.print(f"stopped by signal {stop} after step {state.step}, --resume {run.out_dir} goes on")
-        sys.exit(0 if stop == signal.SIGTERM else 128 + stop)
+        exit_after(stop)
     run.validate(1.0)
     run.save()
     if cfg.draw_every > 0:

@@ -44,9 +44,10 @@ def view(cfg):
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
     elif all(Path(x).is_dir() for x in cfg.things):
-        if not cfg.out:
+        out = cfg.out
+        if not out:
             checkpoint.refuse_links(cfg.things[0])
-        out = cfg.out or f"{cfg.things[0]}/loss.png"
+            out = f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
         print_frame("runs", run_frame(cfg.things))
         print(out)
@@ -88,8 +89,8 @@ def attempts_of(tasks, path):
 def print_task(task, tried=(), console=None):
     """ demos, queries, attempts and answers side by side, inputs over outputs """
     console = console or Console()
-    rest = f" ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries"
-    console.print(Text.assemble((task.name, 'bold'), rest)) # brackets in a name are no markup
+    about = f" ({task.source}): {len(task.demos)} demos, {len(task.queries)} queries"
+    console.print(Text.assemble((task.name, 'bold'), about)) # brackets in a name are no markup
     blocks = []
     for caption, grids in captioned(task, tried):
         table = Table(caption, box=None, padding=0, header_style="red" if "wrong" in caption else "dim")
@@ -175,7 +176,8 @@ def state_of(queries):
 
 def pack_grid(grid):
     """ [[0, 1], [2, 3]] -> '01|23' """
-    return "|".join("".join(map(str, row)) for row in grid)
+    rows = ["".join(map(str, row)) for row in grid]
+    return "|".join(rows)
 
 # -----------------------------------------------------------------------------
 # pictures
@@ -236,7 +238,7 @@ def draw_val(model, ds, out, n=4):
     shown = []
     model.eval()
     for pair in pairs[np.argsort(size, kind='stable')[:n]]:
-        docs = s.plan(np.array([pair]), 0, 0, True, 0)
+        docs = s.plan(np.array([pair]), visit=0, order=0, as_is=True, seed=0)
         length = int(docs.length[0])
         batch = s.write(one_a_row(docs), 0, 1, length, loss_on='query')
         T = int((batch.targets[0] >= 0).nonzero()[0]) + 1 # tokens of the prompt
@@ -245,7 +247,7 @@ def draw_val(model, ds, out, n=4):
             told = {'task': batch.task[:, 0].to(model.device), 'dihedral': batch.dihedral[:, 0].to(model.device)}
         idx, pos = batch.idx[:, :T].to(model.device), batch.pos[:, :T].to(model.device)
         tokens = decode(model, idx, pos, **told, most=length - T)[0].tokens
-        while tokens and tokens[-1] != ROW: # END, or a row that was cut short where the answer should have ended
+        while tokens and tokens[-1] != ROW: # without END, or a last row that was cut short
             tokens.pop()
         k = t.pair_task[pair]
         task = s.task(k)
@@ -259,8 +261,9 @@ def draw_loss(runs, out):
     fig, ax = pyplot().subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
         rows = need_metrics(run)
-        name, train_color, val_color = "", "C0", "C1"
-        if len(runs) > 1:
+        if len(runs) == 1:
+            name, train_color, val_color = "", "C0", "C1"
+        else:
             name, train_color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"
         steps, loss = curve(rows, 'loss')
         if steps:
@@ -341,7 +344,8 @@ def print_stats(cfg, png=''):
     print_frame("colors", pl.DataFrame(lines))
     shots = (docs.pairs >= 0).sum(1) - 1
     others = np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable # demos that could stand before each pair
-    lost = int((shots < np.minimum(others, s.most)[docs.pairs[:, 0]]).sum())
+    asked = np.minimum(others, s.most)[docs.pairs[:, 0]]
+    lost = int((shots < asked).sum()) # documents with fewer
     counts = {'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
               'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
               'tasks malformed': len(ds.bad)}
