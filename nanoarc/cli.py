@@ -114,17 +114,17 @@ def check_source(cfg):
     """ data check and data pack: reads a source, prints what is in it, writes it. raises ValueError """
     from nanoarc.corpus import Corpus, overlaps, queries_of
     from nanoarc.sources import read_sources
+    from nanoarc.view import count_tasks
     sources = read_sources(cfg.src, True, cfg.on_bad, cfg.deal)
     if len(sources) == 0:
         raise ValueError("data: want a source")
     if cfg.action == 'pack' and (len(sources) > 1 or sources[0][1] > 1 or not cfg.out):
         raise ValueError("data pack: want one source, without + or *, and --out DIR")
     for c, _ in sources:
-        n_demos = int(c.n_demos.sum())
-        n_answers = int((c.h[1::2][~c.is_demo()] > 0).sum()) # an output without rows is not known
+        n = count_tasks(c)
         left_out = f", {len(c.bad)} things left out" if c.bad else ""
-        print(f"{c.source}: {len(c)} tasks, {n_demos} demos, {len(c.hash) - n_demos} queries, "
-              f"{n_answers} of them with an answer{left_out}")
+        print(f"{c.source}: {n['tasks']} tasks, {n['demos']} demos, {n['queries']} queries, "
+              f"{n['answers']} of them with an answer{left_out}")
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':
@@ -223,9 +223,8 @@ COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': sol
 
 def set_threads():
     """
-    threads of OpenMP that wait for each other spin 300,000 rounds before they sleep. with 5,000 training is a fifth
-    faster beside one busy process, and as fast alone; fewer cost more alone than they save there (bench/busy.py).
-    torch reads this while it is imported
+    threads of OpenMP spin 300,000 rounds while they wait for each other. with 5,000 training is as fast alone and a
+    fifth faster beside a busy process, with fewer it is slower alone (bench/busy.py). torch reads this at its import
     """
     if 'OMP_WAIT_POLICY' not in os.environ:
         os.environ.setdefault('GOMP_SPINCOUNT', '5000')

@@ -107,7 +107,7 @@ def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ and not dist.is_initialized():
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(hours=12)) # so long a rank may wait for one that solves
+        dist.init_process_group(backend, timeout=timedelta(hours=12)) # a rank may wait for one that solves longer
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -170,7 +170,7 @@ class Signals:
             signal.signal(number, handler)
 
 def exit_after(number):
-    """ SystemExit at the end of what a signal stopped: 0 for SIGTERM, which asked for that, otherwise 128 + number """
+    """ the process ends as a signal wants it: with 0 after SIGTERM, else with 128 + its number """
     sys.exit(0 if number == signal.SIGTERM else 128 + number)
 
 def end_with_stdin():
@@ -185,8 +185,8 @@ def end_with_stdin():
 
 class Budget:
     """
-    minutes -> a number of steps. the first five are slow, from then on the speed is measured. the number must be known
-    before the learning rate begins to fall, for it says when that is.
+    minutes -> a number of steps, by the speed after the first five, which are slow. it must be known before the
+    learning rate begins to fall, for it says when that is.
     """
 
     def __init__(self, cfg, step):
@@ -302,7 +302,7 @@ class Log:
                 self.bar = Progress(*columns, console=Console(soft_wrap=True))
 
     def begin_rows(self, step):
-        """ metrics.jsonl, of a resumed run without what it writes again: of its checkpoint's step the validation """
+        """ metrics.jsonl, without what a resumed run writes again: also the validation at its step """
         rows = read_metrics(self.out_dir) if step > 0 else []
         lines = []
         for row in rows:
@@ -494,7 +494,7 @@ def load_run(out_dir, device, base=''):
 def refuse_changes(meta, cfg, model_cfg):
     """ raises ValueError that names the settings without which a saved run would not go on as it began """
     old, new = saved_configs(meta)[0], model_cfg
-    if isinstance(old, LMConfig): # files may move (base_sha256 tells them), memory may be used in another way
+    if isinstance(old, LMConfig): # these may change: files move, but base_sha256 stays
         old = replace(old, base=new.base, recompute=new.recompute, shard=new.shard)
     elif old.resolved() == new.resolved(): # the same, said in another way
         old = new
@@ -532,7 +532,7 @@ def begin_with(model, ds, run):
     return f"weights of {when}, {len(known)} of {len(ds.rows)} tasks known to it"
 
 def begin_with_blocks(model, tensors, part):
-    """ of what a checkpoint has, the blocks and the norm behind them into a model -> a text that says so """
+    """ the blocks and the norm behind them into a model, all else stays -> a text that says so """
     blocks = f"{part}.blocks.", f"{part}.norm."
     old = {name: x for name, x in tensors.items() if name.startswith(blocks)}
     mine = model.state_dict(prefix=f"{part}.")

@@ -122,12 +122,11 @@ def view_rounds(views, minutes, first):
     how many views to decode in a round -> list of (from, up to but not with): all in one if there is time for all,
     otherwise twice as many each round, so that time may run out after any
     """
-    if minutes == 0:
-        return [(0, views)]
     edges = [0]
-    while first < views:
-        edges.append(first)
-        first *= 2
+    if minutes > 0:
+        while first < views:
+            edges.append(first)
+            first *= 2
     edges.append(views)
     return list(zip(edges, edges[1:]))
 

@@ -25,7 +25,6 @@ from nanoarc.settings import check_numbers, differences
 from nanoarc.sources import read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
-RESULTS = 'submission.json', 'candidates.jsonl', 'solve.json' # of a solve
 
 @dataclass
 class ScoreConfig:
@@ -204,8 +203,8 @@ class Keeper:
         self.save()
 
     def files(self):
-        """ those of all ranks, the first one's last """
-        return sorted(self.out_dir.glob('solving-[0-9]*.json'), reverse=True)
+        """ those of all ranks """
+        return sorted(self.out_dir.glob('solving-[0-9]*.json'))
 
     def learn(self, spent, known):
         """ what another rank or an earlier start knew: of each query the one that got further """
@@ -292,7 +291,7 @@ def read_known(path, settings):
 @contextlib.contextmanager
 def hold(out_dir):
     """ nobody else solves into out_dir meanwhile. raises ValueError if it cannot be written: now, not after hours """
-    for name in RESULTS:
+    for name in ('submission.json', 'candidates.jsonl', 'solve.json'):
         if (out_dir / name).is_dir():
             raise ValueError(f"{out_dir / name} is a directory, choose another --out_dir")
     with contextlib.ExitStack() as stack: # an error of the solve itself is none of those caught here

@@ -168,7 +168,7 @@ def absolute(spec):
     return "+".join(parts)
 
 def with_absolute(values):
-    """ settings whose sources are found from any directory """
+    """ settings with sources that are found from any directory """
     return {name: absolute(x) if name in ('data', 'adapt') else x for name, x in values.items()}
 
 def to_toml(values):
@@ -189,9 +189,7 @@ def alone(out_dir):
 def open_storage(cfg, out_dir):
     """ the database. raises ValueError """
     url = cfg.storage or f"sqlite:///{out_dir / 'study.db'}"
-    options = {}
-    if url.startswith('sqlite'):
-        options = {'connect_args': {'timeout': 60}} # seconds that it may wait for another worker's write
+    options = {'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {} # seconds, for another's write
     try:
         return optuna.storages.RDBStorage(url, heartbeat_interval=cfg.heartbeat, grace_period=GRACE * cfg.heartbeat,
                                           heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
@@ -262,7 +260,7 @@ class Sweep:
         by_run(self.study) # raises
 
     def left(self):
-        """ -> the number of trials that nobody has begun, or that wait for somebody who goes on with them """
+        """ -> how many trials nobody has begun, or wait for somebody who goes on with them """
         found = by_run(self.study)
         waiting = sum(trial.state == TrialState.WAITING for trial in found.values())
         return max(self.cfg.trials - len(found), 0) + waiting
@@ -349,7 +347,7 @@ class Sweep:
         raise Failed
 
     def ended(self, study, trial):
-        """ called after each trial: says how it went, prunes its checkpoints, stops if it was the last """
+        """ after each trial: says how it went, prunes, stops if it was the last """
         run = trial.user_attrs['run']
         if 'extra' not in trial.user_attrs:
             text = f"{run} {how_it_ended(trial)}"
@@ -405,7 +403,7 @@ def how_it_ended(trial):
     return trial.state.name.lower()
 
 def last_value(trial):
-    """ val nats of a trial: those at its end or, before it, those reported last. inf where there are none """
+    """ val nats at the end of a trial, or those reported last, inf where there are none """
     if trial.value is not None:
         return trial.value
     return trial.intermediate_values.get(trial.last_step, math.inf)

@@ -22,9 +22,9 @@ from nanoarc import checkpoint
 from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
-from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved, get_device,
-                         get_ranks, is_first_rank, make_dataset, make_model, over_ranks, refuse_changes, threads,
-                         together)
+from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved,
+                         get_device, get_ranks, is_first_rank, make_dataset, make_model, over_ranks, refuse_changes,
+                         threads, together)
 from nanoarc.settings import MAX_SEED, check_numbers
 from nanoarc.view import draw_loss, draw_val
 
@@ -172,10 +172,7 @@ class Training:
             self.restore()
 
     def read(self):
-        """
-        ds, loader, model_cfg, and of a resumed run tensors and meta -> {name: value} of what must be the same on all
-        ranks. raises ValueError
-        """
+        """ ds, loader, tensors, meta -> {name: value} of what must be the same on all ranks. raises ValueError """
         cfg = self.cfg
         self.ds = make_dataset(self.data_cfg, cfg.seed)
         self.loader = self.ds.loader(self.rank, self.world, self.device)
@@ -277,8 +274,7 @@ class Training:
 
     def not_finite(self):
         """ -> the error to raise """
-        step = self.state.step
-        tasks = "on another rank"
+        step, tasks = self.state.step, "on another rank"
         if self.watch.bad is not None:
             step, place = self.watch.bad
             names = self.loader.names(*place, self.cfg.grad_accum)
