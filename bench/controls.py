@@ -380,8 +380,8 @@ CONTROLS = [
         "test_reliability.py::test_a_full_disk_costs_nothing_but_the_save"),
     Control(
         "a hash that nobody looks at", 'checkpoint.py',
-        "    if found != want:",
-        "    if False:",
+        "        if found == want:",
+        "        if True:",
         "test_reliability.py::test_no_damaged_checkpoint_is_ever_loaded"),
     Control(
         "damaged ones that count", 'checkpoint.py',

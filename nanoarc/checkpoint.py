@@ -61,9 +61,8 @@ def refuse_links(out_dir):
 @contextlib.contextmanager
 def lock(out_dir, name='lock'):
     """
-    while it is held no other process writes this run. the kernel lets go of it when we die, however we die. raises
-    ValueError that names the process that holds it, or a link. whoever solves here takes a lock of another name: that
-    may go on beside training
+    while it is held no other process writes this run. the kernel lets go of it however we die. raises ValueError that
+    names the process that holds it, or a link. by another name it is another lock: to solve while somebody trains
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -157,7 +156,7 @@ def trained(model, optimizers):
     return found
 
 def prune(out_dir, keep=()):
-    """ remove the checkpoints of all other steps, and what a save that was killed has left. nothing else """
+    """ remove the checkpoints of all other steps, whole or half, and nothing else """
     for kind in ('sha256', 'safetensors'): # in this order: what is left is no checkpoint
         for x in steps(out_dir, kind):
             if x not in keep:
@@ -169,28 +168,18 @@ def load(out_dir):
     for step in some_steps(out_dir):
         path = file(out_dir, step)
         try:
-            data = read_whole(path)
-        except ValueError as e:
-            errors.append(str(e))
+            data, want = path.read_bytes(), file(out_dir, step, 'sha256').read_bytes()
+        except OSError as e: # perhaps of a disk that cannot read it
+            errors.append(f"{path}: {e.strerror if path.exists() else 'missing'}")
             continue
-        for error in errors:
-            print(f"warning: {error}, going back to {path}")
-        return parse(data, path)
-    raise ValueError("no whole checkpoint: " + "; ".join(errors))
-
-def read_whole(path):
-    """ the bytes of a checkpoint. raises ValueError if they are not those that were saved """
-    if not path.is_file():
-        raise ValueError(f"{path}: missing")
-    try:
-        data, want = path.read_bytes(), path.with_suffix('.sha256').read_bytes()
-    except OSError as e: # a disk that cannot read it
-        raise ValueError(f"{path}: {e.strerror}") from None
-    found = signed(data, path)
-    if found != want:
+        found = signed(data, path)
+        if found == want:
+            for error in errors:
+                print(f"warning: {error}, going back to {path}")
+            return parse(data, path)
         want = want[:12].decode('ascii', 'backslashreplace')
-        raise ValueError(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
-    return data
+        errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
+    raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
 def parse(data, path):
     """ the bytes of a checkpoint -> (tensors, meta). raises ValueError """

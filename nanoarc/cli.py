@@ -24,6 +24,11 @@ def help_of(f):
     """ the docstring of a function as a line, '' where python -OO has dropped it """
     return " ".join((f.__doc__ or '').split())
 
+def parse(cls, args, command, f=None):
+    """ list of strings -> a config. --help begins with the docstring of f, or that of the command """
+    from nanoarc.run import parse as parse_flags
+    return parse_flags(cls, args, command, help_of(f or COMMANDS[command]))
+
 def train(args):
     """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
     from nanoarc.data import DataConfig
@@ -54,35 +59,31 @@ def finetune(args):
 def export(args):
     """ a fine-tuned language model -> a directory for transformers, or for the hub """
     from nanoarc.finetune import ExportConfig, export as run
-    from nanoarc.run import parse
-    cfg = parse(ExportConfig, args, 'export', help_of(export))
+    cfg = parse(ExportConfig, args, 'export')
     run(cfg)
     print(cfg.out)
 
 def solve(args):
     """ a trained model and a source -> submission.json """
-    from nanoarc.run import is_first_rank, parse
+    from nanoarc.run import is_first_rank
     from nanoarc.solve import SolveConfig, solve as run
-    path = run(parse(SolveConfig, args, 'solve', help_of(solve)))
+    path = run(parse(SolveConfig, args, 'solve'))
     if is_first_rank():
         print(path)
 
 def score(args):
     """ a submission against the answers of a source """
-    from nanoarc.run import parse
     from nanoarc.submission import ScoreConfig, score_file
-    score_file(parse(ScoreConfig, args, 'score', help_of(score)))
+    score_file(parse(ScoreConfig, args, 'score'))
 
 def view(args):
     """ tasks, attempts and loss curves, in the terminal or as png """
-    from nanoarc.run import parse
     from nanoarc.view import ViewConfig, view as run
-    run(parse(ViewConfig, args, 'view', help_of(view)))
+    run(parse(ViewConfig, args, 'view'))
 
 def data(args):
     """ data check SRC, data stats SRC, data pack SRC --out DIR: check a source, describe it, make it open at once """
     from nanoarc.data import DataConfig
-    from nanoarc.run import parse
     from nanoarc.settings import check_numbers
 
     @dataclass
@@ -99,7 +100,7 @@ def data(args):
         max_pair: int = 0 # stats: only tasks with no longer demo. 0 = all
         png: str = '' # stats: a picture too
 
-    cfg = parse(Data, args, 'data', help_of(data))
+    cfg = parse(Data, args, 'data')
     check_numbers(cfg, dict(deal=1, shots=-1, block_size=1))
     if cfg.action == 'stats':
         from nanoarc.view import print_stats
@@ -142,7 +143,6 @@ def check_source(cfg):
 def text(args):
     """ text prepare, text hellaswag, text sample: token shards, a test of language models, what they say """
     from nanoarc.hellaswag import HellaswagConfig, SampleConfig, hellaswag, sample
-    from nanoarc.run import parse
     from nanoarc.text import PrepareConfig, prepare
     actions = {'prepare': (PrepareConfig, prepare), 'hellaswag': (HellaswagConfig, hellaswag),
                'sample': (SampleConfig, sample)}
@@ -156,19 +156,17 @@ def text(args):
         said = f"text {name}".strip()
         raise ValueError(f"{said}: want {', '.join(actions)}, each with --help")
     cls, action = actions[name]
-    action(parse(cls, args[1:], f"text {name}", help_of(action)))
+    action(parse(cls, args[1:], f"text {name}", action))
 
 def sweep(args):
     """ search for settings: sweep SPACE.toml --trials 100 --jobs 1 """
     if not importlib.util.find_spec('optuna'):
         raise ValueError("sweep: want optuna: pip install 'nanoarc[sweep]'")
-    from nanoarc.run import parse
     from nanoarc.sweep import SweepConfig, sweep as run
-    run(parse(SweepConfig, args, 'sweep', help_of(sweep)))
+    run(parse(SweepConfig, args, 'sweep'))
 
 def source(args):
     """ print the core, a header before each file, to read or to paste into a language model """
-    from nanoarc.run import parse
 
     @dataclass
     class Source:
@@ -176,7 +174,7 @@ def source(args):
         # only a table of lines and tokens (characters / 4), with the longest function and the longest line
         count: bool = False
 
-    cfg = parse(Source, args, 'source', help_of(source))
+    cfg = parse(Source, args, 'source')
     if cfg.count:
         print_counts()
         return

@@ -54,9 +54,7 @@ class LMConfig:
     recompute: bool = False
     # under torchrun each rank holds a part of the frozen weights (FSDP2), for a base that fits into no single gpu
     shard: bool = False
-    # dtype of the frozen weights: 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on
-    # older, else float32
-    base_dtype: str = 'auto'
+    base_dtype: str = 'auto' # of the frozen weights, as dtype
     base_sha256: str = '' # of the files of the base, set when they are first read
 
     def check(self):
@@ -195,8 +193,8 @@ class TextForm:
             bos = tokenizer.bos_token_id
             if bos is not None and tokenizer('I').input_ids[0] == bos: # the base is used to one before a text
                 start = tokenizer.bos_token
-        self.text = {color: str(color) for color in range(10)}
-        self.text.update({ROW: '\n', IN: ask, OUT: answer, END: end, FIRST: start + ask})
+        digits = {color: str(color) for color in range(10)}
+        self.text = {**digits, ROW: '\n', IN: ask, OUT: answer, END: end, FIRST: start + ask}
         # the tokens of a piece depend on the text before it. so each symbol gets an example of what may stand there
         pair = f"{start}{ask}1\n{answer}1\n"
         before = {color: start + ask for color in range(10)}

@@ -231,12 +231,10 @@ class Solver:
 
     def known(self, done):
         """ {query: Known} """
-        seen = defaultdict(list)
-        for x in self.seen:
-            seen[x.query].append(x.number)
         known = {}
         for query, candidates in self.candidates.items():
-            known[query] = Known(done, seen[query], list(candidates.values()))
+            seen = [x.number for x in self.seen if x.query == query]
+            known[query] = Known(done, seen, list(candidates.values()))
         return known
 
 # -----------------------------------------------------------------------------

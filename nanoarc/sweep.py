@@ -42,7 +42,7 @@ from nanoarc import checkpoint
 from nanoarc.data import DataConfig
 from nanoarc.model import ModelConfig, width_lr
 from nanoarc.run import Run, Signals, apply_values, exit_after, read_metrics, read_toml
-from nanoarc.settings import check_numbers
+from nanoarc.settings import check_numbers, differences
 from nanoarc.sources import BUNDLED
 from nanoarc.train import TrainConfig
 from nanoarc.view import pyplot
@@ -217,13 +217,10 @@ def open_study(cfg, out_dir, fixed, search, run):
                 study.enqueue_trial({name: to_param(x) for name, x in first.items()})
             begun = now
     wrong = []
-    for part in ('fixed', 'search'):
-        mine, theirs = now[part], begun[part]
-        for key in {**mine, **theirs}:
-            if mine.get(key) != theirs.get(key):
-                wrong.append(f"[{part}] {key}")
+    for part in now:
+        wrong += [f"[{part}] {text}" for text in differences(begun[part], now[part], 'begun')]
     if wrong:
-        raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)} differ: choose another --out_dir")
+        raise ValueError(f"{out_dir}: begun with another space, {', '.join(wrong)}: choose another --out_dir")
     return study, study.user_attrs['settings']
 
 def by_run(study):

@@ -23,7 +23,7 @@ import numpy as np
 from nanoarc import checkpoint
 from nanoarc.corpus import hash_file, read_json
 from nanoarc.data import EPOCH, ArcLoader, Buffers, bijection, hash64, mix, split
-from nanoarc.settings import check_numbers
+from nanoarc.settings import check_numbers, differences
 
 MAGIC, VERSION = 20240520, 1 # of .bin, github.com/karpathy/llm.c dev/data/data_common.py
 ENCODED = 2**21 # characters that are encoded together
@@ -583,12 +583,9 @@ class Preparation:
         """ manifest.json or prepare.json, None if there is none. raises ValueError if other settings made it """
         if not (self.out / name).is_file():
             return None
-        state, wrong = read_json(self.out / name), []
+        state = read_json(self.out / name)
         check_fields(state, ('settings', 'revision', 'tokenizer_sha256', 'shards'), self.out / name)
-        for key, x in self.settings().items():
-            there = state['settings'].get(key)
-            if there != x:
-                wrong.append(f"{key} differs (there {str(there)[:60]}, now {str(x)[:60]})")
+        wrong = differences(state['settings'], self.settings(), 'there')
         if wrong:
             raise ValueError(f"{self.out} holds shards made otherwise, choose another --out_dir: {'; '.join(wrong)}")
         return state

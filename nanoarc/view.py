@@ -49,7 +49,7 @@ def view(cfg):
             checkpoint.refuse_links(cfg.things[0])
             out = f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
-        print_frame("runs", run_frame(cfg.things))
+        print_table("runs", run_rows(cfg.things))
         print(out)
     else:
         view_tasks(cfg)
@@ -112,23 +112,22 @@ def grid_text(grid):
             text.append(f"{x} ", style=f"{ink} on {PALETTE[x]}")
     return text
 
-def print_frame(title, frame):
-    """ a polars frame in the terminal """
+def print_table(title, rows):
+    """ list of dicts of equal keys, in the terminal """
     table = Table(title=title, title_justify='left', title_style='bold')
-    for name in frame.columns:
-        is_text = frame[name].dtype.to_python() is str
-        table.add_column(name, justify='left' if is_text else 'right')
-    for row in frame.iter_rows():
-        table.add_row(*(Text(cell_text(x)) for x in row))
+    for name, x in rows[0].items():
+        table.add_column(name, justify='left' if isinstance(x, str) else 'right')
+    for row in rows:
+        table.add_row(*(Text(cell_text(x)) for x in row.values()))
     Console().print(table)
 
 def cell_text(x):
-    """ a value of a frame as text """
+    """ a value of a table as text """
     if x is None:
         return ""
     if isinstance(x, float):
         return f"{x:.3f}" if x < 10 else f"{x:,.1f}"
-    return f"{x:,}" if isinstance(x, int) else x
+    return x if isinstance(x, str) else f"{x:,}"
 
 # -----------------------------------------------------------------------------
 # a page of what a run solved
@@ -293,12 +292,8 @@ def need_metrics(run):
         raise ValueError(f"{run}: no metrics.jsonl with a row, not a run directory")
     return rows
 
-def run_frame(runs):
-    """
-    run directories -> polars frame, a row a run: its steps, last and best losses in nats per output token, speed.
-    raises ValueError
-    """
-    import polars as pl
+def run_rows(runs):
+    """ run directories -> of each its steps, last and best losses in nats per output token, speed. raises ValueError """
     lines = []
     for run in runs:
         rows = need_metrics(run)
@@ -311,20 +306,19 @@ def run_frame(runs):
         _, wait = curve(rows, 'wait')
         lines.append({'run': str(run), 'step': last['step'], 'loss': last.get('loss'), 'val_loss': last.get('val_loss'),
                       'best val_loss': best, 'at step': steps[val.index(best)] if val else None,
-                      'tok_s': float(np.median(speed)) if speed else None,
-                      'wait': float(np.mean(wait)) if wait else None})
-    return pl.DataFrame(lines, infer_schema_length=None)
+                      'tok_s': np.median(speed) if speed else None,
+                      'wait': np.mean(wait) if wait else None})
+    return lines
 
 # -----------------------------------------------------------------------------
 # statistics of sources
 
 def print_stats(cfg, png=''):
     """ DataConfig -> tables of what its data holds: tasks, sizes, colors, tokens, what does not fit; and a picture """
-    import polars as pl
     ds = ArcDataset(cfg)
     s, t = ds.sampler, ds.sampler.tables
     docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
-    print_frame("tasks", pl.DataFrame([count_tasks(c) for c in s.corpora]))
+    print_table("tasks", [count_tasks(c) for c in s.corpora])
     inputs = 2 * np.flatnonzero(s.known) # numbers of grids
     outputs = inputs + 1
     side = np.maximum(t.h, t.w).astype(int)
@@ -332,7 +326,7 @@ def print_stats(cfg, png=''):
     columns = {'input side': side[inputs], 'output side': side[outputs], 'input cells': area[inputs],
                'output cells': area[outputs], 'tokens, longer way': t.need.max(0)[s.known], 'demos a task': t.n_demos,
                f"tokens a document, shots={cfg.shots}": docs.length, "of them with loss": docs.loss_tokens}
-    print_frame("percentiles", pl.DataFrame([percentiles(name, x) for name, x in columns.items()]))
+    print_table("percentiles", [percentiles(name, x) for name, x in columns.items()])
     cells = np.zeros(10, np.int64) # of each color
     for start in range(0, len(t.cells), 2**24): # they may be more than memory holds
         cells += np.bincount(t.cells[start : start + 2**24], minlength=10)
@@ -341,15 +335,15 @@ def print_stats(cfg, png=''):
         has = sets >> color & 1
         lines.append({'color': color, 'cells': cells[color] / cells.sum(),
                       'inputs that have it': has[inputs].mean(), 'outputs that have it': has[outputs].mean()})
-    print_frame("colors", pl.DataFrame(lines))
+    print_table("colors", lines)
     shots = (docs.pairs >= 0).sum(1) - 1
     others = np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable # demos that could stand before each pair
     asked = np.minimum(others, s.most)[docs.pairs[:, 0]]
-    lost = int((shots < asked).sum()) # documents with fewer
+    lost = (shots < asked).sum() # documents with fewer
     counts = {'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
               'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
               'tasks malformed': len(ds.bad)}
-    print_frame(f"in block_size={cfg.block_size}", pl.DataFrame([counts]))
+    print_table(f"in block_size={cfg.block_size}", [counts])
     if png:
         draw_stats(columns, docs.length, shots, cells, cfg, png)
         print(png)
@@ -358,16 +352,16 @@ def percentiles(name, x):
     """ an array -> a row of the table of percentiles """
     line = {'': name}
     for q in (0, 5, 25, 50, 75, 95, 99, 100):
-        line[f"{q}%"] = int(np.percentile(x, q, method='nearest'))
-    return {**line, 'mean': float(x.mean())}
+        line[f"{q}%"] = np.percentile(x, q, method='nearest')
+    return {**line, 'mean': x.mean()}
 
 def count_tasks(c):
     """ Corpus -> a row of the table of tasks """
     h, w = c.h.reshape(-1, 2), c.w.reshape(-1, 2)
     answered, is_demo = h[:, 1] > 0, c.is_demo()
     same = (h[:, 0] == h[:, 1]) & (w[:, 0] == w[:, 1])
-    return {'source': c.source, 'tasks': len(c), 'demos': int(is_demo.sum()), 'queries': int((~is_demo).sum()),
-            'answers': int((answered & ~is_demo).sum()), 'same_shape': float(same[answered].mean())}
+    return {'source': c.source, 'tasks': len(c), 'demos': is_demo.sum(), 'queries': (~is_demo).sum(),
+            'answers': (answered & ~is_demo).sum(), 'same_shape': same[answered].mean()}
 
 def draw_stats(columns, length, shots, cells, cfg, out):
     """ sides, colors and document lengths of a source -> a png """

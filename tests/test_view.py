@@ -125,6 +125,6 @@ def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run[0], tmp_path / 'other')
     cli(['view', tiny_run[0], str(tmp_path / 'other'), f"--out={tmp_path / 'x.png'}"])
     assert (tmp_path / 'x.png').stat().st_size > 10000 and "at step" in capsys.readouterr().out
-    frame = view.run_frame([tiny_run[0], str(tmp_path / 'other')])
+    rows = view.run_rows([tiny_run[0], str(tmp_path / 'other')])
     losses = [x['loss'] for x in read_metrics(tiny_run[0]) if 'loss' in x]
-    assert frame['step'].to_list() == [30, 30] and frame['loss'][0] == losses[-1]
+    assert [row['step'] for row in rows] == [30, 30] and rows[0]['loss'] == losses[-1]
