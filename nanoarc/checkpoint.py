@@ -183,7 +183,7 @@ def load(out_dir):
 
 def parse(data, path):
     """ the bytes of a checkpoint -> (tensors, meta). raises ValueError """
-    try: # the header by hand: of bytes safetensors gives the tensors alone. they begin with its length
+    try: # the header by hand, its length comes first: of bytes safetensors gives the tensors alone
         n = int.from_bytes(data[:8], 'little')
         header = json.loads(data[8 : 8 + n])
         meta = json.loads(header['__metadata__']['nanoarc'])

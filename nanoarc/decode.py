@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nanoarc.grids import END, MAX_GRID, PAD, ROW, VOCAB_SIZE, encode_grid, may_follow, next_place
 
 class Answer(NamedTuple):
-    """ what may be the output of a query """
+    """ of one prompt """
     prompt: int # its row in the batch of prompts
     tokens: list # up to END
     log_prob: float # of all of them, under the grammar

@@ -63,10 +63,9 @@ def export(cfg):
             merged[name.replace('.base_layer', '')] = p
     with torch.no_grad():
         for name, p in full.named_parameters():
-            if merged[name].shape == p.shape:
-                p.copy_(merged[name])
-            else: # embedding and head of a shrunk vocabulary
-                p[lm.kept] = merged[name].to(p.dtype)
+            is_shrunk = merged[name].shape != p.shape # embedding and head may be
+            rows = lm.kept if is_shrunk else slice(None)
+            p[rows] = merged[name].to(p.dtype)
     if is_gguf: # it is not quantized any more
         del full.config.quantization_config
     full.save_pretrained(cfg.out)

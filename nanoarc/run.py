@@ -478,8 +478,8 @@ def saved_configs(meta):
 
 def load_run(out_dir, device, base=''):
     """
-    out_dir of a run, and where its pretrained model lies now if that has moved -> (model in eval mode with the weights
-    that validation uses, config of its data, meta data). raises ValueError
+    out_dir of a run, and where its pretrained model lies if that has moved -> (model in eval mode with the weights that
+    validation uses, config of its data, meta data). raises ValueError
     """
     tensors, meta = checkpoint.load(out_dir)
     model_cfg, data_cfg = saved_configs(meta)
@@ -508,8 +508,8 @@ def refuse_changes(meta, cfg, model_cfg):
 
 def begin_with(model, ds, run):
     """
-    the weights of another run into a model, averaged ones if it has them -> a line that says so. of a task that it does
-    not know the new embedding stays. of a run of text with other tokens only the blocks are taken. raises ValueError
+    the weights of another run into a model, averaged ones if it has them -> a line that says so. a task that it does
+    not know keeps its new embedding; of text with other tokens only the blocks are taken. raises ValueError
     """
     tensors, meta = checkpoint.load(run)
     part = checkpoint.eval_part(meta)
@@ -532,7 +532,7 @@ def begin_with(model, ds, run):
     return f"weights of {when}, {len(known)} of {len(ds.rows)} tasks known to it"
 
 def begin_with_blocks(model, tensors, part):
-    """ the blocks and the norm behind them into a model, all else stays -> a text that says so """
+    """ of these weights the blocks and the norm behind them into a model -> a text that says so """
     blocks = f"{part}.blocks.", f"{part}.norm."
     old = {name: x for name, x in tensors.items() if name.startswith(blocks)}
     mine = model.state_dict(prefix=f"{part}.")

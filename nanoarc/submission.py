@@ -239,7 +239,7 @@ class Keeper:
         self.due = time.perf_counter() + (time.perf_counter() - t) / self.SHARE
 
     def pause(self):
-        """ called between two batches: saves if it is time -> is the solve to stop? """
+        """ between two batches: saves if it is time -> is the solve to stop? """
         if time.perf_counter() > self.due:
             self.save()
         return self.signals.got > 0
@@ -294,7 +294,7 @@ def hold(out_dir):
     for name in ('submission.json', 'candidates.jsonl', 'solve.json'):
         if (out_dir / name).is_dir():
             raise ValueError(f"{out_dir / name} is a directory, choose another --out_dir")
-    with contextlib.ExitStack() as stack: # an error of the solve itself is none of those caught here
+    with contextlib.ExitStack() as stack: # so that no error of the solve itself is caught
         try:
             stack.enter_context(checkpoint.lock(out_dir, 'solving.lock'))
             checkpoint.write_file(out_dir / 'solving.tmp', bytes(2**20)) # about what a submission needs

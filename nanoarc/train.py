@@ -209,9 +209,8 @@ class Training:
         gains = self.device.type == 'cuda' and cfg.dtype == 'bfloat16' and batch_rows > 0
         if cfg.compile == 'off' or (cfg.compile == 'auto' and not gains) or len(self.model.blocks) == 0:
             return 0
-        for block in self.model.blocks: # blocks of a kind share what is compiled, and around them little is left
-            block.compile()
-        for block in self.ema.blocks if self.ema else ():
+        averaged = self.ema.blocks if self.ema else []
+        for block in (*self.model.blocks, *averaged): # blocks of a kind share what is compiled, and little is left
             block.compile()
         return -(-batch_rows // self.world) # rounded up
 

@@ -260,13 +260,12 @@ def draw_loss(runs, out):
     fig, ax = pyplot().subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
         rows = need_metrics(run)
+        name, color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"
         if len(runs) == 1:
-            name, train_color, val_color = "", "C0", "C1"
-        else:
-            name, train_color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"
+            name, color, val_color = "", "C0", "C1"
         steps, loss = curve(rows, 'loss')
         if steps:
-            ax.plot(steps, loss, color=train_color, label=f"training{name}", alpha=0.5, linewidth=1)
+            ax.plot(steps, loss, color=color, label=f"training{name}", alpha=0.5, linewidth=1)
         steps, loss = curve(rows, 'val_loss')
         if steps:
             ax.plot(steps, loss, color=val_color, label=f"validation{name}", marker='o', markersize=3)
@@ -278,12 +277,8 @@ def draw_loss(runs, out):
 
 def curve(rows, key):
     """ rows of metrics -> (steps, values) of those that have the key """
-    steps, values = [], []
-    for row in rows:
-        if key in row:
-            steps.append(row['step'])
-            values.append(row[key])
-    return steps, values
+    rows = [row for row in rows if key in row]
+    return [row['step'] for row in rows], [row[key] for row in rows]
 
 def need_metrics(run):
     """ read_metrics, or ValueError where there are none """
@@ -293,7 +288,7 @@ def need_metrics(run):
     return rows
 
 def run_rows(runs):
-    """ run directories -> of each its steps, last and best losses in nats per output token, speed. raises ValueError """
+    """ run directories -> of each its steps, losses in nats per output token, speed. raises ValueError """
     lines = []
     for run in runs:
         rows = need_metrics(run)
