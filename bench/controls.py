@@ -579,8 +579,8 @@ CONTROLS = [
         "            read_known(path, settings)\n",
         "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
     Control(
-        "views that a solve decodes again", 'submission.py',
-        "        solver.seen = [x for x in solver.views if x.number in self.known[x.query].seen]\n",
+        "views that a solve decodes again", 'solve.py',
+        "            self.seen += [x for x in views if x.number in known.seen]\n",
         "",
         "test_solve.py::test_a_signal_writes_what_is_known_and_the_same_command_goes_on"),
     Control(

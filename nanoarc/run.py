@@ -594,9 +594,9 @@ def parse_run(default, args, command, help):
     is_text = isinstance(default.data, TextConfig)
     if is_text:
         default = replace(default, model=model_config(default.model, default.data.text))
-    if resume or init_from:
-        run = resume or init_from
-        meta = checkpoint.load(run)[1]
+    run = resume or init_from
+    if run:
+        _, meta = checkpoint.load(run)
         model, data = saved_configs(meta)
         if type(model) is not type(default.model):
             raise ValueError(f"{run}: not a run of nanoarc {command}, its model is a {type(model).__name__}")

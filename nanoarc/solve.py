@@ -119,8 +119,8 @@ def make_views(sampler, pair, n, seed, query):
 
 def view_rounds(views, minutes, first):
     """
-    how many views to decode in a round -> list of (from, up to but not with): all in one if there is time for all,
-    otherwise twice as many each round, so that time may run out after any
+    which views to decode in each round -> list of (first, first of the next round): all in one if there is time for
+    all, otherwise twice as many each round, so that time may run out after any
     """
     edges = [0]
     if minutes > 0:
@@ -133,16 +133,19 @@ def view_rounds(views, minutes, first):
 class Solver:
     """ a group of tasks, solved together: their views, these through the model, the candidates that come out """
 
-    def __init__(self, cfg, model, autocast, sampler, queries):
-        """ queries: {(task, query) by number: pair of the sampler} """
+    def __init__(self, cfg, model, autocast, sampler, queries, keeper=None):
+        """ queries: {(task, query) by number: pair of the sampler}. keeper: what is known of them, None = nothing """
         self.cfg, self.model, self.autocast = cfg, model, autocast
+        self.pause = keeper.pause if keeper else lambda: False # called between batches: is it to stop?
         self.views = []
         self.seen = [] # views that were decoded
         self.candidates = {} # {query: {bytes of a grid: Candidate}}
-        self.pause = lambda: False # called between batches: is it to stop?
         for query, pair in queries.items():
-            self.views += make_views(sampler, pair, cfg.views, cfg.seed, query)
-            self.candidates[query] = {}
+            known = keeper.known[query] if keeper else Known()
+            views = make_views(sampler, pair, cfg.views, cfg.seed, query)
+            self.views += views
+            self.seen += [x for x in views if x.number in known.seen]
+            self.candidates[query] = {grid_bytes(c.grid): c for c in known.candidates}
 
     def each(self, views, size, f):
         """
@@ -249,8 +252,8 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: Fal
     data_cfg = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket',
                        batch_tokens=cfg.ttt_tokens)
     sources = [(c, 1) for c in corpora]
-    tuned = copy.deepcopy(model)
     new_rows = Sampler(sources, data_cfg).rows # as the dataset below numbers them too
+    tuned = copy.deepcopy(model)
     if model.n_task > 0: # a task that it does not know begins with the mean of all
         known = model.wtask.weight.detach()
         weight = known.mean(0).repeat(len(new_rows), 1)
@@ -363,12 +366,11 @@ class Solving:
         if cfg.ttt_steps > 0:
             lr = cfg.ttt_lr or model.peak_rates(self.meta['train']['lr'], 0)[0] / 5
             corpora = choose_tasks(self.corpora, group)
-            model, rows = fine_tune(model, lr, corpora, self.data_cfg, self.meta['rows'], cfg, self.device,
-                                    keeper.pause)
+            known = self.meta['rows']
+            model, rows = fine_tune(model, lr, corpora, self.data_cfg, known, cfg, self.device, keeper.pause)
             sampler = self.make_sampler(rows)
         queries = self.queries(group)
-        solver = Solver(cfg, model, self.autocast, sampler, queries)
-        keeper.open(solver)
+        keeper.solver = solver = Solver(cfg, model, self.autocast, sampler, queries, keeper)
         # on a gpu a step of all views that go together takes hardly longer than one of few
         first = max(cfg.decode_rows // len(queries), 1) if self.device.type == 'cuda' else 1
         for a, b in view_rounds(cfg.views, cfg.minutes, first):

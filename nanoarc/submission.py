@@ -244,15 +244,8 @@ class Keeper:
             self.save()
         return self.signals.got > 0
 
-    def open(self, solver):
-        """ a group begins, or goes on from what is known of it """
-        self.solver, solver.pause = solver, self.pause
-        for query in solver.candidates:
-            solver.candidates[query] = {grid_bytes(c.grid): c for c in self.known[query].candidates}
-        solver.seen = [x for x in solver.views if x.number in self.known[x.query].seen]
-
     def close(self):
-        """ the group ends, all of it is known if no signal came """
+        """ the Solver ends, all that it was asked is known if no signal came """
         self.known.update(self.solver.known(self.signals.got == 0))
         self.solver = None
 
@@ -324,7 +317,7 @@ def as_rows(x):
 def read_attempts(entries, n, where):
     """
     what a submission has for a task of n queries -> a list by query of {'attempt_1': grid, ...}, the grids alone; and
-    what is odd there, as (kind, text): 'broken' = no grid, 'short' = not all is there, 'remark' = it is worth as much
+    what is odd, as (kind, text): 'broken' = no grid, 'short' = not all is there, 'remark' = unknown to Kaggle
     """
     attempts, said = [], []
     wanted = f"{where}: want a list of attempts by query, got"

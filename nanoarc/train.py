@@ -210,7 +210,8 @@ class Training:
         if cfg.compile == 'off' or (cfg.compile == 'auto' and not gains) or len(self.model.blocks) == 0:
             return 0
         averaged = self.ema.blocks if self.ema else []
-        for block in (*self.model.blocks, *averaged): # blocks of a kind share what is compiled, and little is left
+        # blocks of a kind share what is compiled, and around them little is left
+        for block in (*self.model.blocks, *averaged):
             block.compile()
         return -(-batch_rows // self.world) # rounded up
 
