@@ -298,7 +298,7 @@ def choose_tasks(corpora, group):
 
 # -----------------------------------------------------------------------------
 
-class Solving:
+class Job:
     """ the model of a run and the tasks whose queries it is asked, a group of them after another """
 
     def __init__(self, cfg, corpora, tasks, device, autocast):
@@ -407,14 +407,14 @@ def solve_into(out_dir, cfg, signals):
     for path in cfg.merge:
         leaks.update(read_leaks(path))
     if cfg.run:
-        solving = Solving(cfg, corpora, tasks, device, autocast)
-        keeper = Keeper(out_dir, solving.queries(range(len(tasks))), solving.settings(dtype), signals, rank, world)
-        solving.solve(keeper, rank, world)
+        job = Job(cfg, corpora, tasks, device, autocast)
+        keeper = Keeper(out_dir, job.queries(range(len(tasks))), job.settings(dtype), signals, rank, world)
+        job.solve(keeper, rank, world)
         if rank == 0:
-            warn_without_context(tasks, solving.sampler)
+            warn_without_context(tasks, job.sampler)
         keeper.save()
         keeper.share()
-        leaks.update(solving.leaks)
+        leaks.update(job.leaks)
         parts.append({query: x.candidates for query, x in keeper.known.items() if x.candidates})
     if rank == 0 and any(parts): # of a solve that was stopped at its beginning there is nothing to write
         ranked = {}
