@@ -205,7 +205,7 @@ def test_no_file_is_read_or_written_as_the_locale_would_have_it():
 # -----------------------------------------------------------------------------
 # what it is told
 
-@pytest.mark.parametrize('flag', ['--minutes=9', '--out_dir=x', '--init-from=x'])
+@pytest.mark.parametrize('flag', ['--minutes=9', '--minutes=abc', '--out_dir=x', '--init-from=x'])
 def test_what_does_not_go_with_resume_says_why(tiny_run, capsys, flag):
     with pytest.raises(SystemExit):
         cli(['train', '--resume', tiny_run[0], flag])
