@@ -221,11 +221,11 @@ COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': sol
 
 def set_threads():
     """
-    threads of OpenMP spin 300,000 rounds while they wait for each other. with 5,000 training is as fast alone and a
-    fifth faster beside a busy process, with fewer it is slower alone (bench/busy.py). torch reads this at its import
+    threads of OpenMP spin 300,000 rounds while they wait for each other. with 3,000 training is as fast alone and a
+    third faster beside a busy process, with fewer it is slower alone (bench/busy.py). torch reads this at its import
     """
     if 'OMP_WAIT_POLICY' not in os.environ:
-        os.environ.setdefault('GOMP_SPINCOUNT', '5000')
+        os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 
 def print_help():
     """ every command, a line each """

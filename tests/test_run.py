@@ -47,7 +47,7 @@ def test_a_process_ends_when_its_stdin_does():
     assert process.wait(30) == -signal.SIGTERM
 
 @pytest.mark.parametrize('theirs, want', [
-    ({}, "GOMP_SPINCOUNT=5000"),
+    ({}, "GOMP_SPINCOUNT=3000"),
     ({'OMP_WAIT_POLICY': 'ACTIVE'}, "OMP_WAIT_POLICY=ACTIVE"), # who has set something keeps it
     ({'GOMP_SPINCOUNT': '7'}, "GOMP_SPINCOUNT=7"),
 ])
