@@ -273,7 +273,7 @@ def read_known(path, settings):
         wrong = differences(kept['settings'], settings, 'kept')
         for k, i, done, seen, rows in kept['queries']:
             candidates = [Candidate(to_grid(grid, path), votes, found, score) for grid, votes, found, score in rows]
-            known[k, i] = Known(done, seen, candidates)
+            known[k, i] = Known(bool(done), [int(number) for number in seen], candidates)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: not what nanoarc solve keeps while it solves, remove it to begin anew") from None
     if wrong:

@@ -138,7 +138,10 @@ def write_page(solved, out, most=6):
     query. raises ValueError
     """
     solved = Path(solved)
-    source = read_json(solved / 'solve.json')['data']
+    about = read_json(solved / 'solve.json')
+    if type(about) is not dict or type(about.get('data')) is not str:
+        raise ValueError(f"{solved / 'solve.json'}: not a solve.json of nanoarc, it does not say of which data")
+    source = about['data']
     known = read_tasks(source)
     attempts = attempts_of(known, solved / 'submission.json')
     candidates = read_candidates(solved / 'candidates.jsonl', known)

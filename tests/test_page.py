@@ -175,13 +175,16 @@ def test_a_task_that_was_not_to_be_solved_is_not_on_the_page(page, tmp_path):
     view.write_page(tmp_path / 'x', tmp_path / 'page.html')
     assert "0 of 3 solved" in (tmp_path / 'page.html').read_text()
 
-@pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line'])
+@pytest.mark.parametrize('missing', ['candidates.jsonl', 'solve.json', 'line', 'data'])
 def test_a_directory_that_nothing_was_solved_in_is_refused(page, tmp_path, capsys, missing):
     shutil.copytree(page[0].parent, tmp_path / 'x')
     want = missing
     if missing == 'line':
         (tmp_path / 'x' / 'candidates.jsonl').write_text('{"task": 1}\n')
         want = 'candidates.jsonl: line 1'
+    elif missing == 'data':
+        (tmp_path / 'x' / 'solve.json').write_text('{"run": "x"}')
+        want = 'solve.json: not a solve.json'
     else:
         (tmp_path / 'x' / missing).unlink()
     with pytest.raises(SystemExit):

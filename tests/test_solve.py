@@ -391,7 +391,9 @@ def test_a_solve_goes_on_with_the_same_settings_alone(tiny_run, tmp_path, monkey
     for how, name in (({'data': other}, 'corpus'), ({'run': str(tmp_path / 'run')}, 'checkpoint')):
         with pytest.raises(ValueError, match=f"{name} differs"):
             solve(SolveConfig(**{**work, **how}))
-    for text in ("", "[]", "[" * 100000, '{"settings": {}}', json.dumps({**kept(tmp_path), 'queries': [[0]]})):
+    rows = [[[0]], [[0, 0, False, 3, []]]] # a row that is too short, views that are no list
+    broken = [json.dumps({**kept(tmp_path), "queries": x}) for x in rows]
+    for text in ("", "[]", "[" * 100000, '{"settings": {}}', *broken):
         good = (tmp_path / 'solving-0.json').read_text()
         (tmp_path / 'solving-0.json').write_text(text)
         with pytest.raises(ValueError, match="solving-0.json: not what nanoarc solve keeps"):
