@@ -25,8 +25,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
@@ -370,6 +368,7 @@ class LM(nn.Module):
 
     def share_out(self, device, world):
         """ the frozen weights shared out over all ranks, layer by layer. what is trained stays whole, for DDP """
+        from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(device.type, (world,))
         frozen = [name for name, _ in self.named_parameters() if name not in self.trained]
         ours = {p for p in self.parameters() if p.requires_grad}
@@ -527,7 +526,7 @@ class LM(nn.Module):
         """ a line: what it is, and what memory training takes """
         sizes = {} # {address: bytes} of the weights
         for x in [*self.parameters(), *self.buffers()]:
-            storage = (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
+            storage = (x.to_local() if hasattr(x, 'to_local') else x).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         weights, states = sum(sizes.values()) / 1e6, 12 * trained / 1e6 # a gradient and two averages, 4 bytes each
