@@ -195,7 +195,7 @@ def measure(arms, blind, path):
 @torch.no_grad()
 def nats(model, data_cfg, rows, src, views=8):
     """ mean loss over augments of the queries of src, whose answers are known, in nats per output token """
-    sampler = Sampler([(read_source(src), 1)], data_cfg, rows)
+    sampler = Sampler([read_source(src)], data_cfg, rows)
     queries = np.flatnonzero(~sampler.is_demo)
     k = np.tile(np.arange(views), len(queries)) # view 0 is the query as it is
     pairs = np.repeat(queries, views)

@@ -49,8 +49,8 @@ CONTROLS = [
         "test_promises.py::test_resuming_costs_one_plan_wherever_it_is"),
     Control(
         "augments from a global generator", 'data.py',
-        "self.copy[i].astype(U)\n",
-        "self.copy[i].astype(U) + U(np.random.randint(8))\n",
+        "self.slot[i].astype(U) #",
+        "self.slot[i].astype(U) + U(np.random.randint(8)) #",
         "test_promises.py::test_every_place_can_be_gone_back_to"),
     Control(
         "batches that are not part of the state", 'data.py',
@@ -160,8 +160,8 @@ CONTROLS = [
         "test_corpus.py::test_the_leak_guard_asks_for_every_query_of_a_task"),
     Control(
         "--drop_overlap leaves out one of two tasks", 'corpus.py',
-        "keep[[k for k, _ in found]] = False",
-        "keep[[k for k, _ in found][:1]] = False",
+        "bad[[p for p, _ in found]] = True",
+        "bad[[p for p, _ in found][:1]] = True",
         "test_data.py::test_data_that_holds_a_query_of_adapt_is_refused_dropped_or_allowed"),
     Control(
         "a corpus hash that is blind to which pairs are demos", 'corpus.py',
@@ -203,6 +203,41 @@ CONTROLS = [
         "    if loss_on == 'all':\n        targets[start : at - 1] = idx[start + 1 : at]",
         "    if loss_on == 'all':\n        targets[start : at - 1] = idx[start : at - 1]",
         "test_promises.py::test_the_kernels_equal_plain_python_on_1000_random_configurations"),
+    Control(
+        "extra pairs that decide on color domains", 'data.py',
+        "np.where(self.is_demo & ~self.is_extra, sets[1::2], 0)",
+        "np.where(self.is_demo, sets[1::2], 0)",
+        "test_extra.py::test_what_a_query_is_asked_with_does_not_depend_on_extra_pairs"),
+    Control(
+        "extra pairs before a query that is validated on", 'data.py',
+        "among = tab.n_shown[task] if as_is[i] else tab.n_demos[task]",
+        "among = tab.n_demos[task]",
+        "test_extra.py::test_what_a_query_is_asked_with_does_not_depend_on_extra_pairs"),
+    Control(
+        "extra pairs with replacement", 'data.py',
+        "        k = bijection(k, size, hash64(",
+        "        k = hash64(self.seed, drawn, pool) % size\n        bijection(k, size, hash64(",
+        "test_extra.py::test_extra_pairs_come_without_replacement_however_few_an_epoch"),
+    Control(
+        "a context of a hundred", 'data.py',
+        "            limit = min(most, tab.n_shown[task])",
+        "            limit = most",
+        "test_extra.py::test_a_context_is_of_own_and_extra_demos_and_no_longer_than_a_prompt"),
+    Control(
+        "extra pairs of adapt that nobody guards", 'corpus.py',
+        "if i < len(data) else c.is_extra()",
+        "if i < len(data) else np.zeros(len(c.hash), bool)",
+        "test_extra.py::test_an_extra_pair_that_is_a_query_of_adapt_is_refused_dropped_or_allowed"),
+    Control(
+        "extra pairs that nobody writes down", 'data.py',
+        "& (in_data | s.is_extra)",
+        "& in_data",
+        "test_extra.py::test_extra_pairs_that_were_trained_on_are_written_down_and_not_asked"),
+    Control(
+        "one large pair that takes its task", 'corpus.py',
+        "stays[self.pair_task()[bad & ~self.is_generated()]] = False",
+        "stays[self.pair_task()[bad]] = False",
+        "test_extra.py::test_a_large_pair_goes_alone_and_a_large_published_demo_takes_its_task"),
     Control(
         "a color map with replacement", 'data.py',
         "bijection(visit % total, total,",

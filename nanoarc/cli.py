@@ -90,6 +90,8 @@ def data(args):
     class Data:
         action: Annotated[str, tyro.conf.Positional] # 'check' | 'stats' | 'pack'
         src: Annotated[str, tyro.conf.Positional] # a source, e.g. arc1/training or a path
+        # sources of pairs that somebody generated, which become further demos of the tasks of SRC, as in train
+        extra: str = ''
         on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and list it
         deal: int = DataConfig.deal # demos of each task that is dealt from a list of pairs (RE-ARC, BARC)
         # check: list the pairs of SRC that are queries of this source, whatever their colors and orientation
@@ -98,14 +100,16 @@ def data(args):
         shots: int = -1 # stats: documents of so many demos, as in train
         block_size: int = DataConfig.block_size # stats: what does not fit into so many tokens
         max_pair: int = 0 # stats: only tasks with no longer demo. 0 = all
+        extra_pairs: int = 0 # stats: so many extra pairs of a task an epoch. 0 = all
         png: str = '' # stats: a picture too
 
     cfg = parse(Data, args, 'data')
     check_numbers(cfg, dict(deal=1, shots=-1, block_size=1))
     if cfg.action == 'stats':
         from nanoarc.view import print_stats
-        print_stats(DataConfig(data=cfg.src, on_bad=cfg.on_bad, deal=cfg.deal, shots=cfg.shots, val_tasks=0,
-                               block_size=cfg.block_size, max_pair=cfg.max_pair), cfg.png)
+        print_stats(DataConfig(data=cfg.src, extra=cfg.extra, extra_pairs=cfg.extra_pairs, on_bad=cfg.on_bad,
+                               deal=cfg.deal, shots=cfg.shots, val_tasks=0, block_size=cfg.block_size,
+                               max_pair=cfg.max_pair), cfg.png)
     elif cfg.action in ('check', 'pack'):
         check_source(cfg)
     else:
@@ -113,28 +117,37 @@ def data(args):
 
 def check_source(cfg):
     """ data check and data pack: reads a source, prints what is in it, writes it. raises ValueError """
-    from nanoarc.corpus import Corpus, overlaps, queries_of
+    from nanoarc.corpus import Corpus, a_few, add_extra, overlaps, queries_of
     from nanoarc.sources import read_sources
     from nanoarc.view import count_tasks
     sources = read_sources(cfg.src, True, cfg.on_bad, cfg.deal)
+    more = read_sources(cfg.extra, True, cfg.on_bad, cfg.deal)
     if len(sources) == 0:
         raise ValueError("data: want a source")
-    if cfg.action == 'pack' and (len(sources) > 1 or sources[0][1] > 1 or not cfg.out):
+    repeats = [repeat for _, repeat in sources + more]
+    if cfg.action == 'pack' and (len(sources) > 1 or max(repeats) > 1 or not cfg.out):
         raise ValueError("data pack: want one source, without + or *, and --out DIR")
-    for c, _ in sources:
+    extra = [c for c, _ in more]
+    corpora, strangers = add_extra([c for c, _ in sources], extra)
+    for c in corpora:
         n = count_tasks(c)
+        added = f", {n['extra']} extra pairs" if n['extra'] else ""
         left_out = f", {len(c.bad)} things left out" if c.bad else ""
         print(f"{c.source}: {n['tasks']} tasks, {n['demos']} demos, {n['queries']} queries, "
-              f"{n['answers']} of them with an answer{left_out}")
+              f"{n['answers']} of them with an answer{added}{left_out}")
+    if extra:
+        named = f": {a_few(strangers, 5, ', ')}" if strangers else ""
+        print(f"{cfg.extra}: {sum(len(c.hash) for c in extra)} pairs, {len(strangers)} ids fit no task{named}")
+    for c in corpora + extra:
         for error in c.bad:
             print(f"left out: {error}")
     if cfg.action == 'pack':
-        sources[0][0].save(cfg.out)
+        corpora[0].save(cfg.out)
         print(f"{cfg.out}: {Corpus.open(cfg.out).sha256}") # opened again, as a proof
     if cfg.against:
         asked = queries_of([c for c, _ in read_sources(cfg.against, False, cfg.on_bad, cfg.deal)])
         n = 0
-        for c, _ in sources:
+        for c in corpora:
             for _, text in overlaps(c, asked):
                 print(text)
                 n += 1

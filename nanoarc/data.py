@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanoarc.corpus import guard, trained_lines, walk
+from nanoarc.corpus import a_few, add_extra, guard, joined, trained_lines, walk
 from nanoarc.grids import END, IN, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE
 from nanoarc.jit import jit, ufunc
 from nanoarc.settings import check_numbers
 from nanoarc.sources import read_sources
 
 WINDOW = 4096 # documents that are planned together
-FORMAT = 3 # of the loader's state, goes up when the same state would mean other batches
+FORMAT = 4 # of the loader's state, goes up when the same state would mean other batches
 
 class Batch(NamedTuple):
     """ what a model is given. `x, y = batch[:2]` is enough for a plain nanoGPT """
@@ -46,9 +46,13 @@ class DataConfig:
     # sources whose demos and answered queries are trained on, e.g. 'arc1/training*2+my/dir'
     data: str = 'arc1/training'
     adapt: str = '' # sources whose demos alone are trained on, their answers stay closed
+    # sources of pairs that somebody generated, e.g. RE-ARC: further demos of the tasks of data and adapt whose id a
+    # list or a task of them has
+    extra: str = ''
+    extra_pairs: int = 0 # so many extra pairs of a task (and source) an epoch, other ones each time. 0 = all
     # demos before the target: 0 = none (a learned task embedding instead), -1 = all that fit, k = up to k
     shots: int = 0
-    # leave out tasks with a demo of more tokens than this, in its longer orientation. 0 = off
+    # leave out tasks with a demo of more tokens than this, in its longer orientation, and generated pairs. 0 = off
     max_pair: int = 0
     block_size: int = 2048 # the most tokens of a document. longer ones lose demos, never cells
     # 'bucket' = similar lengths together (best on cpu) | 'pack' = rows of block_size full of documents (best on gpu) |
@@ -71,7 +75,7 @@ class DataConfig:
     on_bad: str = 'raise' # a malformed task: 'raise' | 'quarantine' = leave it out and say so
     # train on pairs of data that are queries of adapt, and say so in checkpoint and score
     allow_leak: bool = False
-    drop_overlap: bool = False # leave out the tasks of data that hold such pairs
+    drop_overlap: bool = False # leave out the tasks of data that hold such pairs, of generated pairs these alone
 
     def check(self):
         """ raises ValueError that names the setting """
@@ -87,7 +91,7 @@ class DataConfig:
 U = np.uint64 # numba makes float64 of uint64 and int64, so every constant beside a uint64 is wrapped
 
 # what is drawn, a tag each, so that equal numbers mean different draws
-DIHEDRAL, COLOR_MAP, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = map(U, range(7))
+DIHEDRAL, COLOR_MAP, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS, POOL = map(U, range(8))
 
 @ufunc('uint64(uint64, uint64)')
 def mix(h, x):
@@ -135,10 +139,11 @@ class Tables(NamedTuple):
     w: np.ndarray
     first: np.ndarray # (K + 1,) task k owns the pairs first[k] to first[k + 1] - 1
     n_demos: np.ndarray # (K,) its demos are the first so many of them
+    n_shown: np.ndarray # (K,) the first so many of these are its own, or all where it was dealt: a prompt has no more
     pair_task: np.ndarray # (P,) int32
     tokens: np.ndarray # (2, P) int32 tokens of a pair, upright and turned
     answer: np.ndarray # (2, P) int32 those of its output, END among them. 0 = not known
-    need: np.ndarray # (2, P) int32 tokens. where the answer is hidden, with room for the longest output of the demos
+    need: np.ndarray # (2, P) int32 tokens. where the answer is hidden, with room for the longest output of a prompt
     usable: np.ndarray # (P,) bool: a demo that may stand before a target
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
@@ -178,8 +183,9 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
     """
     (n,) target pairs, how often each was visited before, and hashes that order their contexts -> Documents.
     the context is the other demos of the task, in a drawn order: each is taken if it still fits into block_size, `most`
-    at the most. the first that is taken stands next to the target, so the text has them from last to first.
-    as_is (n,): no augment, and the demos are taken in the order of the file.
+    at the most, and never more than a prompt has. the first that is taken stands next to the target, so the text has
+    them from last to first.
+    as_is (n,): no augment, and the demos that a prompt has are taken, in the order of the file.
     """
     n = len(target)
     pairs = np.full((n, 1 + most), -1, np.int32)
@@ -202,14 +208,16 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
         length[i] = tab.tokens[turned, p]
         loss_tokens[i] = tab.answer[turned, p]
         if most > 0:
-            demos = np.arange(tab.n_demos[task])
-            if not as_is[i]:
-                demos = np.argsort(mix(order[i], demos.astype(U)))
+            limit = min(most, tab.n_shown[task])
+            among = tab.n_shown[task] if as_is[i] else tab.n_demos[task]
             room = block_size - tab.need[turned, p]
             shots = 0
-            for j in demos:
+            for k in range(among):
+                if shots == limit:
+                    break
+                j = k if as_is[i] else np.int64(bijection(U(k), U(among), order[i]))
                 q = tab.first[task] + j
-                if shots < most and q != p and tab.usable[q] and tab.need[turned, q] <= room:
+                if q != p and tab.usable[q] and tab.need[turned, q] <= room:
                     shots += 1
                     pairs[i, shots] = q
                     room -= tab.need[turned, q]
@@ -321,14 +329,18 @@ def cut_buckets(width, batch_tokens):
     return ends[:n]
 
 @jit
-def has_context(tab, long, block_size):
-    """ -> (P,) bool: is there another usable demo of its task that fits before the pair, whatever the orientation? """
+def has_context(tab, n, long, block_size):
+    """
+    -> (P,) bool: is there another usable demo among the first n (K,) of its task that fits before the pair, whatever
+    the orientation?
+    """
     found = np.zeros(len(long), np.bool_)
     for p in range(len(long)):
-        first = tab.first[tab.pair_task[p]]
-        for q in range(first, first + tab.n_demos[tab.pair_task[p]]):
+        task = tab.pair_task[p]
+        for q in range(tab.first[task], tab.first[task] + n[task]):
             if q != p and tab.usable[q] and long[p] + long[q] <= block_size:
                 found[p] = True
+                break
     return found
 
 # -----------------------------------------------------------------------------
@@ -374,39 +386,36 @@ def pair_tokens(h, w):
     answer = np.where(h[1::2] > 0, grids[:, 1::2] + 1, 0)
     return 1 + grids[:, ::2] + 1 + answer, answer
 
-def joined(arrays, sizes):
-    """ arrays of indices, each into an array of the given size -> one of indices into all of those, joined """
-    base = np.cumsum([0] + sizes[:-1])
-    return np.concatenate([x + n for x, n in zip(arrays, base)])
-
 class Sampler:
     """
     corpora, and what a config makes of them: lengths, color domains, contexts. it plans documents and writes them.
-    sources is a list of (Corpus, repeat). they are joined: task k and pair p count through all of them.
+    corpora is a list of Corpus. they are joined: task k and pair p count through all of them.
 
     rows: {task key: row of the task embedding} of a trained model, a task that it does not know has row -1. rows=None:
     they are numbered as the tasks come, tasks with equal demos share one. (Rows, the class, are those of batches.)
     """
 
-    def __init__(self, sources, cfg, rows=None):
+    def __init__(self, corpora, cfg, rows=None):
         cfg.check()
-        self.cfg = cfg
-        self.corpora = [c for c, _ in sources]
-        sizes = [len(c) for c in self.corpora]
+        self.cfg, self.corpora = cfg, corpora
+        sizes = [len(c) for c in corpora]
         self.part = np.repeat(np.arange(len(sizes)), sizes) # (K,) number of its corpus
-        self.repeat = np.repeat([repeat for _, repeat in sources], sizes) # (K,)
         self.hash = self.join('hash') # (P,) corpus.pair_hash: the same for all augments of a pair, 0 = not known
         self.key = self.join('key') # (K,) tasks of one key are the same task
-        self.is_demo = np.concatenate([c.is_demo() for c in self.corpora]) # (P,)
+        self.is_demo = np.concatenate([c.is_demo() for c in corpora]) # (P,)
+        self.is_extra = np.concatenate([c.is_extra() for c in corpora]) # (P,)
+        self.origin = self.join('origin') # (P,) number of its source of extra pairs, 0 = none
         h, w, n_demos = self.join('h'), self.join('w'), self.join('n_demos')
+        n_shown = np.concatenate([c.n_shown() for c in corpora])
         self.known = h[1::2] > 0 # (P,)
-        off = joined([c.off for c in self.corpora], [len(c.cells) for c in self.corpora])
-        first = joined([c.first[:-1] for c in self.corpora], [len(c.hash) for c in self.corpora])
+        off = joined([c.off for c in corpora], [len(c.cells) for c in corpora])
+        first = joined([c.first[:-1] for c in corpora], [len(c.hash) for c in corpora])
         first = np.append(first, len(self.hash))
         pair_task = np.repeat(np.arange(len(n_demos), dtype=np.int32), np.diff(first))
         tokens, answer = pair_tokens(h, w)
-        # what fits must not depend on an answer that we may not see: it counts as long as the task's longest output
-        longest = np.maximum.reduceat(np.where(self.is_demo, answer.max(0), 0), first[:-1]) # (K,)
+        # what fits must not depend on an answer that we may not see: it counts as long as the longest of a prompt
+        is_shown = self.is_demo & ~self.is_extra
+        longest = np.maximum.reduceat(np.where(is_shown, answer.max(0), 0), first[:-1]) # (K,)
         need = tokens + np.where(self.known, 0, longest[pair_task])
         domain = self.color_domains(first)
         if rows is None:
@@ -416,11 +425,11 @@ class Sampler:
                     rows[key.decode()] = len(rows)
         self.rows = rows
         row = np.array([rows.get(key.decode(), -1) for key in self.key.tolist()], np.int32)
-        self.most = min(int(n_demos.max()), MAX_SHOTS) # demos before a target
+        self.most = min(int(n_shown.max()), MAX_SHOTS) # demos before a target
         if cfg.shots >= 0:
             self.most = min(self.most, cfg.shots)
-        self.tables = Tables(self.join('cells'), off, h, w, first, n_demos, pair_task, tokens, answer, need,
-                             self.is_demo.copy(), domain, row)
+        self.tables = Tables(self.join('cells'), off, h, w, first, n_demos, n_shown, pair_task, tokens, answer,
+                             need, self.is_demo.copy(), domain, row)
 
     def join(self, name):
         """ an array of all corpora. no copy of one, it may be mapped from a large file """
@@ -436,10 +445,10 @@ class Sampler:
         domain = np.full(len(first) - 1, sum(1 << x for x in colors), np.uint16)
         if mode == 'domain':
             # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no
-            # part, so that a hidden one cannot change a view
+            # part, so that a hidden one cannot change a view, nor do extra pairs
             sets = self.join('colors')
-            in_inputs = np.bitwise_or.reduceat(sets[::2], first[:-1])
-            in_outputs = np.bitwise_or.reduceat(np.where(self.is_demo, sets[1::2], 0), first[:-1])
+            in_inputs = np.bitwise_or.reduceat(np.where(self.is_extra, 0, sets[::2]), first[:-1])
+            in_outputs = np.bitwise_or.reduceat(np.where(self.is_demo & ~self.is_extra, sets[1::2], 0), first[:-1])
             domain &= ~(in_outputs & ~in_inputs)
         return domain
 
@@ -532,20 +541,33 @@ def split(n, rank, world):
 # -----------------------------------------------------------------------------
 # the stream
 
+class Pools(NamedTuple):
+    """
+    what the targets of an epoch are drawn from. pool j is pairs[first[j] :][: size[j]]: the extra pairs that a task has
+    from one source. any other pair is a pool by itself. slots[j] targets of each epoch are from pool j, without
+    replacement until all of it was seen, which may take several epochs
+    """
+    pairs: np.ndarray # (m,) numbers
+    first: np.ndarray # (pools,)
+    size: np.ndarray # (pools,) uint64
+    slots: np.ndarray # (pools,) uint64
+
 class ArcDataset(torch.utils.data.Dataset):
     """
     the stream of documents. each trainable pair is the target once an epoch (n times where its source is repeated *n),
     its context is the other demos of its task and never a query. the demos of `adapt` are targets too. its answers stay
-    closed: all that is kept of one is a hash, for the leak guard.
+    closed: all that is kept of one is a hash, for the leak guard. pairs of `extra` are further demos of these tasks,
+    but what a query is asked with, and in which augments, does not depend on them.
 
     ds[t] is a Batch of one document, (T,) each with T = block_size, for any t >= 0 (the stream has no end, do not
     iterate). len(ds) = targets x epochs, epochs has no other use. torch's DataLoader wants collate_fn=ds.collate.
 
     what is left out is counted: num_tasks_out (tasks over max_pair), num_dropped (tasks, by drop_overlap); of pairs
-    num_held (a validation query, or an augment of one), num_long (over block_size), num_alone (without context,
-    where shots != 0). leaks: what allow_leak let pass.
+    num_pairs_out and num_pairs_dropped (generated ones, likewise), num_held (a validation query, or an augment of one),
+    num_long (over block_size), num_alone (without context, where shots != 0). leaks: what allow_leak let pass.
+    strangers: ids of extra that no task has. shares: of the targets, which each of `sources` has.
 
-    sources: in place of cfg.data and cfg.adapt, two lists of (Corpus, repeat).
+    sources: in place of cfg.data and cfg.adapt, without cfg.extra, two lists of (Corpus, repeat).
     raises ValueError if nothing is left, or if pairs of data are queries of adapt.
     """
 
@@ -559,34 +581,46 @@ class ArcDataset(torch.utils.data.Dataset):
         if type(seed) is not int or not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed}: want a seed of 64 bits")
         self.cfg, self.seed, self.epochs = cfg, seed, epochs
+        extra = []
         if sources is None:
             data = read_sources(cfg.data, True, cfg.on_bad, cfg.deal)
             adapt = read_sources(cfg.adapt, False, cfg.on_bad, cfg.deal)
+            extra = read_sources(cfg.extra, True, cfg.on_bad, cfg.deal)
         else:
             data, adapt = sources
         if len(data + adapt) == 0:
             raise ValueError("nothing to train on: data and adapt are both empty")
         parts = [(c.sha256, repeat, True) for c, repeat in data] + [(c.sha256, repeat, False) for c, repeat in adapt]
+        parts += [(c.sha256, repeat, 'extra') for c, repeat in extra]
         self.corpus_sha256 = hashlib.sha256(repr(parts).encode()).hexdigest()
-        data, adapt = self.leave_out(data, adapt)
-        self.sampler = Sampler(data + adapt, cfg)
+        self.sources = [(c.source, repeat) for c, repeat in data + adapt + extra]
+        corpora = self.leave_out([c for c, _ in data], [c for c, _ in adapt], [c for c, _ in extra])
+        self.sampler = Sampler(corpora, cfg)
         self.rows = self.sampler.rows # {task key: row of the task embedding}, {} in context
         self.choose_targets(len(data))
 
-    def leave_out(self, data, adapt):
-        """ two lists of (Corpus, repeat) -> the same without tasks that are too large or overlap, and counts them """
+    def leave_out(self, data, adapt, extra):
+        """
+        three lists of Corpus -> those of data and adapt, with the extra pairs and without what is too large or
+        overlaps, which is counted. some may have no task left
+        """
         cfg = self.cfg
-        self.bad = [error for c, _ in data + adapt for error in c.bad] # what quarantine left out
-        self.n_read = sum(len(c) for c, _ in data + adapt)
-        data = [(c.select(small_tasks(c, cfg.max_pair)), repeat) for c, repeat in data]
-        adapt = [(c.select(small_tasks(c, cfg.max_pair)), repeat) for c, repeat in adapt]
-        self.num_tasks_out = self.n_read - sum(len(c) for c, _ in data + adapt)
-        data, self.num_dropped, self.leaks = guard(data, adapt, cfg.drop_overlap, cfg.allow_leak)
-        data = [(c, repeat) for c, repeat in data if len(c) > 0]
-        adapt = [(c, repeat) for c, repeat in adapt if len(c) > 0]
-        if len(data + adapt) == 0:
+        self.bad = [error for c in data + adapt + extra for error in c.bad] # what quarantine left out
+        corpora, self.strangers = add_extra(data + adapt, extra)
+        self.n_read = sum(len(c) for c in corpora)
+        fit, self.num_pairs_out = [], 0
+        for c in corpora:
+            c, n = c.leave_out(too_large(c, cfg.max_pair))
+            fit.append(c)
+            self.num_pairs_out += n
+        self.num_tasks_out = self.n_read - sum(len(c) for c in fit)
+        n = len(data)
+        corpora, self.num_pairs_dropped, self.leaks = guard(fit[:n], fit[n:], cfg.drop_overlap, cfg.allow_leak)
+        n_left = sum(len(c) for c in corpora)
+        self.num_dropped = self.n_read - self.num_tasks_out - n_left
+        if n_left == 0:
             raise ValueError(self.nothing())
-        return data, adapt
+        return corpora
 
     def nothing(self):
         """ what to say if nothing is left """
@@ -602,24 +636,37 @@ class ArcDataset(torch.utils.data.Dataset):
         t.usable[held] = False # has_context below looks at it
         longest = t.need.max(0) # of upright and turned
         fits = longest <= cfg.block_size
-        with_context = np.ones(len(longest), bool)
+        with_context, with_shown = np.ones((2, len(longest)), bool)
         if cfg.shots != 0:
-            with_context = has_context(t, longest, cfg.block_size)
+            with_context = has_context(t, t.n_demos, longest, cfg.block_size)
+            with_shown = has_context(t, t.n_shown, longest, cfg.block_size) # all that validation puts in front
         can = s.known & (s.is_demo | in_data)
         self.num_held = int((can & held).sum())
         self.num_long = int((can & ~held & ~fits).sum())
         self.num_alone = int((can & ~held & fits & ~with_context).sum())
-        self.val_pairs = np.flatnonzero(val & fits & with_context)
+        self.val_pairs = np.flatnonzero(val & fits & with_shown)
         chosen = can & ~held & fits & with_context
         if not chosen.any():
             raise ValueError(f"{self.nothing()}, then {self.num_held} pairs are held out, {self.num_long} over "
                              f"block_size={cfg.block_size}, {self.num_alone} without context")
-        pairs = np.flatnonzero(chosen)
-        times = s.repeat[t.pair_task[pairs]]
-        self.targets = np.repeat(pairs, times).astype(np.int32)
-        before = np.repeat(np.cumsum(times) - times, times)
-        self.copy = (np.arange(len(self.targets)) - before).astype(np.int32) # which of the repeats of its pair
-        self.trained = (t.usable | chosen) & in_data # pairs whose output may be seen, adapt's apart
+        self.trained = (t.usable | chosen) & (in_data | s.is_extra) # whose output may be seen, adapt's own demos apart
+        self.make_pools(np.flatnonzero(chosen))
+
+    def make_pools(self, pairs):
+        """ numbers of the pairs that may be targets -> what an epoch draws them from, and the share of each source """
+        s, t = self.sampler, self.sampler.tables
+        task, is_extra = t.pair_task[pairs], s.is_extra[pairs]
+        # number of its source: those of data and adapt, then those of extra pairs
+        source = np.where(s.origin[pairs] > 0, len(s.corpora) - 1 + s.origin[pairs], s.part[task])
+        goes_on = is_extra[1:] & is_extra[:-1] & (task[1:] == task[:-1]) & (source[1:] == source[:-1])
+        first = np.flatnonzero(np.append(True, ~goes_on))
+        size = np.diff(np.append(first, len(pairs)))
+        repeat = np.array([repeat for _, repeat in self.sources])[source[first]]
+        slots = np.minimum(size, self.cfg.extra_pairs or len(pairs)) * repeat
+        self.pools = Pools(pairs, first, size.astype(U), slots.astype(U))
+        self.pool = np.repeat(np.arange(len(first), dtype=np.int32), slots)
+        self.slot = (np.arange(len(self.pool)) - np.repeat(np.cumsum(slots) - slots, slots)).astype(np.int32)
+        self.shares = np.bincount(source[first], slots, len(self.sources)) / len(self.pool)
 
     def hold_out(self, query):
         """
@@ -646,12 +693,19 @@ class ArcDataset(torch.utils.data.Dataset):
     def about(self):
         """ a line of counts: what is here, and what is not """
         tasks, queries = len(self.sampler.key), len(self.val_pairs)
-        return (f"{tasks} tasks, {len(self)} documents an epoch, {queries} validation queries; left out: "
+        text = (f"{tasks} tasks, {len(self)} documents an epoch, {queries} validation queries; left out: "
                 f"{self.num_tasks_out} tasks over max_pair, {self.num_dropped} overlapping, {len(self.bad)} malformed; "
-                f"pairs: {self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
+                f"pairs: {self.num_pairs_out} generated over max_pair, {self.num_pairs_dropped} overlapping, "
+                f"{self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
+        if len(self.sources) > 1:
+            shares = [f"{x:.1%} {name}" for (name, _), x in zip(self.sources, self.shares)]
+            text += f"; targets: {', '.join(shares)}"
+        if self.strangers:
+            text += f"; {len(self.strangers)} ids of extra fit no task: {a_few(self.strangers, 5, ', ')}"
+        return text
 
     def trained_on(self):
-        """ of trained_on.txt: a line for each pair of data that is trained on, solve refuses these. none of adapt """
+        """ of trained_on.txt: a line for each pair of data and extra that is trained on, solve refuses these """
         return trained_lines(self.sampler.corpora, self.trained)
 
     def __reduce__(self):
@@ -659,7 +713,7 @@ class ArcDataset(torch.utils.data.Dataset):
         return reopen, (type(self), self.cfg, self.seed, self.epochs, self.corpus_sha256)
 
     def __len__(self):
-        return len(self.targets) * self.epochs
+        return len(self.pool) * self.epochs
 
     def __getitem__(self, t):
         if t < 0: # the stream has no end to count from
@@ -673,12 +727,15 @@ class ArcDataset(torch.utils.data.Dataset):
 
     def plan(self, t):
         """ (n,) document numbers -> Documents """
-        t, n = np.asarray(t, U), U(len(self.targets))
+        t, n = np.asarray(t, U), U(len(self.pool))
         epoch, i = np.divmod(t, n)
         i = bijection(i, n, hash64(self.seed, EPOCH, epoch)).astype(np.int64)
-        target = self.targets[i]
-        times = self.sampler.repeat[self.sampler.tables.pair_task[target]]
-        visit = epoch * times.astype(U) + self.copy[i].astype(U)
+        pool = self.pool[i]
+        first, size = self.pools.first[pool], self.pools.size[pool]
+        drawn = epoch * self.pools.slots[pool] + self.slot[i].astype(U) # from its pool before
+        visit, k = np.divmod(drawn, size) # every `size` of them see each pair of the pool once
+        k = bijection(k, size, hash64(self.seed, POOL, self.pools.pairs[first], visit))
+        target = self.pools.pairs[first + k.astype(np.int64)]
         order = hash64(self.seed, DEMOS, t)
         return self.sampler.plan(target, visit, order, False, self.seed, self.cfg.p_identity)
 
@@ -698,13 +755,20 @@ class ArcDataset(torch.utils.data.Dataset):
             # loss on the query alone, whatever the setting, so that runs of other settings compare
             yield self.sampler.write(rows, r0 + a, r0 + b, T, loss_on='query')
 
-def small_tasks(corpus, max_pair):
-    """ -> (tasks,) bool: has no demo of more than max_pair tokens in its longer orientation. 0 = all """
+def long_pairs(corpus, max_pair):
+    """ -> (pairs,) bool: of more than max_pair tokens in its longer orientation. 0 = none """
     if max_pair == 0:
-        return np.ones(len(corpus), bool)
-    long = pair_tokens(corpus.h, corpus.w)[0].max(0)
-    longest = np.maximum.reduceat(np.where(corpus.is_demo(), long, 0), corpus.first[:-1])
-    return longest <= max_pair
+        return np.zeros(len(corpus.hash), bool)
+    return pair_tokens(corpus.h, corpus.w)[0].max(0) > max_pair
+
+def too_large(corpus, max_pair):
+    """ -> (pairs,) bool: may not be trained on. the query of a published task may be of any size """
+    return long_pairs(corpus, max_pair) & (corpus.is_demo() | corpus.is_generated())
+
+def small_tasks(corpus, max_pair):
+    """ -> (tasks,) bool: no demo of its prompts has more than max_pair tokens in its longer orientation. 0 = all """
+    large = long_pairs(corpus, max_pair) & corpus.is_demo() & ~corpus.is_extra()
+    return np.bincount(corpus.pair_task()[large], minlength=len(corpus)) == 0
 
 def reopen(cls, cfg, seed, epochs, corpus_sha256):
     """ an ArcDataset in another process. raises ValueError if the files have changed since """
@@ -831,7 +895,7 @@ class ArcLoader:
         state['corpus_sha256'] = self.ds.corpus_sha256
         for name, x in asdict(self.ds.cfg).items():
             # files may move, corpus_sha256 may not change. what is ignored may be called otherwise
-            if name not in ('data', 'adapt', 'on_bad', 'ignore_index'):
+            if name not in ('data', 'adapt', 'extra', 'on_bad', 'ignore_index'):
                 state[name] = x
         return state
 

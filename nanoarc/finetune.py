@@ -87,6 +87,8 @@ def model_card(cfg, lm, lm_cfg, data_cfg, meta):
     data = f"`{data_cfg.data}`"
     if data_cfg.adapt:
         data += f" and the demos of `{data_cfg.adapt}`"
+    if data_cfg.extra:
+        data += f" and the generated pairs of `{data_cfg.extra}`"
     val = "no validation"
     if meta['val_loss'] is not None:
         val = f"{meta['val_loss']:.4f} nats per output token on held out queries"

@@ -29,6 +29,7 @@ class Task:
     demos: list # of (input, output)
     queries: list # of (input, answer or None)
     key: str = field(default="", repr=False) # tasks with one key are the same task: a hash of the demos in any order
+    n_own: int = -1 # demos that it was published with, the first ones. -1 = all, 0 = none: the task was generated
 
     def __post_init__(self):
         self.key = self.key or demos_key(self.demos)

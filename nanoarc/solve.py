@@ -251,8 +251,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: Fal
     """
     data_cfg = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket',
                        batch_tokens=cfg.ttt_tokens)
-    sources = [(c, 1) for c in corpora]
-    new_rows = Sampler(sources, data_cfg).rows # as the dataset below numbers them too
+    new_rows = Sampler(corpora, data_cfg).rows # as the dataset below numbers them too
     tuned = copy.deepcopy(model)
     if model.n_task > 0: # a task that it does not know begins with the mean of all
         known = model.wtask.weight.detach()
@@ -262,7 +261,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: Fal
                 weight[row] = known[rows[key]]
         tuned.wtask = torch.nn.Embedding.from_pretrained(weight, freeze=False)
     try:
-        loader = ArcLoader(ArcDataset(data_cfg, cfg.seed, sources=([], sources)), device=device)
+        loader = ArcLoader(ArcDataset(data_cfg, cfg.seed, sources=([], [(c, 1) for c in corpora])), device=device)
     except ValueError: # nothing to train on: no demo fits, or in context there is but one
         return tuned.eval(), new_rows
     optimizers = tuned.optimizers(lr, lr, 0.0, TrainConfig.ns_steps)
@@ -319,7 +318,7 @@ class Job:
             refuse_unknown(cfg, tasks, self.sampler.tables.row)
 
     def make_sampler(self, rows):
-        return Sampler([(c, 1) for c in self.corpora], self.data_cfg, rows)
+        return Sampler(self.corpora, self.data_cfg, rows)
 
     def settings(self, dtype):
         """ all that decides what comes out, by name """
@@ -441,7 +440,7 @@ def warn_without_context(tasks, sampler):
     if sampler.cfg.shots == 0:
         return
     t, names = sampler.tables, []
-    near = has_context(t, t.need.max(0), sampler.cfg.block_size)
+    near = has_context(t, t.n_shown, t.need.max(0), sampler.cfg.block_size)
     for pair in np.flatnonzero(~sampler.is_demo & ~near):
         k = t.pair_task[pair]
         names.append(f"{tasks[k].name} query {pair - t.first[k] - t.n_demos[k]}")

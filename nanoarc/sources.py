@@ -294,7 +294,7 @@ def deal_tasks(pairs, name, source, n_demos):
     key, tasks = demos_key(pairs.values()), []
     for j, hand in enumerate(hands):
         dealt = [pairs[i] for i in hand]
-        tasks.append(Task(f"{name}.{j}", source, dealt[:-1], dealt[-1:], key))
+        tasks.append(Task(f"{name}.{j}", source, dealt[:-1], dealt[-1:], key, n_own=0))
     return tasks
 
 def read_json_file(reading, file):

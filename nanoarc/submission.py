@@ -42,6 +42,7 @@ def read_fitting(data, max_pair, opened):
     corpora, tasks = [], {}
     for c, _ in read_sources(data, opened):
         c = c.select(small_tasks(c, max_pair))
+        c, _ = c.leave_out(c.is_extra()) # of a packed corpus: no prompt has these
         if len(c) > 0:
             corpora.append(c)
         for k in range(len(c)):

@@ -169,7 +169,7 @@ def absolute(spec):
 
 def with_absolute(values):
     """ settings with sources that are found from any directory """
-    return {name: absolute(x) if name in ('data', 'adapt') else x for name, x in values.items()}
+    return {name: absolute(x) if name in ('data', 'adapt', 'extra') else x for name, x in values.items()}
 
 def to_toml(values):
     """ a flat dict -> the lines of a --config file """

@@ -254,7 +254,8 @@ def draw_val(model, ds, out, n=4):
         k = t.pair_task[pair]
         task = s.task(k)
         query = task.queries[pair - t.first[k] - t.n_demos[k]]
-        shown.append((replace(task, queries=[query]), [{'attempt_1': decode_grid(tokens)} if tokens else {}]))
+        task = replace(task, demos=task.demos[: t.n_shown[k]], queries=[query])
+        shown.append((task, [{'attempt_1': decode_grid(tokens)} if tokens else {}]))
     model.train()
     draw_tasks(shown, out)
 
@@ -316,13 +317,13 @@ def print_stats(cfg, png=''):
     ds = ArcDataset(cfg)
     s, t = ds.sampler, ds.sampler.tables
     docs = ds.plan(np.arange(min(len(ds), 2**17), dtype=np.uint64)) # of an epoch, or enough of a long one
-    print_table("tasks", [count_tasks(c) for c in s.corpora])
+    print_table("tasks", [count_tasks(c) for c in s.corpora if len(c) > 0])
     inputs = 2 * np.flatnonzero(s.known) # numbers of grids
     outputs = inputs + 1
     side = np.maximum(t.h, t.w).astype(int)
     area = t.h.astype(int) * t.w
     columns = {'input side': side[inputs], 'output side': side[outputs], 'input cells': area[inputs],
-               'output cells': area[outputs], 'tokens, longer way': t.need.max(0)[s.known], 'demos a task': t.n_demos,
+               'output cells': area[outputs], 'tokens, longer way': t.need.max(0)[s.known], 'demos a task': t.n_shown,
                f"tokens a document, shots={cfg.shots}": docs.length, "of them with loss": docs.loss_tokens}
     print_table("percentiles", [percentiles(name, x) for name, x in columns.items()])
     cells = np.zeros(10, np.int64) # of each color
@@ -336,11 +337,12 @@ def print_stats(cfg, png=''):
     print_table("colors", lines)
     shots = (docs.pairs >= 0).sum(1) - 1
     others = np.bincount(t.pair_task, t.usable)[t.pair_task] - t.usable # demos that could stand before each pair
+    others = np.minimum(others, t.n_shown[t.pair_task])
     asked = np.minimum(others, s.most)[docs.pairs[:, 0]]
     lost = (shots < asked).sum() # documents with fewer
     counts = {'documents an epoch': len(ds), 'lost demos': lost, 'targets too long': ds.num_long,
               'targets without context': ds.num_alone, 'tasks over max_pair': ds.num_tasks_out,
-              'tasks malformed': len(ds.bad)}
+              'pairs over max_pair': ds.num_pairs_out, 'tasks malformed': len(ds.bad)}
     print_table(f"in block_size={cfg.block_size}", [counts])
     if png:
         draw_stats(columns, docs.length, shots, cells, cfg, png)
@@ -356,10 +358,10 @@ def percentiles(name, x):
 def count_tasks(c):
     """ Corpus -> a row of the table of tasks """
     h, w = c.h.reshape(-1, 2), c.w.reshape(-1, 2)
-    answered, is_demo = h[:, 1] > 0, c.is_demo()
+    answered, is_demo, is_extra = h[:, 1] > 0, c.is_demo(), c.is_extra()
     same = (h[:, 0] == h[:, 1]) & (w[:, 0] == w[:, 1])
-    return {'source': c.source, 'tasks': len(c), 'demos': is_demo.sum(), 'queries': (~is_demo).sum(),
-            'answers': (answered & ~is_demo).sum(), 'same_shape': same[answered].mean()}
+    return {'source': c.source, 'tasks': len(c), 'demos': (is_demo & ~is_extra).sum(), 'extra': is_extra.sum(),
+            'queries': (~is_demo).sum(), 'answers': (answered & ~is_demo).sum(), 'same_shape': same[answered].mean()}
 
 def draw_stats(columns, length, shots, cells, cfg, out):
     """ sides, colors and document lengths of a source -> a png """

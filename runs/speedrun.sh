@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # the gpu speedrun: MINUTES=10 bash runs/speedrun.sh ["what changed"] [flags of train]. trains on arc1/training +
-# arc2/training (+ CONCEPTARC=dir) and the demos of TARGET, solves TARGET with two attempts a query, scores it, adds the
-# row to dev/LEADERBOARD.md.
+# arc2/training (+ CONCEPTARC=dir; REARC=path: + 10 of its generated pairs a task and epoch) and the demos of TARGET,
+# solves TARGET with two attempts a query, scores it, adds the row to dev/LEADERBOARD.md.
 # hardware: one H100 (any card from Ampere on, then with fewer tokens). minutes: 2, 10, 30 or 60, of which 75% are
 # training and 20% solving. dollars: 0.07, 0.33, 1, 2 at DOLLARS_PER_HOUR=2. expect: measured was one run of 5.5
 # minutes, 18.88%, with one view a query (dev/LEADERBOARD.md); mdlARC has 44% for $0.67.
 # DRY=1 prints expected tokens and minutes, and does nothing. run the same command again after an interruption: it goes
 # on. SLICE=540: each call takes so many seconds at most, saves and exits with 75 until all is done:
 #   while SLICE=540 bash runs/speedrun.sh; [ $? = 75 ]; do :; done
-# settings: MINUTES TARGET CONCEPTARC OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS MFU (assumed by DRY) CARD (for DRY,
-# elsewhere) MIXER ADAPT (times that demos of TARGET are seen in an epoch) VIEWS SOLVER (more flags of solve);
-# MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores, 22 tasks
+# settings: MINUTES TARGET CONCEPTARC REARC EXTRA_PAIRS (other than 10) OUT DRY SLICE DOLLARS_PER_HOUR PEAK_TFLOPS
+# MFU (assumed by DRY) CARD (for DRY, elsewhere) MIXER ADAPT (times that demos of TARGET are seen in an epoch) VIEWS
+# SOLVER (more flags of solve); MODEL="--depth=2 ..." in place of the preset; REHEARSAL=1: a tiny one for 2 cpu cores,
+# 22 tasks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHAT=${1:-the default}
@@ -41,7 +42,9 @@ OUT=${OUT:-out/speedrun_${TARGET//\//_}_$MINUTES}
 TRAIN=$(awk "BEGIN {print 0.75 * $MINUTES}") # minutes
 PARTS=$(awk "BEGIN {print int(0.2 * $MINUTES / 4 + 0.999)}") # so that one of them fits into a slice
 SOLVE=$(awk "BEGIN {print 0.2 * $MINUTES / $PARTS}") # minutes of a part
-FLAGS=(--data "$DATA" --adapt "$TARGET*${ADAPT:-$TIMES}" --drop_overlap $MODEL "$@")
+FLAGS=(--data "$DATA" --adapt "$TARGET*${ADAPT:-$TIMES}" --drop_overlap)
+[ -z "${REARC:-}" ] || FLAGS+=(--extra "$REARC" --extra_pairs "${EXTRA_PAIRS:-10}")
+FLAGS+=($MODEL "$@")
 BOARD=${BOARD:-dev/LEADERBOARD.md}
 [ "${REHEARSAL:-0}" = 0 ] || BOARD="$OUT/LEADERBOARD.md"
 LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | xargs)" --target "$TARGET"

@@ -5,7 +5,7 @@ kernels are compared with, byte for byte. a grid is a list of lists here.
 from math import ceil, factorial, floor, log2
 
 ROW, IN, OUT, END, PAD = 10, 11, 12, 13, 14
-DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS = range(7)
+DIHEDRAL, COLORS, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS, POOL = range(8)
 
 def hash64(*parts, h=0):
     """ a chain of splitmix64 finalizers, from h on """
@@ -48,10 +48,11 @@ def canonical(x, y):
     return repr(min(forms))
 
 class Pair:
-    def __init__(self, task, x, y, is_demo, opened):
-        self.task, self.is_demo = task, is_demo
+    def __init__(self, task, x, y, kind, opened, source=0):
+        self.task, self.kind, self.source = task, kind, source # kind: 'own', 'extra' or 'query'
+        self.is_demo = kind != 'query'
         self.x = x.tolist()
-        self.y = y.tolist() if opened or is_demo else None
+        self.y = y.tolist() if opened or self.is_demo else None
         self.secret = canonical(x.tolist(), y.tolist())
 
     def tokens(self, d, answer=True):
@@ -63,45 +64,79 @@ class Pair:
         return n
 
     def need(self, d):
-        """ a closed answer reserves room for the longest output of the task's demos """
+        """ a closed answer reserves room for the longest output of the demos that its task was published with """
         n = self.tokens(d)
         if self.y is None:
             sizes = []
-            for p in self.task.demos:
+            for p in self.task.own:
                 for y in (p.y, turn(p.y, 4)):
                     sizes.append(len(y) * (len(y[0]) + 1))
-            n += max(sizes) + 1
+            n += max(sizes) + 1 if sizes else 0
         return n
 
     def long(self):
         return max(self.need(0), self.need(4))
 
+    def long_for(self, most):
+        """ too large to be trained on? but the queries of a published task are only asked """
+        return max(self.tokens(0), self.tokens(4)) > most and (self.is_demo or self.task.dealt)
+
 class SlowTask:
     def __init__(self, task, repeat, in_data):
-        self.key, self.repeat, self.in_data = task.key, repeat, in_data
-        self.pairs = []
-        for i, (x, y) in enumerate(task.demos + task.queries):
-            self.pairs.append(Pair(self, x, y, i < len(task.demos), in_data))
-        self.demos = [p for p in self.pairs if p.is_demo]
-        self.secrets = {p.secret for p in self.pairs}
+        self.name, self.key, self.repeat, self.in_data = task.name, task.key, repeat, in_data
+        self.dealt = task.n_own == 0
+        self.own = [Pair(self, x, y, 'own', in_data) for x, y in task.demos]
+        self.extra = []
+        self.queries = [Pair(self, x, y, 'query', in_data) for x, y in task.queries]
 
-    def longest(self):
-        return max(p.long() for p in self.demos)
+    @property
+    def demos(self):
+        return self.own + self.extra
+
+    @property
+    def pairs(self):
+        return self.own + self.extra + self.queries
+
+    def trained(self):
+        """ the pairs whose answers training may see, but the own demos of adapt """
+        return self.pairs if self.in_data else self.extra
+
+    def remove(self, bad):
+        """ without these pairs -> is the task still there? what was published goes whole """
+        if not self.dealt and any(p in bad for p in self.own + self.queries):
+            return False
+        self.own, self.extra, self.queries = [[p for p in x if p not in bad]
+                                              for x in (self.own, self.extra, self.queries)]
+        return len(self.pairs) > 0
+
+def add_extra(tasks, extra):
+    """ list of (Task, repeat, number of the source): its pairs become extra pairs of the SlowTask of its id """
+    by_id = {t.name: t for t in tasks}
+    for task, repeat, source in extra:
+        mine = by_id.get(task.name) or by_id.get(task.name.rpartition('.')[0])
+        for x, y in task.demos + task.queries:
+            if mine and y is not None:
+                mine.dealt = False
+                mine.extra.append(Pair(mine, x, y, 'extra', True, source))
 
 class SlowLoader:
-    """ tasks: list of (Task with all answers, repeat, is it from data and not from adapt), cfg: DataConfig """
+    """
+    tasks: list of (Task with all answers, repeat, is it from data and not from adapt), cfg: DataConfig, extra: list of
+    (Task, repeat, number of its source) whose pairs are further demos
+    """
 
-    def __init__(self, tasks, cfg, seed, window):
+    def __init__(self, tasks, cfg, seed, window, extra=()):
         self.cfg, self.seed, self.window_size = cfg, seed, window
         tasks = [SlowTask(*x) for x in tasks]
+        add_extra(tasks, extra)
         if cfg.max_pair:
-            tasks = [t for t in tasks if t.longest() <= cfg.max_pair]
+            tasks = [t for t in tasks if t.remove([p for p in t.pairs if p.long_for(cfg.max_pair)])]
         asked = set()
         for t in tasks:
             if not t.in_data:
-                asked.update(p.secret for p in t.pairs if not p.is_demo)
+                asked.update(p.secret for p in t.queries)
         if cfg.drop_overlap:
-            tasks = [t for t in tasks if not t.in_data or t.secrets.isdisjoint(asked)]
+            tasks = [t for t in tasks if t.remove([p for p in t.trained() if p.secret in asked])]
         self.pairs = []
         for t in tasks:
             self.pairs += t.pairs
@@ -113,21 +148,36 @@ class SlowLoader:
         # held out: the first of equal tasks, by key
         val = {}
         for t in tasks:
-            if t.in_data and any(not p.is_demo for p in t.pairs):
+            if t.in_data and t.queries:
                 val.setdefault(t.key, t)
         self.val = []
         for key in sorted(val)[: min(cfg.val_tasks, len(val) // 2)]:
-            self.val += [p for p in val[key].pairs if not p.is_demo]
+            self.val += val[key].queries
         secrets = {q.secret for q in self.val}
         held = [p for p in self.pairs if p.y is not None and p.secret in secrets]
         self.usable = [p for p in self.pairs if p.is_demo and p not in held]
-        self.targets = []
+        self.pools = [] # lists of pairs: each alone, but the extra pairs of a task from one source
         for p in self.pairs:
-            others = [q for q in p.task.demos if q is not p and q in self.usable]
-            alone = cfg.shots != 0 and not any(p.long() + q.long() <= cfg.block_size for q in others)
             can = p.y is not None and (p.is_demo or p.task.in_data)
-            if can and p not in held and p.long() <= cfg.block_size and not alone:
-                self.targets += [(p, i) for i in range(p.task.repeat)]
+            if can and p not in held and p.long() <= cfg.block_size and not self.is_alone(p, p.task.demos):
+                last = self.pools[-1][-1] if self.pools else p
+                goes_on = p.task is last.task and p.source == last.source and p.kind == last.kind == 'extra'
+                if goes_on and self.pools:
+                    self.pools[-1].append(p)
+                else:
+                    self.pools.append([p])
+        self.val = [p for p in self.val if p.long() <= cfg.block_size and not self.is_alone(p, p.task.own)]
+        repeats = {source: repeat for _, repeat, source in extra}
+        self.targets = [] # of an epoch: (pool, how many it has had before of how many)
+        for pool in self.pools:
+            times = repeats.get(pool[0].source, pool[0].task.repeat)
+            n = min(len(pool), cfg.extra_pairs or len(pool)) * times
+            self.targets += [(pool, i, n) for i in range(n)]
+
+    def is_alone(self, p, demos):
+        """ in context: does none of these demos fit before the pair? """
+        others = [q for q in demos if q is not p and q in self.usable]
+        return self.cfg.shots != 0 and not any(p.long() + q.long() <= self.cfg.block_size for q in others)
 
     def domain(self, task):
         mode = self.cfg.colors
@@ -136,18 +186,23 @@ class SlowLoader:
         if mode != 'domain':
             return {'nonzero': list(range(1, 10)), 'all': list(range(10)), 'none': []}[mode]
         seen, made = set(), set()
-        for p in task.pairs:
+        for p in task.own + task.queries:
             seen.update(*p.x)
-        for p in task.demos:
+        for p in task.own:
             made.update(*p.y)
         return [c for c in range(1, 10) if c in seen or c not in made]
 
+    def target(self, t):
+        """ number of a document -> the pair that is asked, and how often it was before """
+        epoch, i = divmod(t, len(self.targets))
+        pool, had, n = self.targets[bijection(i, len(self.targets), hash64(self.seed, EPOCH, epoch))]
+        visit, k = divmod(epoch * n + had, len(pool))
+        return pool[bijection(k, len(pool), hash64(self.seed, POOL, pool[0].number, visit))], visit
+
     def document(self, t):
         """ -> dict of lists: idx, targets, pos, and what the row needs """
-        cfg, seed, n = self.cfg, self.seed, len(self.targets)
-        epoch, i = divmod(t, n)
-        target, copy = self.targets[bijection(i, n, hash64(seed, EPOCH, epoch))]
-        visit = epoch * target.task.repeat + copy
+        cfg, seed = self.cfg, self.seed
+        target, visit = self.target(t)
         d = bijection(visit % 8, 8, hash64(seed, DIHEDRAL, target.number, visit // 8))
         domain = self.domain(target.task)
         total = factorial(len(domain))
@@ -159,10 +214,11 @@ class SlowLoader:
         color = {**{c: c for c in range(10)}, **dict(zip(domain, perm))}
         if float(hash64(seed, IDENTITY, target.number, visit)) < cfg.p_identity * 2.0**64:
             color = {c: c for c in range(10)}
-        order = sorted(range(len(target.task.demos)), key=lambda k: hash64(seed, DEMOS, t, k))
-        context, room = [], cfg.block_size - target.need(d)
-        for q in [target.task.demos[k] for k in order]:
-            if len(context) != cfg.shots and q is not target and q in self.usable and q.need(d) <= room:
+        demos, context, room = target.task.demos, [], cfg.block_size - target.need(d)
+        for k in range(len(demos)):
+            q = demos[bijection(k, len(demos), hash64(seed, DEMOS, t))]
+            if len(context) not in (cfg.shots, len(target.task.own)) and q is not target and q in self.usable \
+                    and q.need(d) <= room:
                 context.append(q)
                 room -= q.need(d)
         return {**self.tokens(context[::-1] + [target], d, color), 't': t, 'task': target.task.row, 'dihedral': d}

@@ -140,7 +140,7 @@ def test_a_flipped_byte_of_the_manifest_is_refused_or_changes_nothing(packed):
 
 def test_a_manifest_of_another_format_is_refused(packed, capsys):
     for change in (
-        {'format': 2}, {'format': "1"}, {'format': None}, {'sha256': None}, {'sha256': []}, {'bad': 5}, {'bad': "text"},
+        {'format': 3}, {'format': "1"}, {'format': None}, {'sha256': None}, {'sha256': []}, {'bad': 5}, {'bad': "text"},
         {'bad': [5]},
     ):
         assert "manifest.json: " in refusal(capsys, 'data', 'check', packed.write(**change)), change
@@ -153,6 +153,12 @@ def test_a_manifest_of_another_format_is_refused(packed, capsys):
     for text in ('{"nanoarc": "something else"}', ''): # then it is a folder like any other
         (path / 'manifest.json').write_text(text)
         assert f"{path}/cells.npy: nothing here reads .npy" in refusal(capsys, 'data', 'check', path), text
+
+def test_a_corpus_that_was_packed_before_there_were_extra_pairs_opens(packed):
+    path = packed.write(format=1)
+    (path / 'n_own.npy').unlink()
+    c = read_source(str(path))
+    assert c.sha256 == packed.corpus.sha256 and plain(c) == plain(packed.corpus) and (c.n_own == c.n_demos).all()
 
 def other_type(x):
     return x.astype('U' if x.dtype.kind == 'S' else 'f4')
@@ -204,7 +210,7 @@ def test_values_that_cannot_be_are_refused_though_their_hashes_are_right(packed,
         ('first', 0, 1, "do not fit"), ('first', 1, 0, "do not fit"), ('first', 1, 10**12, "do not fit"),
         ('first', -1, 19, "do not fit"), ('first', -1, 21, "do not fit"), ('first', 1, -3, "do not fit"),
         ('n_demos', 0, 0, "do not fit"), ('n_demos', 0, -1, "do not fit"), ('n_demos', 0, 5, "do not fit"),
-        ('n_demos', 3, 2**31 - 1, "do not fit"),
+        ('n_demos', 3, 2**31 - 1, "do not fit"), ('n_own', 0, -1, "do not fit"), ('n_own', 0, 4, "do not fit"),
     ):
         y = getattr(c, name).copy()
         y[k] = x

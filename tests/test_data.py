@@ -33,7 +33,7 @@ any_grid, small_grid = grid_of(30), grid_of(6)
 def sampler_of(*pairs, queries=(), **kwargs):
     """ one task with these demos """
     task = Task('toy', 'toy', list(pairs), list(queries) or [(pairs[0][0], None)])
-    return Sampler([(Corpus.of([task]), 1)], DataConfig(**kwargs))
+    return Sampler([Corpus.of([task])], DataConfig(**kwargs))
 
 def written(sampler, docs, i=0):
     """ document i of a plan -> (idx, targets, pos) of its own length """
@@ -165,7 +165,7 @@ def test_augments_differ_between_epochs_and_never_touch_val(toy):
     assert all(len(v) == 8 for v in views.values()) # 8 epochs see each symmetry once
     docs = ds.sampler.plan(ds.val_pairs, 0, 0, True, 0)
     assert len(ds.val_pairs) == 3 and (docs.dihedral == 0).all() and (docs.cmap == np.arange(10)).all()
-    assert not set(ds.val_pairs) & set(ds.targets.tolist())
+    assert not set(ds.val_pairs) & set(ds.pools.pairs.tolist())
     for a, b in zip(ds.val_batches(), ds.val_batches(), strict=True):
         assert same(a, b) and (a.dihedral == 0).all()
 
@@ -303,7 +303,7 @@ def test_a_context_is_other_demos_and_never_a_query(toy):
         assert len(context) == (2 if target < end_of_demos else 3)
         orders.add(tuple(row))
     assert len(orders) > 8 * 8 # demo order is shuffled
-    assert set(tab.pair_task[ds.targets].tolist()) == set(range(8))
+    assert set(tab.pair_task[ds.pools.pairs].tolist()) == set(range(8))
     in_adapt = tab.pair_task >= 4
     assert not ds.sampler.known[in_adapt & ~ds.sampler.is_demo].any() # its answers are closed
 
@@ -331,7 +331,7 @@ def test_hundreds_of_demos_are_drawn_and_ordered_by_the_same_hash():
     sampler = sampler_of(*pairs, shots=-1, block_size=5000)
     docs = sampler.plan([3] * 20, np.arange(20), np.arange(1, 21), False, 1)
     for i, row in enumerate(docs.pairs.tolist()):
-        order = sorted(range(200), key=lambda k: slow_loader.hash64(k, h=i + 1))
+        order = [slow_loader.bijection(k, 200, i + 1) for k in range(200)]
         order.remove(3) # the target
         assert row == [3] + order[:MAX_SHOTS]
 
@@ -399,7 +399,7 @@ def test_an_augment_of_a_held_out_query_among_its_own_demos_is_held_out_too(writ
 
 def names_of(ds):
     """ how many targets of an epoch are from each task """
-    names = ds.sampler.join('name')[ds.sampler.tables.pair_task[ds.targets]]
+    names = ds.sampler.join('name')[ds.sampler.tables.pair_task[ds.pools.pairs]]
     return Counter(name.decode() for name in names)
 
 def test_data_that_holds_a_query_of_adapt_is_refused_dropped_or_allowed():
@@ -514,7 +514,7 @@ def test_a_saved_loader_continues_with_the_same_batches(toy, shots):
 
 def test_the_dataset_is_the_stream_and_works_in_a_dataloader(toy):
     ds = ArcDataset(DataConfig(data=toy(n=3), block_size=64), epochs=2)
-    assert len(ds) == 2 * len(ds.targets) and ds[10**12].idx.shape == (64,)
+    assert len(ds) == 2 * len(ds.pools.pairs) and ds[10**12].idx.shape == (64,)
     batch = next(iter(torch.utils.data.DataLoader(ds, batch_size=4, collate_fn=ds.collate)))
     assert isinstance(batch, Batch) and batch.pos.shape == (4, 64, 3)
     for i in range(4):
@@ -593,7 +593,7 @@ def test_small_tasks_of_arc1_are_81_and_34():
     evaluation = evaluation.select(data.small_tasks(evaluation, 100))
     assert len(training) == 81 and len(evaluation) == 34
     assert len(evaluation.hash) - evaluation.n_demos.sum() == 42 # queries
-    s = Sampler([(evaluation, 1)], DataConfig())
+    s = Sampler([evaluation], DataConfig())
     assert sum(len(domain_of(s, k)) < 9 for k in range(34)) == 14 # so many have colors that only outputs have
     ds = ArcDataset(DataConfig(data='arc1/training', adapt='arc1/evaluation', max_pair=100))
     assert ds.num_tasks_out == 800 - 81 - 34 and len(ds.val_pairs) >= 32

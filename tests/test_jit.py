@@ -21,7 +21,7 @@ from nanoarc.data import DataConfig, Sampler, one_a_row
 from nanoarc.grids import Task
 from nanoarc.jit import CACHE_DIR
 x, y = np.array([[1, 2, 3]], np.uint8), np.array([[4], [5]], np.uint8)
-sampler = Sampler([(Corpus.of([Task('toy', 'toy', [(x, y)], [(x, None)])]), 1)], DataConfig())
+sampler = Sampler([Corpus.of([Task('toy', 'toy', [(x, y)], [(x, None)])])], DataConfig())
 docs = sampler.plan([0] * 8, np.arange(8), 0, False, 0)
 batch = sampler.write(one_a_row(docs), 0, 8, 32)
 print(CACHE_DIR, hashlib.sha256(batch.idx.numpy().tobytes()).hexdigest())

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 
@@ -28,12 +29,18 @@ def as_lists(batch):
     return [x if x is None else x.tolist() for x in batch]
 
 def random_sources(rng, folder):
-    """ up to three files of toy tasks -> the settings data and adapt, and the same tasks as SlowLoader wants them """
+    """
+    up to three files of toy tasks, or lists of pairs -> the settings data and adapt, and the same tasks as SlowLoader
+    wants them
+    """
     specs, tasks = {'data': [], 'adapt': []}, {'data': [], 'adapt': []}
     for i in range(rng.choice([1, 1, 2, 3])):
         path = folder / f"{i}.json"
         objects = toy_tasks(n=rng.randint(1, 5), demos=rng.randint(1, 5), queries=rng.randint(1, 3),
                             side=rng.choice([2, 5, 9]), seed=rng.randint(0, 3))
+        objects = {f"{i}{name}": obj for name, obj in objects.items()} # no id stands for two tasks
+        if rng.random() < 0.2: # a list, to be dealt
+            objects = toy_tasks(n=1, demos=rng.randint(2, 25), side=rng.choice([2, 5]))['toy0000']['train']
         path.write_text(json.dumps(objects))
         repeat = rng.choice([1, 1, 2, 5])
         kind = 'adapt' if i > 0 and rng.random() < 0.5 else 'data'
@@ -42,9 +49,26 @@ def random_sources(rng, folder):
             tasks[kind].append((task, repeat, kind == 'data'))
     return '+'.join(specs['data']), '+'.join(specs['adapt']), tasks['data'] + tasks['adapt']
 
-def random_config(rng, spec, adapt):
+def random_extra(rng, folder, tasks):
+    """ up to two sources of lists and tasks for some of these -> the setting extra, and what SlowLoader wants """
+    specs, extra = [], []
+    for i in range(1, rng.choice([1, 1, 2, 3])):
+        source = folder / f"extra{i}"
+        shutil.rmtree(source, ignore_errors=True)
+        source.mkdir()
+        for name in ['nobody', *(task.name for task, _, _ in tasks if rng.random() < 0.6)]:
+            seed, side = rng.randint(0, 3), rng.choice([2, 5, 9])
+            obj = toy_tasks(n=1, demos=rng.randint(2, 12), side=side, seed=seed)['toy0000']
+            (source / f"{name}.json").write_text(json.dumps(rng.choice([obj, obj['train']])))
+        repeat = rng.choice([1, 1, 2, 3])
+        specs.append(f"{source}*{repeat}")
+        extra += [(task, repeat, i) for task in read_tasks(str(source))]
+    return '+'.join(specs), extra
+
+def random_config(rng, spec, adapt, extra):
     return DataConfig(
-        data=spec, adapt=adapt,
+        data=spec, adapt=adapt, extra=extra,
+        extra_pairs=rng.choice([0, 0, 1, 3, 7]),
         shots=rng.choice([0, 0, -1, -1, 1, 2, 3]),
         block_size=rng.choice([40, 90, 200, 500]),
         batching=rng.choice(['bucket', 'pack', 'pad']),
@@ -84,24 +108,27 @@ def loss_tokens(rows):
 
 @pytest.mark.parametrize('part', range(4))
 def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_path, monkeypatch):
-    modes, skipped = set(), 0
+    modes, skipped, n_extra = set(), 0, 0
     for n in range(250):
         rng = random.Random(1000 * part + n)
         monkeypatch.setattr(data, 'WINDOW', rng.choice([1, 7, 24, 40]))
         spec, adapt, tasks = random_sources(rng, tmp_path)
-        cfg = random_config(rng, spec, adapt)
+        extra_spec, extra = random_extra(rng, tmp_path, tasks)
+        cfg = random_config(rng, spec, adapt, extra_spec)
         seed, window = rng.choice([0, 1, 1337, 2**40]), rng.choice([0, 1, rng.randrange(10**12)])
-        slow = SlowLoader(tasks, cfg, seed, data.WINDOW)
+        slow = SlowLoader(tasks, cfg, seed, data.WINDOW, extra)
         if len(slow.targets) == 0:
             with pytest.raises(ValueError, match="nothing to train on"):
                 ArcDataset(cfg, seed)
             skipped += 1
             continue
         ds = ArcDataset(cfg, seed)
-        assert [p.number for p, _ in slow.targets] == ds.targets.tolist(), cfg
+        assert [p.number for pool in slow.pools for p in pool] == ds.pools.pairs.tolist(), cfg
+        assert sorted(p.number for p in slow.val) == ds.val_pairs.tolist(), cfg
         check_window(ds, slow, window, world=rng.choice([1, 1, 2, 3]), prefetch=rng.random() < 0.3)
         modes.add((cfg.batching, cfg.loss_on, cfg.shots))
-    assert len(modes) > 40 and skipped < 50
+        n_extra += any(len(pool) > 1 for pool in slow.pools)
+    assert len(modes) > 40 and skipped < 50 and n_extra > 60
 
 # -----------------------------------------------------------------------------
 # the stream
@@ -213,8 +240,8 @@ def names_alone(field):
     return re.compile(f"resume refused: {field} differs [^;]*")
 
 # another value than the default, of each setting that a state has
-CHANGED = dict(shots=1, max_pair=90, block_size=99, batching='pad', batch_tokens=77, loss_on='all', colors='all',
-               p_identity=0.3, val_tasks=1, deal=2, allow_leak=True, drop_overlap=True)
+CHANGED = dict(shots=1, max_pair=90, extra_pairs=3, block_size=99, batching='pad', batch_tokens=77, loss_on='all',
+               colors='all', p_identity=0.3, val_tasks=1, deal=2, allow_leak=True, drop_overlap=True)
 
 def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs(toy):
     src = toy(n=4)

@@ -54,7 +54,7 @@ def first_query(sampler, k):
 def make_solver(tiny_run, tasks, **how):
     """ of the first query of some tasks, numbers of them """
     model, data_cfg, meta = load_run(tiny_run[0], 'cpu')
-    sampler = Sampler([(read_source(tiny_run[1], opened=False), 1)], data_cfg, meta['rows'])
+    sampler = Sampler([read_source(tiny_run[1], opened=False)], data_cfg, meta['rows'])
     queries = {(k, 0): first_query(sampler, k) for k in tasks}
     return Solver(SolveConfig(run=tiny_run[0], views=6, **how), model, contextlib.nullcontext, sampler, queries)
 
@@ -63,7 +63,7 @@ def make_solver(tiny_run, tasks, **how):
 
 @pytest.mark.parametrize('shots', [0, -1])
 def test_views_differ_begin_with_the_query_itself_and_can_be_undone(shots):
-    sampler = Sampler([(read_source('arc1/training', opened=False), 1)], DataConfig(shots=shots))
+    sampler = Sampler([read_source('arc1/training', opened=False)], DataConfig(shots=shots))
     for k, task in enumerate(read_tasks('arc1/training')[:8]):
         views = make_views(sampler, first_query(sampler, k), 16, 1, (k, 0))
         assert views[0].number == 0 and views[0].dihedral == 0 and (views[0].cmap == np.arange(10)).all()
