@@ -20,7 +20,7 @@ from slow_loader import SlowLoader
 from test_data import sampler_of, visits
 
 from nanoarc import data
-from nanoarc.data import EPOCH, ArcDataset, ArcLoader, ArcStream, DataConfig, bijection, hash64
+from nanoarc.data import DEMOS, EPOCH, ArcDataset, ArcLoader, ArcStream, DataConfig, bijection, hash64
 from nanoarc.sources import read_tasks
 
 pytestmark = pytest.mark.reliability
@@ -133,13 +133,13 @@ def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_
 # -----------------------------------------------------------------------------
 # the stream
 
-# by seed: sha256 of the order of an epoch, and of the augments of a pair
+# by seed: sha256 of the order of an epoch, of the augments of a pair, and of the contexts before it
 GOLDEN = {
-    0: ("fa4133b659afb537", "1f4970e819d352db"),
-    1: ("337fc7d439e47ba3", "47220a3df652023f"),
-    2: ("32c3648c0e6615d0", "7a0284cb2b691852"),
-    1337: ("274025e94becab29", "259fa5880160d3e0"),
-    2**63: ("34c1efd45e3fd19c", "649ed9ae3b898c93"),
+    0: ("fa4133b659afb537", "1f4970e819d352db", "3649f9e99deb9f2f"),
+    1: ("337fc7d439e47ba3", "47220a3df652023f", "6b441c7e0105d626"),
+    2: ("32c3648c0e6615d0", "7a0284cb2b691852", "dbbf84da9a5d25c7"),
+    1337: ("274025e94becab29", "259fa5880160d3e0", "693982f1b15875d5"),
+    2**63: ("34c1efd45e3fd19c", "649ed9ae3b898c93", "f3b0c0118483c211"),
 }
 
 def short_hash(*arrays):
@@ -157,11 +157,13 @@ def test_an_epoch_is_a_permutation_at_any_size():
 def test_the_order_is_the_one_that_it_always_was():
     """ or a resumed run would go on elsewhere: raise data.FORMAT when this has to change """
     grid = np.arange(10, dtype=np.uint8).reshape(2, 5)
-    sampler = sampler_of((grid, grid)) # a pair with all the colors
-    for seed, (order, augments) in GOLDEN.items():
+    sampler = sampler_of(*[(grid, grid)] * 6, shots=-1) # pairs with all the colors
+    for seed, (order, augments, contexts) in GOLDEN.items():
         assert short_hash(epoch_order(1000, seed, 3).astype('<u8')) == order
         dihedral, cmap = visits(sampler, 0, 1000, seed, p_identity=0.2)
         assert short_hash(dihedral, cmap) == augments
+        docs = sampler.plan([2] * 1000, np.arange(1000), hash64(seed, DEMOS, np.arange(1000)), False, seed)
+        assert short_hash(docs.pairs) == contexts
 
 def test_every_target_comes_once_an_epoch_times_its_repeat():
     ds = ArcDataset(DataConfig(data='arc1/training*2+arc2/evaluation', val_tasks=0))
