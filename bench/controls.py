@@ -215,8 +215,8 @@ CONTROLS = [
         "test_extra.py::test_what_a_query_is_asked_with_does_not_depend_on_extra_pairs"),
     Control(
         "extra pairs with replacement", 'data.py',
-        "        k = bijection(k, size, hash64(",
-        "        k = hash64(self.seed, drawn, pool) % size\n        bijection(k, size, hash64(",
+        "k[some] = bijection(k[some], size[some], key)",
+        "k[some] = hash64(drawn[some], key) % size[some]",
         "test_extra.py::test_extra_pairs_come_without_replacement_however_few_an_epoch"),
     Control(
         "a context of a hundred", 'data.py',

@@ -25,10 +25,11 @@ from nanoarc.sources import read_source
 
 DATA = 'arc1/training'
 OPEN = """
-import resource
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 # MiB
+    for line in open('/proc/self/status'):
+        if line.startswith('VmHWM'):
+            return int(line.split()[1]) / 1024 # MiB
 ArcLoader(ArcDataset(DataConfig()), prefetch=False).next_batch() # compiled kernels are loaded
 before, most, start = rss(), peak(), time.perf_counter()
 ds = ArcDataset(DataConfig(**json.loads(sys.argv[1])))

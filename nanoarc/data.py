@@ -734,7 +734,9 @@ class ArcDataset(torch.utils.data.Dataset):
         first, size = self.pools.first[pool], self.pools.size[pool]
         drawn = epoch * self.pools.slots[pool] + self.slot[i].astype(U) # from its pool before
         visit, k = np.divmod(drawn, size) # every `size` of them see each pair of the pool once
-        k = bijection(k, size, hash64(self.seed, POOL, self.pools.pairs[first], visit))
+        some = size > 1 # elsewhere there is nothing to shuffle
+        key = hash64(self.seed, POOL, self.pools.pairs[first[some]], visit[some])
+        k[some] = bijection(k[some], size[some], key)
         target = self.pools.pairs[first + k.astype(np.int64)]
         order = hash64(self.seed, DEMOS, t)
         return self.sampler.plan(target, visit, order, False, self.seed, self.cfg.p_identity)
