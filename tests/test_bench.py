@@ -130,6 +130,16 @@ def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
     assert float(tokens.replace(',', '')) == pytest.approx(want, rel=0.02) and float(step) > 32
     assert not (tmp_path / 'out').exists()
 
+@pytest.mark.slow
+def test_a_speedrun_takes_generated_pairs(tmp_path):
+    pair = {'input': [[1]], 'output': [[2]]}
+    (tmp_path / '007bbfb7.json').write_text(json.dumps([pair] * 5))
+    env = {**ENV, 'DRY': '1', 'MINUTES': '2', 'REARC': str(tmp_path), 'EXTRA_PAIRS': '3'}
+    done = subprocess.run(['bash', str(RUNS / 'speedrun.sh')], cwd=tmp_path, capture_output=True, text=True, env=env)
+    said = dict(line.split(':', 1) for line in done.stdout.splitlines())
+    share, n = re.search(rf"([\d.]+)% {tmp_path}", said['data'])[1], int(re.search(r"(\d+) documents", said['data'])[1])
+    assert float(share) == pytest.approx(300 / n, abs=0.05), done.stderr
+
 # a python of some version on some machine: it answers questions as that one would, and `-m venv` makes another
 FAKE = """#!/bin/sh
 case $1 in

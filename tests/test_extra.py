@@ -107,11 +107,11 @@ def test_an_id_that_no_task_has_is_counted_and_said(write, tmp_path):
     log = (tmp_path / 'run' / 'log.txt').read_text()
     assert log.count("; 3 ids of extra fit no task: nobody, other, toy0000.x\n") == 1
 
-def test_an_id_of_two_different_tasks_is_refused_by_name(write, capsys):
+def test_an_id_of_two_different_tasks_is_refused_by_name(write, tmp_path, capsys):
     a, b = write('a', toy_tasks(n=2)), write('b', toy_tasks(n=2, seed=1))
     extra = write('made', {'toy0001': make_list(3)})
     for args in ([f"--data={a}+{b}", '--adapt='], [f"--data={a}", f"--adapt={b}"]):
-        said = refusal(capsys, 'train', *args, f"--extra={extra}", '--out_dir=/nowhere')
+        said = refusal(capsys, 'train', *args, f"--extra={extra}", f"--out_dir={tmp_path / 'run'}")
         assert f"{extra}: extra pairs of toy0001, but two different tasks of data and adapt have that id" in said
     ArcDataset(DataConfig(data=f"{a}+{b}", extra=write('other', {'nobody': make_list(3)}))) # nobody asks which
 
@@ -240,7 +240,7 @@ def test_a_dealt_task_that_gets_extra_pairs_counts_as_published(write):
 # -----------------------------------------------------------------------------
 # leaks
 
-def test_an_extra_pair_that_is_a_query_of_adapt_is_refused_dropped_or_allowed(write, capsys):
+def test_an_extra_pair_that_is_a_query_of_adapt_is_refused_dropped_or_allowed(write, tmp_path, capsys):
     tasks, asked = toy_tasks(n=2, side=9), toy_tasks(n=2, side=9, queries=2, seed=1)
     asked = {f"eval{k}": obj for k, obj in enumerate(asked.values())}
     leak = turned(asked['eval0']['test'][1])
@@ -248,7 +248,7 @@ def test_an_extra_pair_that_is_a_query_of_adapt_is_refused_dropped_or_allowed(wr
     for owner in ('toy0001', 'eval0', 'eval1'): # of a task of data, of the task itself, of another one of adapt
         extra = write(f"to_{owner}", {owner: [*make_list(5), leak]})
         cfg['extra'] = extra
-        said = refusal(capsys, 'train', *(f"--{name}={x}" for name, x in cfg.items()), '--out_dir=/nowhere')
+        said = refusal(capsys, 'train', *(f"--{name}={x}" for name, x in cfg.items()), f"--out_dir={tmp_path / 'run'}")
         where = cfg['data'] if owner[0] == 't' else cfg['adapt']
         assert f"1 pairs of data are queries of adapt, answers included: an extra pair of {owner} ({where}) = eval0 " \
                f"query 1 ({cfg['adapt']}), augmented" in said
@@ -341,10 +341,10 @@ BAD = {
 }
 
 @pytest.mark.parametrize('want', BAD)
-def test_a_broken_extra_pair_is_one_line_and_in_quarantine_goes_alone(want, write, capsys):
+def test_a_broken_extra_pair_is_one_line_and_in_quarantine_goes_alone(want, write, tmp_path, capsys):
     extra = write('made', {'toy0001': BAD[want], 'toy0000': make_list(3)})
     data = write('data', toy_tasks(n=2))
-    for args in (['train', f"--data={data}", '--out_dir=/nowhere'], ['data', 'check', data]):
+    for args in (['train', f"--data={data}", f"--out_dir={tmp_path / 'run'}"], ['data', 'check', data]):
         assert want in refusal(capsys, *args, f"--extra={extra}")
     ds = ArcDataset(DataConfig(data=data, extra=extra, on_bad='quarantine'))
     assert len(ds.bad) > 0 and ds.sampler.is_extra.sum() == (5 if "pair 2" in want else 3)
