@@ -401,13 +401,13 @@ def add_extra(corpora, extra):
     """
     two lists of Corpus -> the first, its tasks with the pairs of the second as extra demos; and the ids that no task
     has. a task of extra is for the task of its name, or of its name without the .j that dealing appends. all its pairs
-    are, but a query whose answer is not known. where several tasks are the same one, the last gets them, so one of
-    adapt, which no leak drops. raises ValueError for an id of two different tasks
+    are, but a query whose answer is not known. if the same task comes several times the last one gets them: one of
+    adapt is never dropped for a leak. raises ValueError for an id of two different tasks
     """
     if len(extra) == 0:
         return corpora, []
     owners, strangers = find_owners(corpora, extra)
-    joined, before = [], 0
+    extended, before = [], 0
     for c in corpora:
         tasks = [] # of c, for each pair of each extra corpus. -1 = it is for none of these
         for e, owner in zip(extra, owners):
@@ -415,8 +415,8 @@ def add_extra(corpora, extra):
             is_ours = (task >= 0) & (task < len(c)) & (e.h[1::2] > 0)
             tasks.append(np.where(is_ours, task, -1))
         before += len(c)
-        joined.append(insert(c, extra, tasks))
-    return joined, strangers
+        extended.append(insert(c, extra, tasks))
+    return extended, strangers
 
 def find_owners(corpora, extra):
     """
