@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# the tests: set up what they need, then run the quick and the reliability ones. minutes: 7 on 2 cpu cores, plus the
-# installation. words are passed to pytest: bash runs/test.sh tests/test_data.py -k roundtrip, or -m 'not gpu' for the
-# slow ones too.
+# the tests: set up what they need, then run the quick ones. minutes: 3 on 2 cpu cores, plus the installation. words are
+# passed to pytest: bash runs/test.sh tests/test_data.py -k roundtrip, or -m reliability for what is promised, or
+# -m 'not gpu' for all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh

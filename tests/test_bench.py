@@ -104,6 +104,7 @@ def test_the_peak_of_a_card_is_known_by_its_name_or_given():
     assert leaderboard.peak_of('NVIDIA L40S', 362) == 362e12
     assert math.isnan(leaderboard.peak_of('AMD EPYC')) # nobody knows
 
+@pytest.mark.slow
 def test_flops_a_token_are_those_of_the_batches():
     import leaderboard
     import model as bench

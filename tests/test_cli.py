@@ -98,6 +98,7 @@ def test_as_a_module_it_is_the_same_command(capsys, module):
     ('source', ' | head -1', ''), ('source', ' | head -1', '1'), ('data check TOY', ' | true', ''),
     ('data check TOY', ' | true', '1'), ('data check TOY', ' >&-', ''),
 ])
+@pytest.mark.slow
 def test_nobody_need_read_what_it_says(toy, tmp_path, command, end, unbuffered):
     command = f"{sys.executable} -m nanoarc {command.replace('TOY', toy())}"
     shell = f"{command}{end}; echo ${{PIPESTATUS[0]}} > {tmp_path / 'rc'}"
@@ -108,6 +109,7 @@ def test_nobody_need_read_what_it_says(toy, tmp_path, command, end, unbuffered):
     assert done.stderr in ("", "\nnanoarc: no command 'fly'\n" if is_wrong else "")
 
 @pytest.mark.parametrize('end', [' >&-', ' 2>&1 | true'])
+@pytest.mark.slow
 def test_training_goes_on_when_nobody_reads(toy, tmp_path, end):
     args = " ".join([f"--data={toy()}", f"--out_dir={tmp_path / 'run'}", '--max_iters=3', '--log_every=1', *TINY])
     shell = f"{sys.executable} -m nanoarc train {args}{end}; exit ${{PIPESTATUS[0]}}"
@@ -117,6 +119,7 @@ def test_training_goes_on_when_nobody_reads(toy, tmp_path, end):
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason="no /dev/full")
 @pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.slow
 def test_output_that_a_full_disk_swallows_is_no_success(unbuffered):
     done = subprocess.run(['bash', '-c', f"{sys.executable} -m nanoarc source > /dev/full"], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})
@@ -149,6 +152,7 @@ def help_of_all(cwd, *args, flags=(), user=None, **env):
     text, _, codes = done.stdout.decode().rpartition('[')
     return text, done.stderr.decode(), [int(x) for x in codes.strip(']\n').split(',')]
 
+@pytest.mark.slow
 def test_every_command_prints_its_help_in_a_bare_environment(tmp_path):
     """ no docstrings, an ASCII locale, a home that is not there, a directory that nobody may write to """
     (tmp_path / 'here').mkdir()

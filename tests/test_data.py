@@ -245,6 +245,7 @@ def test_same_seed_same_batches(toy):
         assert same(x, y)
     assert not same(x, z)
 
+@pytest.mark.slow
 def test_same_seed_same_batches_in_another_process():
     code = """
 import hashlib
@@ -431,6 +432,7 @@ def test_what_was_trained_on_is_written_down(toy):
     assert len(lines) == 7 # 2 x 4 without the query that is held out
     assert all(len(line.split()[0]) == 16 and line.endswith(f"({a})") for line in lines)
 
+@pytest.mark.slow
 def test_a_leak_is_seen_though_nobody_knows_the_answer(write_tasks):
     challenges = {}
     for task in read_tasks('arc1/evaluation'):

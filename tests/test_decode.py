@@ -125,6 +125,7 @@ def test_decoding_together_equals_one_by_one(mixer, how):
 
 @pytest.mark.parametrize('mixer', ['A', 'M', 'MA', 'MS'])
 @pytest.mark.parametrize('more', [{}, {'rope_bases': (100.0,)}])
+@pytest.mark.slow
 def test_filler_before_a_shorter_prompt_changes_nothing(mixer, more):
     model = sharp_model(mixer, window=5, **more)
     idx, pos, task, dihedral = prompts(6, 9)

@@ -129,6 +129,7 @@ def test_workers_give_the_batches_of_the_loader_in_order(cfg, workers, start):
 # each spawned worker takes seconds to begin: two of them tell what three would
 @pytest.mark.parametrize('workers, start', [(0, 'fork'), (1, 'fork'), (2, 'fork'), (3, 'fork'),
                                             pytest.param(2, 'spawn', marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_stateful_loader_resumes_exactly_wherever_it_was_saved(cfg, workers, start, monkeypatch):
     if start == 'fork': # 10 batches a window. a new process would not know
         monkeypatch.setattr(data, 'WINDOW', 40)

@@ -54,6 +54,7 @@ def tasks_of(c):
 # -----------------------------------------------------------------------------
 # which task a pair belongs to
 
+@pytest.mark.slow
 def test_re_arc_gives_no_rows_but_40_000_pairs(re_arc):
     ds = ArcDataset(DataConfig(data='arc1/training', extra=re_arc, val_tasks=0))
     assert len(ds.rows) == 400 and len(ds.sampler.key) == 400 and len(ds) == 1718 + 40_000 and ds.strangers == []
@@ -61,6 +62,7 @@ def test_re_arc_gives_no_rows_but_40_000_pairs(re_arc):
     assert abs(ds.shares - np.array([1718, 40_000]) / 41_718).max() < 1e-12
     assert f"targets: 4.1% arc1/training, 95.9% {re_arc}" in ds.about()
 
+@pytest.mark.slow
 def test_small_pairs_of_re_arc_are_more_of_the_small_tasks(re_arc):
     without = ArcDataset(DataConfig(max_pair=100, val_tasks=0))
     ds = ArcDataset(DataConfig(max_pair=100, val_tasks=0, extra=re_arc))

@@ -201,6 +201,7 @@ def test_it_learns_what_a_pair_looks_like(tuned):
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
 
 @pytest.mark.parametrize('args', [['--views=3'], ['--views=2', '--ttt_steps=2', '--together=1', '--ttt_lr=0.01']])
+@pytest.mark.slow
 def test_it_solves_by_the_same_solver_without_answers(tuned, source, tmp_path, args):
     for path in Path(source).iterdir():
         obj = json.loads(path.read_text())

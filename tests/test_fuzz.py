@@ -271,6 +271,7 @@ def broken(kind, n):
     return data if type(data) is bytes else data.encode('utf-8', 'surrogatepass'), hint
 
 @pytest.mark.reliability
+@pytest.mark.slow
 def test_ten_thousand_malformed_files_are_ten_thousand_errors_with_their_place(tmp_path):
     kinds, seen, path = list(KINDS), set(), tmp_path / 'x.json'
     for n in range(10_000):

@@ -151,6 +151,7 @@ def test_a_gguf_that_would_be_filled_with_random_numbers_is_refused(tmp_path):
 
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('which', ['bytes', 'pieces', 'SmolLM2'])
+@pytest.mark.slow
 def test_what_the_model_is_given_are_the_tokenizers_own_tokens_of_1000_augmented_tasks(which, form):
     if which == 'SmolLM2':
         tokenizer = read_tokenizer(smollm2())
@@ -213,6 +214,7 @@ def test_a_tokenizer_without_an_end_a_digit_or_a_template_is_refused():
 
 @pytest.mark.parametrize('form', ['raw', 'chat'])
 @pytest.mark.parametrize('kind', CLASSES)
+@pytest.mark.slow
 def test_every_class_trains_and_decodes_with_caches_as_without(kind, form):
     lm = tiny_lm(kind, form)
     before = {name: p.clone() for name, p in lm.named_parameters()}
@@ -285,6 +287,7 @@ def test_answers_of_several_lengths_are_scored_as_alone(kind, form):
         assert np.allclose(got, [alone[0], short], atol=1e-3)
 
 @pytest.mark.parametrize('kind', CLASSES)
+@pytest.mark.slow
 def test_every_mixer_has_adapters_but_where_peft_forbids_it(kind):
     lm = tiny_lm(kind)
     found = {name.split('.lora_A')[0].rpartition('.')[2] for name, _ in lm.named_parameters() if '.lora_A' in name}
@@ -391,6 +394,7 @@ def test_recomputed_activations_give_the_same_gradients(kind):
     assert lm.base.is_gradient_checkpointing and (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max()
 
 @pytest.mark.parametrize('kind', CLASSES)
+@pytest.mark.slow
 def test_frozen_weights_may_be_bf16(kind):
     tokenizer = byte_tokenizer()
     lm = LM(LMConfig(rank=4), tiny_base(kind, tokenizer).to(torch.bfloat16), tokenizer)

@@ -396,6 +396,7 @@ def test_decode_equals_the_uncached_forward_token_by_token(mixer):
         if idx[-1] == END:
             assert abs(total - found[b].log_prob) < 1e-9
 
+@pytest.mark.slow
 def test_decoding_ends_and_decodes_whatever_the_weights():
     idx = torch.tensor([[IN, 1, ROW, OUT], [IN, 2, ROW, OUT]])
     pos = torch.tensor([[[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]]] * 2, dtype=torch.uint8)
@@ -554,6 +555,7 @@ def test_half_precision_is_near(toy, mixer):
 
 @pytest.mark.parametrize('mixer', MIXERS)
 @pytest.mark.parametrize('batching', ['bucket', 'pack'])
+@pytest.mark.slow
 def test_blocks_compile_without_a_graph_break_and_are_the_same(toy, mixer, batching):
     torch._dynamo.reset()
     ds = ArcDataset(DataConfig(data=toy(n=4), batching=batching, block_size=300, batch_tokens=600))
@@ -569,6 +571,7 @@ def test_blocks_compile_without_a_graph_break_and_are_the_same(toy, mixer, batch
 
 @pytest.mark.parametrize('mixer', MIXERS)
 @torch.no_grad()
+@pytest.mark.slow
 def test_decoding_compiles_without_a_graph_break_and_seldom_again(mixer):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()

@@ -107,6 +107,7 @@ def loss_tokens(rows):
     return n
 
 @pytest.mark.parametrize('part', range(4))
+@pytest.mark.slow
 def test_the_kernels_equal_plain_python_on_1000_random_configurations(part, tmp_path, monkeypatch):
     modes, skipped, n_extra = set(), 0, 0
     for n in range(250):
@@ -325,6 +326,7 @@ def test_one_two_four_three_ranks_see_the_same_global_stream(toy, mode):
     want = run(ds, [(1, 400)])
     assert run(ds, [(1, 100), (2, 100), (4, 100), (3, 100)]) == want
 
+@pytest.mark.slow
 def test_any_number_of_ranks_sees_the_same_global_stream(toy):
     ds = ArcDataset(DataConfig(data=toy(n=5), batch_tokens=1500))
     want, rng = run(ds, [(1, 12)]), random.Random(0)
@@ -363,6 +365,7 @@ def test_each_validation_query_counts_once_on_any_number_of_ranks(toy):
 # torch sometimes aborts a worker that it ends in the middle of an endless stream
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('start, workers', [('fork', 1), ('fork', 2), ('fork', 3), ('forkserver', 2), ('spawn', 2)])
+@pytest.mark.slow
 def test_worker_processes_make_the_same_bytes_in_the_same_order(toy, start, workers):
     ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=128, batch_tokens=512, shots=-1))
     loader = ArcLoader(ds)
@@ -390,6 +393,7 @@ def rss():
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason="reads the memory of the process from /proc")
 @pytest.mark.parametrize('prefetch', [True, False])
+@pytest.mark.slow
 def test_memory_stays_flat_over_100_000_batches(toy, prefetch):
     loader = ArcLoader(ArcDataset(DataConfig(data=toy(n=3), batch_tokens=600)), prefetch=prefetch)
     for _ in range(10_000): # every shape has come by

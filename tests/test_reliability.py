@@ -219,6 +219,7 @@ def files(out):
     """ all that is in a directory -> {name: bytes} """
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(Path(out).rglob('*')) if path.is_file()}
 
+@pytest.mark.slow
 def test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing(whole, part, moments, tmp_path):
     _, src, want = whole
     def suicide(out, k):
@@ -235,6 +236,7 @@ def test_a_kill_before_and_after_each_filesystem_call_of_a_save_loses_nothing(wh
         assert sorted(files(out / 'ckpt')) == ['step-000020.safetensors', 'step-000020.sha256',
                                                'step-000024.safetensors', 'step-000024.sha256']
 
+@pytest.mark.slow
 def test_50_kills_at_any_moment_and_the_run_is_the_one_that_never_stopped(whole, part, tmp_path):
     _, src, want = whole
     rng, kills, n = random.Random(0), 0, 0
@@ -538,6 +540,7 @@ def wait_for(condition, process=None):
         time.sleep(0.002)
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_signal_at_any_moment_saves_and_the_run_goes_on_exactly(whole, part, tmp_path, number, code):
     _, src, want = whole
     rng = random.Random(0)
@@ -625,6 +628,7 @@ def test_nobody_who_reads_the_output_is_needed(whole, tmp_path):
     assert join(fork(unread)) == 0 and digest(tmp_path / 'run') == want
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_signal_to_the_command_itself(whole, tmp_path, number, code):
     """ from cold, as a cluster does it """
     out = tmp_path / 'run'
@@ -935,6 +939,7 @@ def test_a_rank_that_dies_ends_all(whole, tmp_path, how):
     assert 0 not in codes and time.time() - t < 30
     assert checkpoint.load(tmp_path / 'run')[1]['step'] in (4, 8)
 
+@pytest.mark.slow
 def test_torchrun_ends_when_a_rank_dies_and_stops_when_told(whole, tmp_path):
     """ the real thing: a worker is killed, then it gets a SIGTERM, and both times the run can go on """
     out = tmp_path / 'run'
@@ -1070,6 +1075,7 @@ def test_20_solves_that_are_killed_stopped_or_out_of_disk_go_on_to_the_same_byte
             moments[how] += not is_done
         assert solved(out) == want and no_temps(out)
 
+@pytest.mark.slow
 def test_a_kill_around_each_filesystem_call_of_the_results_loses_nothing(tiny_run, whole_solve, tmp_path):
     def solve_without_results(out):
         write = checkpoint.write_file

@@ -51,6 +51,7 @@ def test_a_process_ends_when_its_stdin_does():
     ({'OMP_WAIT_POLICY': 'ACTIVE'}, "OMP_WAIT_POLICY=ACTIVE"), # who has set something keeps it
     ({'GOMP_SPINCOUNT': '7'}, "GOMP_SPINCOUNT=7"),
 ])
+@pytest.mark.slow
 def test_idle_threads_sleep_soon_and_a_run_says_so(toy, tmp_path, theirs, want):
     clean = {name: x for name, x in os.environ.items() if not name.startswith(('OMP_', 'GOMP_', 'KMP_'))}
     command = [sys.executable, '-m', 'nanoarc', 'train', '--data', toy(n=4), '--out_dir', str(tmp_path), *TINY,

@@ -145,6 +145,7 @@ def test_warm_up_as_a_share_of_steps_that_nobody_knows_is_refused(toy, tmp_path,
         cli(['train', f"--data={toy()}", '--warmup_frac=0.1', '--minutes=1', f"--out_dir={tmp_path / 'run'}"])
     assert "warmup_frac=0.1: a share of max_iters" in capsys.readouterr().err
 
+@pytest.mark.slow
 def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path, capsys, monkeypatch):
     out, path = tmp_path / 'out', space(widths=(32, 33))
     def alternate(self, study, trial, name, choices):

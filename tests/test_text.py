@@ -521,6 +521,7 @@ def test_a_bpe_of_tiktoken_is_the_same_one_here(tmp_path, monkeypatch):
         assert got.encode(x, add_special_tokens=False).ids == want.encode_ordinary(x)
 
 @pytest.mark.reliability
+@pytest.mark.slow
 def test_20_kills_at_any_moment_of_prepare_and_the_shards_are_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(text, 'ENCODED', 20000) # so that shards are written all along
     src = write_jsonl(tmp_path / 'x.jsonl', toy_texts(3000))
@@ -548,6 +549,7 @@ def test_20_kills_at_any_moment_of_prepare_and_the_shards_are_the_same_bytes(tmp
     assert len(moments) > 4 # they came early and late
 
 @pytest.mark.reliability
+@pytest.mark.slow
 def test_a_kill_before_and_after_each_file_of_prepare_loses_nothing(tmp_path):
     src = write_jsonl(tmp_path / 'x.jsonl', toy_texts(60))
     def go(out, number=-1, after=False):

@@ -64,6 +64,7 @@ def test_what_cannot_be_shown_is_said(args, want, capsys):
     ('{"66e6c45b": [{"attempt_1": null}]}', "task 66e6c45b, query 0, attempt_1: want a grid"),
     ('{"66e6c45b": [{"attempt_2": [[77]]}]}', "attempt_2, row 0, col 0: color 77"),
 ])
+@pytest.mark.slow
 def test_a_malformed_submission_is_named(text, want, tmp_path, capsys):
     path = tmp_path / 'sub.json'
     path.write_text(text)
@@ -100,6 +101,7 @@ def test_any_name_is_shown_as_it_is(toy, tiny_run, tmp_path, capsys, monkeypatch
     assert (str(src), False) in drawn
 
 @pytest.mark.parametrize('backend', ['module://no.such_backend', 'TkAgg', 'nonsense'])
+@pytest.mark.slow
 def test_pictures_need_no_backend_that_is_not_here(tiny_run, tmp_path, backend):
     """ as a notebook's `!nanoarc ...` passes one on """
     code = "import sys; from nanoarc.cli import main; main(sys.argv[1:])"
