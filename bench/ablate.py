@@ -1,15 +1,20 @@
 """
 which idea is worth its time? every arm is the default model with something changed, trained as long as the default
-trains in --minutes on a quiet machine: how fast an arm is, is measured first, so later nothing depends on the clock.
+trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the clock.
 
-evaluation answers may judge nothing here, so 32 tasks of arc1/training play the evaluation tasks: their demos are in
---adapt, eight times an epoch as in the quickstart, their answers are asked for afterwards. val nats: per output token,
-over 8 augments of each query. solved: of the 32, by a vote over 8 views. --max_pair 100, so each takes seconds.
+evaluation answers may judge nothing here, so small tasks of arc1/training play the evaluation tasks: they are dealt
+into --folds, and in each fold a model is trained on the other small tasks and on the demos of its own, eight times an
+epoch as in the quickstart. the queries of its own are asked afterwards, over all folds each small task once: 81 tasks,
+85 queries. an arm is compared with the default query by query, both with the same seeds; the error is that
+of a mean over queries. solved: by the two attempts of `solve` with 8 views. found: among the candidates. nats: per
+output token, over 8 augments of each query.
 
-usage: python bench/ablate.py [ARM ...] [--seeds 1 2 3] [--minutes 2] [--out out/ablate]. as many runs at once as there
-are cores, one thread each. stop it at any time, the same command goes on. hours for all arms. last line: json
+usage: python bench/ablate.py [ARM ...] [--seeds 1 2] [--folds 2] [--minutes 5] [--out out/ablate]. as many runs at once
+as there are cores, one thread each. stop it at any time, the same command goes on. an arm takes folds x seeds x minutes
+of a core. --noise: the default against itself, each pair of seeds. last line: json
 """
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -32,7 +37,7 @@ from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash
 from nanoarc.grids import ROW
 from nanoarc.model import Model, ModelConfig, width_lr
 from nanoarc.sources import read_source, read_tasks
-from nanoarc.submission import score
+from nanoarc.submission import read_candidates, score
 
 def mdlarc_positions(idx, pos, dihedral):
     """
@@ -54,10 +59,62 @@ def zero_projections(model):
         torch.nn.init.zeros_(block.mixer.proj.weight)
         torch.nn.init.zeros_(block.mlp.proj.weight)
 
-# settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; init, one of its
-# first weights; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning rates
+def still(*names):
+    """ parameters whose names end so are 0 and stay it """
+    def change(model):
+        for name, p in model.named_parameters():
+            if name.endswith(names):
+                p.requires_grad_(False).zero_()
+    return change
+
+def dropout(rate):
+    """ of what each mixer and MLP adds to the residual stream, and of the embedded tokens """
+    def drop(module, _, x):
+        return F.dropout(x, rate, module.training)
+    def change(model):
+        model.wte.register_forward_hook(drop)
+        for block in model.blocks:
+            block.mixer.register_forward_hook(drop)
+            block.mlp.register_forward_hook(drop)
+    return change
+
+def task_decay(factor):
+    """ weight decay of the embeddings of tasks and symmetries, times that of the rest """
+    def change(model):
+        plain = model.optimizers
+        def optimizers(lr, adam_lr, weight_decay, ns_steps=5):
+            made = plain(lr, adam_lr, weight_decay, ns_steps)
+            tasks = [model.wtask.weight, model.wdih.weight]
+            group = made[-1].param_groups[0]
+            group['params'] = [p for p in group['params'] if all(p is not task for task in tasks)]
+            made[-1].add_param_group({'params': tasks, 'weight_decay': factor * weight_decay, 'lr': adam_lr})
+            return made
+        model.optimizers = optimizers
+    return change
+
+# settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
+# the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
+# rates; more, sources that are trained on as well
 ARMS = {
     'default': {},
+    # what the heads of attention see, and what is left of that without its parts
+    'frames': dict(frames='tiles', head_size=16),
+    'frames 32': dict(frames='tiles'),
+    'frames, 2x64': dict(frames='tiles', head_size=16, n_layer=2, n_embd=64),
+    '2x64': dict(n_layer=2, n_embd=64, head_size=16),
+    'plain heads, bias': dict(frames='0', n_head=12, head_size=16, model=still('wtile.weight')),
+    'frames, no bias': dict(frames='tiles', head_size=16, model=still('qkv.bias')),
+    'frames, no tile number': dict(frames='tiles', head_size=16, model=still('wtile.weight')),
+    'tile number': dict(frames='0', n_head=4, model=still('qkv.bias')),
+    # against learning the demos by heart
+    'dropout 0.1': dict(model=dropout(0.1)),
+    'ema 0.998': dict(ema=0.998),
+    'weight decay 0.5': dict(weight_decay=0.5),
+    'task decay x5': dict(model=task_decay(5)),
+    'task decay 0': dict(model=task_decay(0)),
+    'loss on all': dict(loss_on='all'),
+    # more rules in the same minutes
+    'small of arc2': dict(more='+arc2/training', drop_overlap=True),
     # the data
     'colors nonzero': dict(colors='nonzero'),
     'mdlARC positions': dict(inputs=mdlarc_positions),
@@ -72,7 +129,7 @@ ARMS = {
     'MS': dict(mixer='MS', window=32), # the rows are short
     'AM': dict(mixer='AM'),
     'MMMA': dict(mixer='MMMA'),
-    'zero projections': dict(init=zero_projections),
+    'zero projections': dict(model=zero_projections),
     '1d rope': dict(rope_bases=(10000.0,)),
     'qk norm': dict(qk_norm=True),
     'head size 64': dict(head_size=64),
@@ -91,14 +148,14 @@ for depth in (2, 4, 6):
     for x in (0.5, 2):
         ARMS[f"depth {depth}, lr x{x}"] = dict(depth=depth, lr_x=x)
 
-def configs(arm, blind, **more):
-    """ name of an arm, settings -> TrainConfig, ModelConfig, DataConfig, and the arm's inputs and init or None """
-    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0)
+def configs(arm, fold, **more):
+    """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
+    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='float32')
     change |= ARMS[arm] | more
-    inputs, init = change.pop('inputs', None), change.pop('init', None)
+    inputs, of_model = change.pop('inputs', None), change.pop('model', None)
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
-    change['data'] = str(blind.parent / 'rest')
-    change['adapt'] = f"{blind}*{repeat}+arc1/evaluation"
+    change['data'] = str(fold / 'rest') + change.pop('more', '')
+    change['adapt'] = f"{fold / 'blind'}*{repeat}+arc1/evaluation"
     cfgs = []
     for cls in (train.TrainConfig, ModelConfig, DataConfig):
         names = [f.name for f in fields(cls) if f.name in change]
@@ -106,15 +163,16 @@ def configs(arm, blind, **more):
     assert not change, change
     if lr_x != 1:
         cfgs[0].lr = cfgs[0].adam_lr = lr_x * width_lr(cfgs[1].resolved().n_embd)
-    return *cfgs, inputs, init
+    return *cfgs, inputs, of_model
 
-def patched(inputs, init):
-    """ Model, its inputs and first weights changed """
+def patched(inputs, of_model):
+    """ Model, its inputs and itself changed """
     class Patched(Model):
         def __init__(self, cfg):
             super().__init__(cfg)
-            if init is not None:
-                init(self)
+            if of_model is not None:
+                with torch.no_grad():
+                    of_model(self)
 
         def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
             if inputs is not None:
@@ -132,31 +190,29 @@ def write_task(folder, task, answered):
     data = json.dumps({'train': demos, 'test': queries}).encode()
     checkpoint.write_file(folder / f"{task.name}.json", data)
 
-def write_tasks(out):
-    """ the small tasks of arc1/training: 32 whose answers are taken away, and the rest -> directory of the 32 """
-    blind = out / 'blind'
-    if blind.is_dir():
-        return blind
-    ds = ArcDataset(DataConfig(data='arc1/training', max_pair=100))
+def write_folds(out, n, max_pair):
+    """ the small tasks of arc1/training, dealt by their ids -> folders of n folds: blind, its answers, the rest """
     corpus = read_source('arc1/training')
-    corpus = corpus.select(small_tasks(corpus, 100))
-    held = set(ds.sampler.tables.pair_task[ds.val_pairs].tolist())
-    for k in range(len(corpus)):
-        task = corpus.task(k)
-        if k in held:
-            write_task(blind, task, False)
-            write_task(out / 'answers', task, True)
-        else:
-            write_task(out / 'rest', task, True)
-    return blind
+    corpus = corpus.select(small_tasks(corpus, max_pair))
+    tasks = sorted((corpus.task(k) for k in range(len(corpus))), key=lambda task: task.name)
+    folds = [out / f"fold{k}_of_{n}" for k in range(n)]
+    for k, fold in enumerate(folds):
+        for i, task in enumerate(tasks):
+            if i % n == k:
+                write_task(fold / 'blind', task, False)
+                write_task(fold / 'answers', task, True)
+            else:
+                write_task(fold / 'rest', task, True)
+    return folds
 
 # -----------------------------------------------------------------------------
 
 class Stepper:
     """ training steps of an arm, to be timed """
 
-    def __init__(self, arm, blind):
-        self.cfg, model_cfg, data_cfg, *changes = configs(arm, blind)
+    def __init__(self, arm, fold):
+        self.cfg, model_cfg, data_cfg, *changes = configs(arm, fold)
+        _, _, self.autocast = run.get_device('cpu', self.cfg.dtype) # and settings by which the cpu is fast
         ds = ArcDataset(data_cfg)
         self.loader = ArcLoader(ds)
         self.model = patched(*changes)(run.fit_to_data(model_cfg, ds))
@@ -167,21 +223,22 @@ class Stepper:
         start = time.perf_counter()
         for _ in range(steps):
             for _ in range(self.cfg.grad_accum):
-                _, loss = self.model(*self.loader.next_batch())
+                with self.autocast():
+                    _, loss = self.model(*self.loader.next_batch())
                 (loss / 1000).backward()
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-def measure(arms, blind, path):
+def measure(arms, fold, path):
     """ seconds a step of the default, and how many times that an arm takes, in turn with it -> dict, kept in a file """
-    run.get_device('cpu', 'float32') # its settings of the cpu
+    torch.set_num_threads(1) # as the runs will have
     speed = json.loads(path.read_text()) if path.is_file() else {}
     for arm in ['default', *arms]:
         if arm in speed:
             continue
-        base, mine = Stepper('default', blind), Stepper(arm, blind)
+        base, mine = Stepper('default', fold), Stepper(arm, fold)
         times = [(base.seconds(5), mine.seconds(5)) for _ in range(8)][1:] # the first ones warm up
         if arm == 'default':
             speed[arm] = median(a for a, _ in times) / 5
@@ -194,94 +251,166 @@ def measure(arms, blind, path):
 
 @torch.no_grad()
 def nats(model, data_cfg, rows, src, views=8):
-    """ mean loss over augments of the queries of src, whose answers are known, in nats per output token """
+    """ of each query of src, whose answers are known: mean loss over its augments, in nats per output token """
     sampler = Sampler([read_source(src)], data_cfg, rows)
-    queries = np.flatnonzero(~sampler.is_demo)
-    k = np.tile(np.arange(views), len(queries)) # view 0 is the query as it is
-    pairs = np.repeat(queries, views)
-    docs = sampler.plan(pairs, np.maximum(k - 1, 0), hash64(1337, DEMOS, pairs, k), k == 0, 1337)
-    laid = sampler.lay_out(docs, 'bucket', 0)
-    total = 0.0
-    for r0, r1, T in laid.batches.tolist():
-        _, loss = model(*sampler.write(laid, r0, r1, T))
-        total += float(loss)
-    return total / int(docs.loss_tokens.sum())
+    found = {}
+    for k in range(len(sampler.key)):
+        first, end = sampler.tables.first[k : k + 2].tolist()
+        for i, pair in enumerate(range(first + int(sampler.tables.n_demos[k]), end)):
+            view = np.arange(views) # view 0 is the query as it is
+            pairs = np.full(views, pair)
+            docs = sampler.plan(pairs, np.maximum(view - 1, 0), hash64(1337, DEMOS, pairs, view), view == 0, 1337)
+            laid = sampler.lay_out(docs, 'bucket', 0)
+            total = 0.0
+            for r0, r1, T in laid.batches.tolist():
+                _, loss = model(*sampler.write(laid, r0, r1, T, loss_on='query'))
+                total += float(loss)
+            found[f"{sampler.task(k).name} {i}"] = total / int(docs.loss_tokens.sum())
+    return found
 
-def run_dir(out, arm, seed, steps):
-    return out / arm.replace(' ', '_') / f"{seed}_{steps}"
+def run_dir(out, arm, seed, fold, steps):
+    return out / arm.replace(' ', '_') / f"{seed}_{fold}_{steps}"
 
-def work(arm, seed, steps, out):
+def work(arm, seed, fold, steps, views, out):
     """ one run, or the rest of it, and its result """
-    blind, out_dir = out / 'blind', run_dir(out, arm, seed, steps)
+    out_dir = run_dir(out, arm, seed, fold, steps)
     log_every = max(steps // 20, 1)
-    cfg, model_cfg, data_cfg, inputs, init = configs(arm, blind, max_iters=steps, seed=seed, log_every=log_every,
-                                                     out_dir=str(out_dir))
-    run.Model = patched(inputs, init) # whatever is built from a config now
+    cfg, model_cfg, data_cfg, inputs, of_model = configs(arm, out / fold, max_iters=steps, seed=seed,
+                                                         log_every=log_every, out_dir=str(out_dir))
+    run.Model = patched(inputs, of_model) # whatever is built from a config now
     if checkpoint.steps(out_dir):
         cfg.resume = str(out_dir)
     train.train(cfg, model_cfg, data_cfg)
     model, _, meta = run.load_run(out_dir, torch.device('cpu'))
+    answers = str(out / fold / 'answers')
     losses = [row['loss'] for row in run.read_metrics(out_dir) if 'loss' in row]
-    result = {'val_nats': nats(model, data_cfg, meta['rows'], str(out / 'answers')), 'train_nats': mean(losses[-2:]),
-              'tokens': meta['tokens'], 'steps': steps, 'solved': None}
+    result = {'nats': nats(model, data_cfg, meta['rows'], answers), 'train_nats': mean(losses[-2:]),
+              'tokens': meta['tokens'], 'steps': steps}
     if inputs is not mdlarc_positions: # decoding tells ours
-        path = solve.solve(solve.SolveConfig(run=str(out_dir), data=str(blind), views=8))
-        result['solved'] = score(json.loads(path.read_text()), read_tasks(str(out / 'answers')))['solved']
+        path = solve.solve(solve.SolveConfig(run=str(out_dir), data=str(out / fold / 'blind'), views=views))
+        result |= right(path, read_tasks(answers))
     checkpoint.write_file(out_dir / 'result.json', json.dumps(result).encode())
 
+def right(path, tasks):
+    """ submission.json of a solve -> of each query: was it solved, was its answer found, as 0 or 1 """
+    solved = {}
+    for row in score(json.loads(path.read_text()), tasks)['per_query']:
+        solved[f"{row['task']} {row['query']}"] = int(row['right'])
+    candidates, found = read_candidates(path.parent / 'candidates.jsonl', tasks), {}
+    for k, task in enumerate(tasks):
+        for i, (_, answer) in enumerate(task.queries):
+            hits = [np.array_equal(c.grid, answer) for c in candidates.get((k, i), ())]
+            found[f"{task.name} {i}"] = int(any(hits))
+    return {'solved': solved, 'found': found}
+
+# -----------------------------------------------------------------------------
+
+MEASURES = 'solved', 'found', 'nats'
+
+def by_query(results, measure):
+    """ {(seed, fold): result} -> {query: mean over seeds}; {} if it was not measured """
+    values = defaultdict(list)
+    for result in results.values():
+        for query, x in result.get(measure, {}).items():
+            values[query].append(x)
+    return {query: mean(x) for query, x in values.items()}
+
+def difference(mine, base, measure):
+    """
+    results of an arm and of the default, {(seed, fold): result}, of which the runs that both have count -> mean over
+    queries of the difference, its standard error; for solved and found of the sum over queries
+    """
+    both = mine.keys() & base.keys()
+    a = by_query({key: mine[key] for key in both}, measure)
+    b = by_query({key: base[key] for key in both}, measure)
+    delta = np.array([a[query] - b[query] for query in a])
+    if len(delta) < 2:
+        return None
+    scale = 1 if measure == 'nats' else len(delta)
+    return scale * float(delta.mean()), scale * float(delta.std(ddof=1)) / len(delta) ** 0.5
+
+def shown(x, digits):
+    """ (difference, error) or None -> text """
+    return "" if x is None else f"{x[0]:+.{digits}f} +- {x[1]:.{digits}f}"
+
 def print_table(arms, speed, found):
-    """ {arm: results of its runs} -> a summary of each, for json """
+    """ {arm: {(seed, fold): result}} -> a summary of each arm, for json """
     table, summary = Table(), {}
-    for name in ('arm', 'val nats', 'range', 'solved of 32', 'each', 'train nats', 'tokens', 's / step'):
+    for name in ('arm', 'solved', 'more', 'found', 'more', 'nats', 'more', 'train nats', 'tokens', 's / step', 'runs'):
         table.add_column(name, justify='left' if name == 'arm' else 'right')
     for arm in arms:
-        rows = found[arm]
-        if not rows:
+        results = found[arm]
+        if not results:
             continue
-        val = [row['val_nats'] for row in rows]
-        solved = [row['solved'] for row in rows if row['solved'] is not None]
-        train_nats = mean(row['train_nats'] for row in rows)
-        tokens = mean(row['tokens'] for row in rows)
-        summary[arm] = {'val_nats': mean(val), 'range': [min(val), max(val)], 'solved': solved,
-                        'train_nats': train_nats, 'seeds': len(rows)}
-        table.add_row(arm, f"{mean(val):.3f}", f"{min(val):.3f} to {max(val):.3f}",
-                      f"{mean(solved):.1f}" if solved else '-', " ".join(map(str, solved)), f"{train_nats:.3f}",
-                      f"{tokens / 1e6:.2f}M", f"{speed[arm]:.3f}" if arm == 'default' else f"x{speed[arm]:.2f}")
-    Console(width=140).print(table)
+        cells, row = [], {'runs': len(results)}
+        for measure in MEASURES:
+            x, digits = by_query(results, measure), 3 if measure == 'nats' else 1
+            value = None
+            if x:
+                value = mean(x.values()) if measure == 'nats' else sum(x.values())
+            more = difference(results, found['default'], measure) if arm != 'default' else None
+            cells += [f"{value:.{digits}f}" if x else "-", shown(more, digits)]
+            row |= {measure: value, f"{measure}_more": more, 'queries': len(x) or row.get('queries')}
+        tokens = mean(result['tokens'] for result in results.values())
+        train_nats = mean(result['train_nats'] for result in results.values())
+        pace = f"{speed[arm]:.3f}" if arm == 'default' else f"x{speed[arm]:.2f}"
+        table.add_row(arm, *cells, f"{train_nats:.3f}", f"{tokens / 1e6:.2f}M", pace, str(len(results)))
+        summary[arm] = row
+    Console(width=160).print(table)
     return summary
 
+def print_noise(results):
+    """ the default against itself: what two seeds differ by, of each pair of them """
+    seeds = sorted({seed for seed, _ in results})
+    of_seed = {}
+    for seed in seeds:
+        of_seed[seed] = {(0, fold): x for (s, fold), x in results.items() if s == seed}
+    pairs = []
+    for a, b in itertools.combinations(seeds, 2):
+        row = {measure: difference(of_seed[a], of_seed[b], measure) for measure in MEASURES}
+        print(f"seed {a} - seed {b}: solved {shown(row['solved'], 1)}, found {shown(row['found'], 1)}, "
+              f"nats {shown(row['nats'], 3)}")
+        pairs.append({'seeds': [a, b], **row})
+    return pairs
+
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('arms', nargs='*', metavar='ARM', help=", ".join(ARMS))
-    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
-    parser.add_argument('--minutes', type=float, default=2.0)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2])
+    parser.add_argument('--folds', type=int, default=2)
+    parser.add_argument('--minutes', type=float, default=5.0)
+    parser.add_argument('--max_pair', type=int, default=100, help="tokens of a demo of a small task")
+    parser.add_argument('--views', type=int, default=8, help="of a query, to solve it by")
+    parser.add_argument('--noise', action='store_true', help="the default alone, seed against seed")
     parser.add_argument('--out', default='out/ablate')
-    parser.add_argument('--work', nargs=3, help="one run: ARM SEED STEPS. for this script itself")
+    parser.add_argument('--work', nargs=4, help="one run: ARM SEED FOLD STEPS. for this script itself")
     args = parser.parse_args()
     out = Path(args.out)
     if args.work:
-        arm, seed, steps = args.work
-        return work(arm, int(seed), int(steps), out)
-    arms = args.arms or list(ARMS)
-    if unknown := set(arms) - set(ARMS):
+        arm, seed, fold, steps = args.work
+        return work(arm, int(seed), fold, int(steps), args.views, out)
+    if args.folds < 2:
+        parser.error("--folds: want at least 2, what is not asked is trained on")
+    if unknown := set(args.arms) - set(ARMS):
         parser.error(f"no arm {', '.join(unknown)}")
-    blind = write_tasks(out)
-    speed = measure(arms, blind, out / 'speed.json')
-    jobs, wanted = [], defaultdict(list)
+    others = [] if args.noise else [arm for arm in args.arms or ARMS if arm != 'default']
+    arms = ['default', *others]
+    folds = write_folds(out, args.folds, args.max_pair)
+    speed = measure(arms, folds[0], out / 'speed.json')
+    jobs, wanted = [], defaultdict(dict)
     for seed in args.seeds: # all arms once, then again: a table of one seed is of use already
         for arm in arms:
-            step = speed['default']
-            if arm != 'default':
-                step *= speed[arm]
+            step = speed['default'] * (1 if arm == 'default' else speed[arm])
             steps = max(round(60 * args.minutes / step), 1)
-            path = run_dir(out, arm, seed, steps) / 'result.json'
-            wanted[arm].append(path)
-            if not path.is_file():
-                jobs.append([arm, str(seed), str(steps)])
+            for fold in folds:
+                path = run_dir(out, arm, seed, fold.name, steps) / 'result.json'
+                wanted[arm][seed, fold.name] = path
+                if not path.is_file():
+                    jobs.append([arm, str(seed), fold.name, str(steps)])
 
     def start(job):
-        log = out / f"{job[0].replace(' ', '_')}_{job[1]}.log"
-        command = [sys.executable, __file__, '--out', str(out), '--work', *job]
+        log = out / f"{'_'.join(job[:3]).replace(' ', '_')}.log"
+        command = [sys.executable, __file__, '--out', str(out), '--views', str(args.views), '--work', *job]
         env = {**os.environ, 'OMP_NUM_THREADS': '1'}
         with open(log, 'w') as f:
             failed = subprocess.run(command, stdout=f, stderr=f, env=env).returncode
@@ -291,8 +420,11 @@ def main():
         list(pool.map(start, jobs))
     found = {}
     for arm in arms:
-        found[arm] = [json.loads(path.read_text()) for path in wanted[arm] if path.is_file()]
-    print(json.dumps(print_table(arms, speed, found)))
+        found[arm] = {key: json.loads(path.read_text()) for key, path in wanted[arm].items() if path.is_file()}
+    summary = print_table(arms, speed, found)
+    if args.noise:
+        summary['noise'] = print_noise(found['default'])
+    print(json.dumps(summary))
 
 if __name__ == '__main__':
     main()

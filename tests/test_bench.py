@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,22 +31,22 @@ def test_flops_of_a_packed_row_are_those_of_its_documents():
 @pytest.mark.slow
 def test_an_ablation_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, str(BENCH / 'ablate.py'), 'mdlARC positions', '--seeds', '1', '--minutes', '0.01',
-               '--out', str(tmp_path)]
+               '--max_pair', '40', '--views', '1', '--out', str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    blind = list((tmp_path / 'blind').glob('*.json'))
-    assert len(blind) == 32 and 'failed' not in first
+    blind = list(tmp_path.glob('fold*_of_2/blind/*.json'))
+    assert len(blind) == 2 * 5 and 'failed' not in first
     for path in blind:
         assert not any('output' in query for query in json.loads(path.read_text())['test'])
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert 'done' in first and 'done' not in again
     assert first.splitlines()[-1] == again.splitlines()[-1]
-    assert set(json.loads(again.splitlines()[-1])) == {'mdlARC positions'}
+    assert set(json.loads(again.splitlines()[-1])) == {'default', 'mdlARC positions'}
 
 def test_every_arm_of_the_ablation_is_a_model():
     import ablate
     for arm in ablate.ARMS:
-        cfg, model_cfg, data_cfg, inputs, init = ablate.configs(arm, Path('blind'))
-        ablate.patched(inputs, init)(model_cfg)
+        cfg, model_cfg, data_cfg, inputs, of_model = ablate.configs(arm, Path('fold'))
+        ablate.patched(inputs, of_model)(replace(model_cfg, n_task=2))
         assert data_cfg.max_pair == 100
 
 @pytest.mark.slow
