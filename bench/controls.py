@@ -244,6 +244,26 @@ CONTROLS = [
         "bijection(visit % total // U(2), total,",
         "test_data.py::test_color_maps_come_without_replacement_and_keep_what_is_fixed"),
     Control(
+        "frames of a tile that lies on its side", 'model.py',
+        "            asks = row % h, col % w",
+        "            asks = row % w, col % h",
+        "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input"),
+    Control(
+        "an input whose size is that of another document", 'model.py',
+        "        pair = pair + 256 * doc.long()",
+        "        pair = pair + 0 * doc.long()",
+        "test_model.py::test_a_packed_row_equals_its_documents_alone"),
+    Control(
+        "a cache that forgets the size of the input", 'model.py',
+        "            return [x.expand(pos.shape[:2]) for x in self.size]",
+        "            return input_sizes(pos, doc)",
+        "test_model.py::test_cached_decoding_equals_the_full_forward"),
+    Control(
+        "tiles that are not counted across", 'model.py',
+        "(col // W).clamp(max=3)",
+        "(row // W).clamp(max=3)",
+        "test_model.py::test_a_tile_has_a_number"),
+    Control(
         "scores that are not scaled", 'model.py',
         "(q * q.size(-1) ** -0.5)",
         "(q * 1.0)",

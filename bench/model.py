@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from inspect import signature
 from pathlib import Path
 from statistics import median
 
@@ -224,7 +225,9 @@ class Profile:
     """ wall time of training steps and of their parts. on cpu, where calls wait for their results """
 
     def __init__(self, args):
-        _, _, autocast = train.get_device('cpu', 'float32')
+        # a commit that knows no such word trains in float32
+        trains = {'trains': True} if 'trains' in signature(train.get_device).parameters else {}
+        _, _, autocast = train.get_device('cpu', 'auto', **trains)
         self.micro = args.micro or train.TrainConfig().grad_accum
         sizes = {'batch_tokens': args.tokens} if args.micro else {}
         self.loader = ArcLoader(ArcDataset(DataConfig(**SMALL, **sizes)))

@@ -109,7 +109,7 @@ class HellaswagConfig:
     file: str # hellaswag_val.jsonl, of github.com/rowanz/hellaswag
     limit: int = 0 # the first so many items. 0 = all
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
-    dtype: str = 'auto' # as in train
+    dtype: str = 'auto' # as in solve
 
 def read_hellaswag(path):
     """ .jsonl -> list of (ctx, 4 endings, number of the right one). raises ValueError with file, line and field """

@@ -12,6 +12,7 @@ here they are Bm and Cm.
 """
 import functools
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ class ModelConfig:
     n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
     n_embd: int = 0 # width of the residual stream. 0 = 32 a layer of depth
     head_size: int = 32 # of attention
+    n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
+    # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies
+    frames: str = ''
     n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
     qk_norm: bool = False # queries and keys of mean square 1 (arxiv 2010.04245, there of norm 1)
     window: int = 256 # tokens that S sees, itself among them
@@ -64,31 +68,57 @@ class ModelConfig:
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or 32 * self.depth
-        cfg.n_kv_head = self.n_kv_head or max(cfg.n_embd // max(self.head_size, 1), 1)
+        cfg.frames = self.frames if self.attends else '' # others have no heads
+        cfg.n_head = self.n_head or len(read_frames(self.frames)) or max(cfg.n_embd // max(self.head_size, 1), 1)
+        cfg.n_kv_head = self.n_kv_head or cfg.n_head
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
         cfg.check()
         return cfg
 
     def check(self):
         """ of a resolved config. raises ValueError that names the setting """
-        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_kv_head=1, window=1, n_hidden=1,
-                                 rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1,
-                                 vocab_size=16))
+        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, n_kv_head=1, window=1,
+                                 n_hidden=1, rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1,
+                                 chunk_size=1, vocab_size=16))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
             raise ValueError(f"rope_bases={self.rope_bases}: want 3, of row, col and z, "
                              f"or 1, of the place in the document")
         if self.attends:
-            n_head, rest = divmod(self.n_embd, self.head_size)
-            if rest > 0 or self.head_size % 2 or min(rope_shares(self.head_size, len(self.rope_bases))) < 1:
-                raise ValueError(f"head_size={self.head_size}: want an even number, two channels a rope axis at least, "
-                                 f"that divides n_embd={self.n_embd}")
-            if n_head % self.n_kv_head:
-                raise ValueError(f"n_kv_head={self.n_kv_head}: want a number that divides the {n_head} heads")
+            self.check_heads()
         if 'M' in self.kinds and self.expand * self.n_embd % self.d_head:
             inner = self.expand * self.n_embd
             raise ValueError(f"d_head={self.d_head}: want a divisor of expand * n_embd = {inner}")
+
+    def check_heads(self):
+        """ of attention """
+        frames = read_frames(self.frames)
+        if self.head_size % 2 or min(rope_shares(self.head_size, len(self.rope_bases))) < 1:
+            raise ValueError(f"head_size={self.head_size}: want an even number, two channels a rope axis at least")
+        if not frames and self.n_embd % self.head_size:
+            raise ValueError(f"head_size={self.head_size}: want a divisor of n_embd={self.n_embd}")
+        if not frames and self.n_head * self.head_size != self.n_embd:
+            raise ValueError(f"n_head={self.n_head}: want heads of {self.head_size} that fill n_embd={self.n_embd}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head={self.n_kv_head}: want a number that divides the {self.n_head} heads")
+        if frames and (len(self.rope_bases) != 3 or self.n_kv_head != self.n_head):
+            raise ValueError(f"frames={self.frames!r}: want 3 rope_bases, and keys of its own for each head")
+        if frames and self.n_head % len(frames):
+            raise ValueError(f"n_head={self.n_head}: want a multiple of the {len(frames)} frames")
+
+FRAMES = {'tiles': '0 0 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
+
+def read_frames(text):
+    """ '0 3t 0x2' or a name -> list of (symmetry, unit): unit 0 = as it lies, 1 = as tiles, 2.. = scaled up so much """
+    frames = []
+    for word in FRAMES.get(text, text).split():
+        if not re.fullmatch(r"[0-7](t|x[2-9])?", word):
+            raise ValueError(f"frames={text!r}: want {' or '.join(FRAMES)}, or a symmetry 0..7 a head, each as it is "
+                             f"or with a t (tiles) or x2 to x9 (scaled up), got {word!r}")
+        unit = {'': 0, 't': 1}.get(word[1:]) # None = scaled up
+        frames.append((int(word[0]), int(word[2]) if unit is None else unit))
+    return frames
 
 def width_lr(n_embd):
     """ the peak learning rate that suits a width: it falls with its square root """
@@ -100,11 +130,12 @@ def width_lr(n_embd):
 class Shared:
     """
     made once a forward, read by each mixer: attention wants rope and masks, mamba-2 wants same. x (B, T, C) are the
-    embedded tokens, pos (B, T, 3) their places, doc (B, T) their documents or None = one a row. with a cache they
-    follow upon the tokens of earlier calls, `past` of them.
+    embedded tokens, pos (B, T, 3) their places, size those of the inputs (input_sizes) where there are frames, doc
+    (B, T) their documents or None = one a row. with a cache they follow upon the tokens of earlier calls, `past` of
+    them.
     """
 
-    def __init__(self, cfg, x, pos, doc, cache):
+    def __init__(self, cfg, x, pos, size, doc, cache):
         B, T, _ = x.shape
         self.past = 0
         if cache is not None:
@@ -123,7 +154,10 @@ class Shared:
             return
         if len(cfg.rope_bases) == 1:
             pos = place_in_document(doc, B, self.past + T, x.device)[:, self.past :, None]
-        self.rope = rope_tables(pos, cfg.head_size, cfg.rope_bases)
+        places = pos[:, :, None] # (B, T, 1, axes), one for all heads
+        if cfg.frames:
+            places = frame_places(pos, size, read_frames(cfg.frames), cfg.n_head)
+        self.rope = rope_tables(places, cfg.head_size, cfg.rope_bases)
         how = 'one'
         if on_cpu:
             how = 'blocks'
@@ -158,6 +192,12 @@ def is_recent(device):
     """ is it a GPU from Ampere on, which has bf16 and FlexAttention? a T4 is not """
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
 
+def has_bf16(device):
+    """ are products of bf16 faster there? on recent GPUs, and on cpus with AVX512-BF16 or AMX """
+    if device.type == 'cpu':
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return is_recent(device)
+
 # rope (RoFormer, arxiv 2104.09864; over several axes as in mdlARC)
 
 def rope_shares(hs, axes):
@@ -166,12 +206,12 @@ def rope_shares(hs, axes):
     return [share] * (axes - 1) + [hs // 2 - share * (axes - 1)]
 
 def rope_tables(pos, hs, bases):
-    """ (B, T, axes) places -> cos and signed sin, (B, T, 1, hs) fp32 """
+    """ (B, T, heads or 1, axes) places -> cos and signed sin, (B, T, heads or 1, hs) fp32 """
     angles = []
     for axis, (n, base) in enumerate(zip(rope_shares(hs, len(bases)), bases)):
         freq = base ** -(torch.arange(n, dtype=torch.float32, device=pos.device) / n)
-        angles.append(pos[..., axis, None].float() * freq) # (B, T, n)
-    angles = torch.cat(angles, -1)[:, :, None] # (B, T, 1, hs/2)
+        angles.append(pos[..., axis, None].float() * freq) # (B, T, heads, n)
+    angles = torch.cat(angles, -1) # (B, T, heads, hs/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -179,6 +219,60 @@ def rotate(x, cos, sin):
     """ (B, T, nh, hs), each pair (i, i + hs/2) of its channels turned """
     x1, x2 = x.chunk(2, -1)
     return (x * cos + torch.cat([x2, x1], -1) * sin).type_as(x)
+
+# frames. with rope a head finds "two to the left of my place", a constant distance. it does not find "my place in the
+# mirrored input", "in the input repeated as tiles" or "scaled up by two", which is what many tasks ask for. a frame
+# makes it one: the head's keys of the input's cells stand where a symmetry puts them, and its queries of the output ask
+# at their place within a tile, or within the input that is scaled up
+
+def input_sizes(pos, doc):
+    """ places (B, T, 3), documents (B, T) or None = one a row -> height and width (B, T) of the input of their pair """
+    row, col, z = pos.long().unbind(-1)
+    pair = z // 2 # input and output of a pair are neighbours in z
+    if doc is not None:
+        pair = pair + 256 * doc.long()
+    number = F.pad(pair[:, 1:] != pair[:, :-1], (1, 0)).long().cumsum(1) # 0.. of the pairs of a row
+    size = []
+    for x in (row, col): # the end of its last row stands at (height, 0), the last cell of a row in column `width`
+        x = x.masked_fill(z % 2 == 1, 0)
+        largest = torch.zeros_like(x).scatter_reduce(1, number, x, 'amax')
+        size.append(largest.gather(1, number).clamp(min=1))
+    return size
+
+def turned_place(i, j, H, W, d):
+    """ where the cell (i, j) of a grid (H, W) lies after symmetry d of grids.dihedral, and the new height and width """
+    if d >= 4: # transposed
+        i, j, H, W = j, i, W, H
+    for _ in range(d % 4): # np.rot90: the last column becomes the first row
+        i, j, H, W = W - 1 - j, i, W, H
+    return i, j, H, W
+
+def frame_places(pos, size, frames, n_head):
+    """
+    places (B, T, 3), input_sizes, a list of (symmetry, unit) that is repeated over the heads
+    -> (B, T, 2 n_head, 3) the places of the queries of each head, then of its keys
+    """
+    row, col, z = pos.long().unbind(-1)
+    is_input = z % 2 == 0
+    queries, keys = [], []
+    for d, unit in frames:
+        i, j, h, w = turned_place(row, col - 1, *size, d) # cell (i, j) stands at (i, j + 1)
+        keys.append(torch.stack([torch.where(is_input, i, row), torch.where(is_input, j + 1, col), z], -1))
+        asks = row, col # of the output's own cells. a token asks for the one that it predicts, to the right of it
+        if unit == 1:
+            asks = row % h, col % w
+        elif unit > 1:
+            asks = row // unit, col // unit
+        queries.append(torch.stack([torch.where(is_input, row, asks[0]), torch.where(is_input, col, asks[1]), z], -1))
+    times = n_head // len(frames)
+    return torch.stack(queries * times + keys * times, 2)
+
+def tile_number(pos, size):
+    """ -> (B, T): in which tile of the input's size an output token stands, 1 + 4 * down + right, 0 in an input """
+    row, col, z = pos.long().unbind(-1)
+    H, W = size
+    number = 1 + 4 * (row // H).clamp(max=3) + (col // W).clamp(max=3)
+    return number.masked_fill(z % 2 == 0, 0)
 
 # masks
 
@@ -248,11 +342,12 @@ class Attention(nn.Module):
         super().__init__()
         self.kind = kind
         self.hs = cfg.head_size
-        self.nh = cfg.n_embd // cfg.head_size
+        self.nh = cfg.n_head
         self.nkv = cfg.n_kv_head
         self.qk_norm = cfg.qk_norm
-        self.qkv = nn.Linear(cfg.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=False)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        # with frames a head begins by looking at places, whatever stands there
+        self.qkv = nn.Linear(cfg.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=cfg.frames != '')
+        self.proj = nn.Linear(self.nh * self.hs, cfg.n_embd, bias=False)
 
     def forward(self, x, shared, cache=None):
         B, T, C = x.shape
@@ -266,7 +361,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v, shared.past)
         y = attend(q, k, v, shared.masks[self.kind]) # (B, nh, T, hs)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 def attend(q, k, v, mask):
     """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: see make_mask """
@@ -331,17 +426,18 @@ def ssd(x, a, Bm, Cm, Q, state=None, want_state=True):
     s = a.cumsum(2).transpose(2, 3) # (B, n, nh, q) log decay since the chunk began
     future = torch.full((q, q), float('-inf'), dtype=s.dtype, device=s.device).triu(1)
     L = (s[..., :, None] - s[..., None, :] + future).exp() # (B, n, nh, q, q) decay from token j to token i
-    att = (Cm @ Bm.transpose(2, 3))[:, :, None] * L # (B, n, nh, q, q)
+    att = ((Cm @ Bm.transpose(2, 3))[:, :, None] * L).type_as(x) # (B, n, nh, q, q)
     y = att @ x # (B, n, nh, q, hs)
     if n > 1 or want_state or state is not None:
         before, state = hand_on(x, s, Bm, state) # (B, n, nh, hs, ns) the state before each chunk
-        y = y + (Cm[:, :, None] @ before.transpose(3, 4)) * s.exp()[..., None]
+        y = y + (Cm[:, :, None] @ before.type_as(Cm).transpose(3, 4)) * s.exp()[..., None]
     return y.transpose(2, 3).flatten(1, 2)[:, :T], state
 
 def hand_on(x, s, Bm, state):
     """ as in ssd, by chunks -> the state before each chunk (B, n, nh, hs, ns), and that after the last one """
     until_end = (s[..., -1:] - s).exp() # decay from each token to the end of its chunk
-    new = (x * until_end[..., None]).transpose(3, 4) @ Bm[:, :, None] # (B, n, nh, hs, ns) what each chunk adds
+    x = (x * until_end[..., None]).type_as(x)
+    new = (x.transpose(3, 4) @ Bm[:, :, None]).type_as(s) # (B, n, nh, hs, ns) what each chunk adds
     keep = s[..., -1, None, None].exp() # (B, n, nh, 1, 1) what is left of a state after a chunk
     if state is None:
         state = torch.zeros_like(new[:, 0])
@@ -382,15 +478,17 @@ class Mamba2(nn.Module):
         u = torch.cat([last, u], 1) # (B, K - 1 + T, mixed)
         v, Bm, Cm = F.silu(self.convolve(u, T, shared.same)).split([self.inner, self.ns, self.ns], -1)
         v = v.reshape(B, T, self.nh, self.hs)
-        with torch.autocast(x.device.type, enabled=False): # a sum of many decays: fp32
+        with torch.autocast(x.device.type, enabled=False): # decays and their sums: fp32
             dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) # (B, T, nh) how much of a token the state takes
             a = -dt * self.a_log.exp()
             if shared.same is not None:
                 a = a.masked_fill(~shared.same[1], FORGET)
-            taken = v * dt[..., None] # what the state takes up
-            Bm, Cm = Bm.to(dt.dtype), Cm.to(dt.dtype)
+            product = v.dtype if v.dtype == torch.bfloat16 else dt.dtype # of the scan: fp16 might overflow
+            taken = (v * dt[..., None]).to(product) # what the state takes up
+            Bm, Cm = Bm.to(product), Cm.to(product)
             if T == 1 and state is not None:
-                y, state = recur(taken[:, 0], a[:, 0], Bm[:, 0], Cm[:, 0], state)
+                token = [z[:, 0].type_as(state) for z in (taken, a, Bm, Cm)]
+                y, state = recur(*token, state)
                 y = y[:, None]
             else:
                 y, state = ssd(taken, a, Bm, Cm, self.Q, state, want_state=cache is not None)
@@ -455,6 +553,8 @@ class Model(nn.Module):
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
             self.wdih = nn.Embedding(8, cfg.n_embd)
+        if cfg.frames:
+            self.wtile = nn.Embedding(17, cfg.n_embd) # tile_number
         self.learns_places = not cfg.attends and len(cfg.rope_bases) == 3 # where no rope tells them
         if self.learns_places:
             self.wrow = nn.Embedding(32, cfg.n_embd)
@@ -472,7 +572,11 @@ class Model(nn.Module):
         if self.learns_places:
             row, col, z = pos.int().unbind(-1)
             x = x + self.wrow(row) + self.wcol(col) + self.wz(z)
-        shared = Shared(self.cfg, x, pos, doc, cache)
+        size = None
+        if self.cfg.frames:
+            size = input_sizes(pos, doc) if cache is None else cache.input_sizes(pos, doc)
+            x = x + self.wtile(tile_number(pos, size))
+        shared = Shared(self.cfg, x, pos, size, doc, cache)
         for i in range(self.cfg.loops * len(self.blocks)):
             block = self.blocks[i % len(self.blocks)]
             x = block(x, shared, None if cache is None else cache.layers[i])
@@ -534,6 +638,8 @@ def init_weights(m):
     """ the whole initialization as one table. norms begin at 1, the head is not tied, no projection is scaled down """
     if isinstance(m, (nn.Linear, nn.Embedding)):
         nn.init.normal_(m.weight, std=0.02)
+        if getattr(m, 'bias', None) is not None: # of queries, keys and values, where there are frames
+            nn.init.normal_(m.bias, std=0.5)
     elif isinstance(m, Mamba2): # the paper's: decays of 1..16 a unit of time, steps of 0.001 to 0.1
         bound = len(m.conv) ** -0.5
         nn.init.uniform_(m.conv, -bound, bound)
@@ -550,7 +656,7 @@ class Muon(torch.optim.Optimizer):
     """
     momentum, orthogonalized (Keller Jordan's Muon, kellerjordan.github.io/posts/muon): matrices of one shape go through
     the newton-schulz iteration as one batch. the update is scaled by 0.2 sqrt(max(rows, cols)) so that its size is that
-    of AdamW's (Moonlight, arxiv 2502.16982). in 16 bits on cuda, fp32 on cpu where bf16 is several times slower.
+    of AdamW's (Moonlight, arxiv 2502.16982). in 16 bits, but on a cpu without bf16: there it is several times slower.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, steps=5):
@@ -579,8 +685,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(g, steps):
     """ (n, rows, cols) -> about U V^T of each: a quintic iteration pushes all singular values towards 1 """
     x = g
-    if g.is_cuda:
-        x = g.bfloat16() if is_recent(g.device) else g.half()
+    if has_bf16(g.device) and g.dtype == torch.float32:
+        x = g.bfloat16()
+    elif g.is_cuda:
+        x = g.half()
     is_tall = x.size(1) > x.size(2)
     if is_tall: # work on the smaller side
         x = x.mT
@@ -637,6 +745,7 @@ class Cache:
     def __init__(self, model):
         self.n = 0 # tokens so far
         self.doc = None # their documents (B, n)
+        self.size = None # with frames: height and width (B, 1) of the input that is answered
         self.layers = []
         for kind in model.cfg.kinds * model.cfg.loops:
             self.layers.append(SSMCache() if kind == 'M' else KVCache())
@@ -647,8 +756,21 @@ class Cache:
         self.doc = doc if self.doc is None else torch.cat([self.doc, doc], 1)
         return self.doc
 
+    def input_sizes(self, pos, doc):
+        """
+        as the function of that name. the first call reads the prompts, inputs whole; all that follows is of the output
+        that they ask for
+        """
+        if self.n > 0:
+            return [x.expand(pos.shape[:2]) for x in self.size]
+        size = input_sizes(pos, doc)
+        self.size = [x[:, -1:] for x in size]
+        return size
+
     def keep(self, rows):
         """ go on with these rows of the batch only, (b,) int64 or bool """
+        if self.size is not None:
+            self.size = [x[rows] for x in self.size]
         if self.doc is not None:
             self.doc = self.doc[rows]
         for layer in self.layers:

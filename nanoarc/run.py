@@ -45,15 +45,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nanoarc import __version__, checkpoint
 from nanoarc.data import ArcDataset, DataConfig
 from nanoarc.lm import LMConfig, auto_dtype, make_lm
-from nanoarc.model import Model, ModelConfig
+from nanoarc.model import Model, ModelConfig, has_bf16
 from nanoarc.settings import differences, is_like
 from nanoarc.text import TextConfig, TextDataset, model_config
 
 # -----------------------------------------------------------------------------
 # device and ranks
 
-def get_device(device, dtype):
-    """ the two settings, 'auto' resolved -> (torch.device, dtype name, autocast context maker). raises ValueError """
+def get_device(device, dtype, trains=False):
+    """
+    the two settings, 'auto' resolved -> (torch.device, dtype name, autocast context maker). trains: a cpu that has bf16
+    takes it for that, decoding a token at a time gains nothing by it. raises ValueError
+    """
     is_here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     here = [name for name, x in is_here.items() if x]
     if device == 'auto':
@@ -65,7 +68,7 @@ def get_device(device, dtype):
         torch.cuda.set_device(device)
     device = torch.device(device)
     if dtype == 'auto':
-        dtype = auto_dtype(device)
+        dtype = 'bfloat16' if trains and has_bf16(device) else auto_dtype(device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r}: want float32, bfloat16 or float16")
     def autocast():

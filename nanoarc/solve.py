@@ -64,7 +64,7 @@ class SolveConfig:
     allow_leak: bool = False
     seed: int = 1337 # of the views and test-time training
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
-    dtype: str = 'auto' # as in train
+    dtype: str = 'auto' # as in train, but 'auto' is float32 on every cpu
 
     def check(self):
         """ raises ValueError that names the setting """

@@ -55,7 +55,8 @@ class TrainConfig:
     ema: float = 0.0 # decay of averaged weights, which validation and solve use then, e.g. 0.999. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
-    # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda, float16 on older, else float32
+    # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda and on a cpu that has it, float16 on older
+    # cuda, else float32
     dtype: str = 'auto'
     # torch.compile: 'on' | 'off' | 'auto' = on recent cuda where shapes are few, so not with batching='bucket'
     compile: str = 'auto'
@@ -141,7 +142,7 @@ class Training:
     """ all that a run is made of: data, model, optimizers, where it stands. begun or gone on with, and saved, here """
 
     def __init__(self, cfg, model_cfg, data_cfg):
-        self.device, dtype, self.autocast = get_device(cfg.device, cfg.dtype)
+        self.device, dtype, self.autocast = get_device(cfg.device, cfg.dtype, trains=True)
         self.rank, self.world = get_ranks(self.device)
         torch.manual_seed(cfg.seed)
         self.cfg = cfg = replace(cfg, dtype=dtype) # a resumed run takes the same, whatever 'auto' would be there

@@ -1,23 +1,28 @@
 """ python -m pytest tests/test_model.py: the model against plain definitions of its parts. most models are in fp64 """
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 from nanoarc.decode import decode
-from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, decode_grid, may_follow, next_place
-from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Mamba2, Model, ModelConfig, Muon, Span, attend, make_mask,
-                           orthogonalize, ssd, width_lr)
+from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, decode_grid, dihedral, may_follow, next_place
+from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Mamba2, Model, ModelConfig, Muon, Shared, Span, attend,
+                           frame_places, input_sizes, make_mask, orthogonalize, read_frames, ssd, tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
 SWITCHES = {'plain': {}, 'qk_norm': dict(qk_norm=True), 'gqa': dict(n_kv_head=1), 'loops': dict(loops=2),
-            '1d_rope': dict(rope_bases=(10000.0,))}
+            '1d_rope': dict(rope_bases=(10000.0,)), 'frames': dict(frames='tiles')}
 
 def make(mixer='A', n_task=4, **kwargs):
     """ a tiny model in fp64, its weights large enough that every part matters """
     torch.manual_seed(1337)
+    if mixer == 'frames':
+        mixer, kwargs = 'MA', {**SWITCHES['frames'], **kwargs}
     tiny = dict(n_layer=2, n_embd=32, head_size=16, d_head=16, d_state=8, chunk_size=5, window=7)
     model = Model(ModelConfig(mixer=mixer, n_task=n_task, **{**tiny, **kwargs})).double()
     with torch.no_grad():
@@ -308,9 +313,87 @@ def test_changing_an_output_token_moves_nothing_before_it(mixer, data):
     assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t], after[:, t])
 
 # -----------------------------------------------------------------------------
+# frames
+
+def tokens_of(*grids):
+    """ -> (1, T, 3) the places of pairs of grids, the last one with z = 0 and 1 """
+    places = []
+    for n, grid in enumerate(grids):
+        z = 2 * (len(grids) // 2 - 1 - n // 2) + n % 2
+        places.append((0, 0, z))
+        for r in range(grid.shape[0]):
+            places += [(r, c + 1, z) for c in range(grid.shape[1])]
+            places.append((r + 1, 0, z))
+    return torch.tensor([places], dtype=torch.uint8)
+
+@pytest.mark.parametrize('d', range(8))
+@pytest.mark.parametrize('unit', [0, 1, 2, 3])
+@pytest.mark.parametrize('pairs', [1, 2])
+def test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input(d, unit, pairs):
+    rng = np.random.default_rng(d)
+    grids = []
+    for _ in range(pairs):
+        x = np.arange(6).reshape(2, 3) + 10 # each cell is another one
+        x = x if rng.integers(2) else x.T
+        turned = dihedral(x, d)
+        y = [turned, np.tile(turned, (2, 3)), turned.repeat(2, 0).repeat(2, 1), turned.repeat(3, 0).repeat(3, 1)][unit]
+        grids += [x, y]
+    pos = tokens_of(*grids)
+    places = frame_places(pos, input_sizes(pos, None), [(0, 0), (d, unit)], 2)
+    query, key = places[0, :, 1].tolist(), places[0, :, 3].tolist() # of the second head
+    z = pos[0, :, 2].tolist()
+    for n in range(len(z)):
+        r, c, _ = pos[0, n].tolist() # a token of an output predicts its cell (r, c)
+        grid = grids[len(grids) - 2 - z[n] // 2 * 2]
+        out = grids[len(grids) - 1 - z[n] // 2 * 2]
+        if z[n] % 2 == 0 or r >= out.shape[0] or c >= out.shape[1]:
+            continue
+        want = [query[n][0], query[n][1] + 1, z[n] - 1]
+        found = [k for k in range(len(z)) if [*key[k][:2], z[k]] == want and pos[0, k, 1] > 0]
+        assert len(found) == 1
+        i, j, _ = pos[0, found[0]].tolist()
+        assert grid[i, j - 1] == out[r, c]
+    assert torch.equal(places[:, :, 0], pos.long()) and torch.equal(places[:, :, 2], pos.long()) # of the first head
+
+def test_a_tile_has_a_number():
+    pos = tokens_of(np.zeros((2, 3)), np.zeros((4, 9)))
+    number = tile_number(pos, input_sizes(pos, None))[0]
+    z, place = pos[0, :, 2], pos[0].tolist()
+    assert (number[z == 0] == 0).all()
+    for x, want in (((0, 0), 1), ((0, 2), 1), ((0, 3), 2), ((1, 8), 3), ((3, 6), 7)):
+        assert int(number[place.index([*x, 1])]) == want
+
+def test_attention_with_frames_is_a_plain_double_loop(toy):
+    batch = packed_loader(toy(n=4, side=4), shots=-1).next_batch()
+    _, _, pos, doc, _, _ = cut(batch, slice(1), slice(60))
+    cfg = make('A', frames='0 3t 6x2', head_size=12, rope_bases=(50.0, 20.0, 10.0)).cfg
+    layer = Attention(cfg, 'A').double()
+    x = torch.randn(1, 60, cfg.n_embd, dtype=torch.float64)
+    shared = Shared(cfg, x, pos, input_sizes(pos, doc), doc, None)
+    y = layer(x, shared)
+    places = frame_places(pos, input_sizes(pos, doc), read_frames(cfg.frames), 3)[0]
+    q, k, v = layer.qkv(x)[0].view(60, 3, 3, 12).unbind(1)
+    turns = [(axis, base ** -x) for axis, base in enumerate(cfg.rope_bases) for x in (0.0, 0.5)] # frequency of a pair
+    want = torch.zeros(60, 3, 12, dtype=torch.float64)
+    for h in range(3):
+        for i in range(60):
+            scores, seen = [], [j for j in range(i + 1) if doc[0, i] == doc[0, j]]
+            for j in seen:
+                score = 0.0
+                for m, (axis, freq) in enumerate(turns): # channels m and m + 6 are turned by the distance
+                    angle = float(places[i, h, axis] - places[j, 3 + h, axis]) * freq
+                    a, b = q[i, h, m], q[i, h, m + 6]
+                    c, d = k[j, h, m], k[j, h, m + 6]
+                    score += (a * c + b * d) * np.cos(angle) + (b * c - a * d) * -np.sin(angle)
+                scores.append(score / 12 ** 0.5)
+            share = torch.stack(scores).softmax(0)
+            want[i, h] = sum(s * v[j, h] for s, j in zip(share, seen))
+    assert relative(y[0], layer.proj(want.flatten(1))) < 1e-6 # cos and sin are fp32
+
+# -----------------------------------------------------------------------------
 # decoding
 
-@pytest.mark.parametrize('mixer', MIXERS)
+@pytest.mark.parametrize('mixer', [*MIXERS, 'frames'])
 @pytest.mark.parametrize('shots', [0, -1])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(mixer, shots, toy):
@@ -371,7 +454,7 @@ def three_prompts():
     return idx, pos, torch.tensor([0, 1, 2]), torch.tensor([0, 5, 7])
 
 @torch.no_grad()
-@pytest.mark.parametrize('mixer', MIXERS)
+@pytest.mark.parametrize('mixer', [*MIXERS, 'frames'])
 def test_decode_equals_the_uncached_forward_token_by_token(mixer):
     model = make(mixer).eval()
     model.head.weight[END] *= 3 # or an untrained model seldom ends
@@ -467,9 +550,11 @@ def test_the_dial_sets_width_heads_and_learning_rates():
     assert (cfg.n_layer, cfg.n_embd, cfg.kinds) == (3, 64, 'MAM') and cfg.resolved() == cfg
 
 @pytest.mark.parametrize('wrong', [
-    dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=48), dict(head_size=4), dict(n_kv_head=3),
-    dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0), dict(d_state=0),
-    dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=0), dict(d_conv=1), dict(chunk_size=0), dict(vocab_size=10)])
+    dict(frames='8'), dict(frames='0 x2'), dict(frames='0 1t', n_kv_head=1), dict(n_head=4, frames='0 1 2'),
+    dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=48), dict(head_size=4),
+    dict(n_kv_head=3), dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
+    dict(d_state=0), dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=0), dict(d_conv=1), dict(chunk_size=0),
+    dict(vocab_size=10)])
 def test_a_wrong_setting_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
         Model(ModelConfig(**wrong))
@@ -540,6 +625,36 @@ def test_products_of_the_cpu_are_exact():
     get_device('cpu', 'float32')
     a, b = torch.randn(2, 512, 512, dtype=torch.float64).unbind()
     assert relative((a.float() @ b.float()).double(), a @ b) < 2e-6 # bf16 has 4e-3
+
+class Dtypes(TorchDispatchMode):
+    """ of the operands of each operator that runs meanwhile: {name: dtypes} """
+
+    def __init__(self):
+        super().__init__()
+        self.seen = defaultdict(set)
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.seen[f.overloadpacket.__name__].add(x.dtype)
+        return f(*args, **(kwargs or {}))
+
+def test_in_16_bits_products_alone_are(toy):
+    torch.manual_seed(1337)
+    model = Model(ModelConfig(mixer='MA', depth=2, n_task=4, chunk_size=16))
+    batch = packed_loader(toy(n=4, side=4)).next_batch()
+    with Dtypes() as ops, torch.autocast('cpu', torch.bfloat16):
+        _, loss = model(*batch)
+    loss.backward()
+    assert ops.seen['mm'] | ops.seen['bmm'] == {torch.bfloat16}
+    # norms, softmax, decays and their sums, steps, the loss
+    for name in ('rsqrt', 'pow', '_softmax', 'cumsum', 'exp', 'softplus', '_log_softmax', 'nll_loss_forward'):
+        assert ops.seen[name] == {torch.float32}, name
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    for opt in model.optimizers(1e-3, 1e-3, 0.1):
+        opt.step()
+        for state in opt.state.values():
+            assert all(x.dtype == torch.float32 for x in state.values() if x.ndim > 0)
 
 @pytest.mark.parametrize('mixer', MIXERS)
 def test_half_precision_is_near(toy, mixer):

@@ -26,13 +26,16 @@ from nanoarc.train import TrainConfig
 # -----------------------------------------------------------------------------
 # device and signals
 
-def test_the_device_that_is_asked_for_is_here_or_the_error_says_what_is():
-    device, dtype, autocast = get_device('cpu', 'auto')
-    assert (device.type, dtype) == ('cpu', 'float32')
+@pytest.mark.parametrize('has', [True, False])
+def test_a_cpu_trains_in_bf16_if_its_products_are_faster_then(has, monkeypatch):
+    monkeypatch.setattr('nanoarc.run.has_bf16', lambda device: has)
+    device, dtype, autocast = get_device('cpu', 'auto', trains=True)
+    assert (device.type, dtype) == ('cpu', 'bfloat16' if has else 'float32')
     with autocast():
-        assert not torch.is_autocast_enabled('cpu')
-    with get_device('cpu', 'bfloat16')[2]():
-        assert torch.is_autocast_enabled('cpu')
+        assert torch.is_autocast_enabled('cpu') == has
+    assert get_device('cpu', 'float32', trains=True)[1] == get_device('cpu', 'auto')[1] == 'float32'
+
+def test_the_device_that_is_asked_for_is_here_or_the_error_says_what_is():
     with pytest.raises(ValueError, match="device='gpu': not here, want one of .*cpu"):
         get_device('gpu', 'auto')
     with pytest.raises(ValueError, match="dtype='half': want float32"):

@@ -381,7 +381,7 @@ def test_a_solve_goes_on_with_the_same_settings_alone(tiny_run, tmp_path, monkey
         signal_at(mp, 'decode', 5, signal.SIGTERM)
         solve(SolveConfig(**work))
     others = dict(views=7, p_min=0.2, select='votes', score_most=3, ttt_steps=1, ttt_lr=0.1, ttt_tokens=9, together=3,
-                  max_pair=99, seed=1, minutes=1.0, dtype='bfloat16')
+                  max_pair=99, seed=1, minutes=1.0, dtype='float16')
     for name, x in others.items():
         with pytest.raises(ValueError, match=rf"solving-0.json is of a solve .* {name} differs \(kept .*, now {x}"):
             solve(SolveConfig(**{**work, name: x}))
