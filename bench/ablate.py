@@ -227,7 +227,8 @@ class Stepper:
                     _, loss = self.model(*self.loader.next_batch())
                 (loss / 1000).backward()
             for optimizer in self.optimizers:
-                optimizer.step()
+                with self.autocast():
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 

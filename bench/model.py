@@ -95,7 +95,8 @@ class Run:
 
     def update(self):
         for optimizer in self.optimizers:
-            optimizer.step()
+            with self.autocast():
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, batches):

@@ -68,11 +68,12 @@ class ModelConfig:
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or 32 * self.depth
-        cfg.frames = self.frames if self.attends else '' # others have no heads
         cfg.n_head = self.n_head or len(read_frames(self.frames)) or max(cfg.n_embd // max(self.head_size, 1), 1)
         cfg.n_kv_head = self.n_kv_head or cfg.n_head
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
         cfg.check()
+        if not cfg.attends: # nobody heeds them
+            cfg.frames = ''
         return cfg
 
     def check(self):
@@ -656,7 +657,7 @@ class Muon(torch.optim.Optimizer):
     """
     momentum, orthogonalized (Keller Jordan's Muon, kellerjordan.github.io/posts/muon): matrices of one shape go through
     the newton-schulz iteration as one batch. the update is scaled by 0.2 sqrt(max(rows, cols)) so that its size is that
-    of AdamW's (Moonlight, arxiv 2502.16982). in 16 bits, but on a cpu without bf16: there it is several times slower.
+    of AdamW's (Moonlight, arxiv 2502.16982). in 16 bits on cuda, elsewhere under autocast alone.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, steps=5):
@@ -685,10 +686,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(g, steps):
     """ (n, rows, cols) -> about U V^T of each: a quintic iteration pushes all singular values towards 1 """
     x = g
-    if has_bf16(g.device) and g.dtype == torch.float32:
-        x = g.bfloat16()
-    elif g.is_cuda:
-        x = g.half()
+    if g.is_cuda:
+        x = g.bfloat16() if is_recent(g.device) else g.half()
+    elif torch.is_autocast_enabled(g.device.type):
+        x = g.to(torch.get_autocast_dtype(g.device.type))
     is_tall = x.size(1) > x.size(2)
     if is_tall: # work on the smaller side
         x = x.mT

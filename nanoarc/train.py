@@ -373,7 +373,8 @@ def loop(run, signals):
         for optimizer in optimizers:
             # fp16: all optimizers skip a step that overflowed, or none. waits for the device
             if not scaler.is_enabled() or torch.isfinite(norm):
-                scaler.step(optimizer)
+                with run.autocast(): # Muon has products too
+                    scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         if run.ema:

@@ -263,7 +263,7 @@ def same_run(a, b, steps):
 def test_two_ranks_are_the_same_run_as_one(bases, source, tmp_path):
     from test_reliability import ranks
     def run(rank, out):
-        tune(bases['llama'], source, out, '--max_iters=4')
+        tune(bases['llama'], source, out, '--max_iters=4', '--dtype=float32')
     assert ranks(1, tmp_path / 'meet', run, tmp_path / 'one') == [0]
     assert ranks(2, tmp_path / 'meet', run, tmp_path / 'two') == [0, 0]
     assert same_run(tmp_path / 'one', tmp_path / 'two', 4)
@@ -272,7 +272,7 @@ def test_two_ranks_are_the_same_run_as_one(bases, source, tmp_path):
 def test_frozen_weights_that_are_shared_out_over_ranks_are_the_same_run(bases, source, tmp_path, kind):
     from test_reliability import ranks
     def run(rank, out, *args):
-        tune(bases[kind], source, out, *args)
+        tune(bases[kind], source, out, '--dtype=float32', *args)
     def held(rank, out):
         lm = make_lm(LMConfig(base=bases[kind], rank=4, shard=True), 'cpu', 2)
         here, frozen, ours = 0, 0, 0

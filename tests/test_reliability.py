@@ -45,7 +45,7 @@ from nanoarc.train import TrainConfig
 pytestmark = pytest.mark.reliability
 
 SETTINGS = dict(minutes=0, max_iters=24, save_every=4, eval_every=6, draw_every=0, log_every=1, grad_accum=2,
-                device='cpu', compile='off')
+                device='cpu', dtype='float32', compile='off')
 MODEL = dict(n_layer=2, n_embd=32, head_size=16)
 MODEL_FLAGS = [f"--{name}={x}" for name, x in MODEL.items()]
 

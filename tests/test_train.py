@@ -66,7 +66,8 @@ def test_micro_batches_are_weighed_by_their_loss_tokens(toy, tmp_path, monkeypat
         return torch.zeros(())
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip)
     data_cfg = DataConfig(data=toy(n=4, side=6), batch_tokens=150)
-    cfg = TrainConfig(out_dir=str(tmp_path / 'run'), minutes=0, max_iters=1, grad_accum=3, draw_every=0, device='cpu')
+    cfg = TrainConfig(out_dir=str(tmp_path / 'run'), minutes=0, max_iters=1, grad_accum=3, draw_every=0, device='cpu',
+                      dtype='float32')
     train.train(cfg, ModelConfig(n_layer=1, n_embd=32, mixer='A'), data_cfg)
     torch.manual_seed(cfg.seed)
     model, loader = Model(ModelConfig(n_layer=1, n_embd=32, mixer='A', n_task=4)), ArcLoader(ArcDataset(data_cfg))
