@@ -140,7 +140,7 @@ CONTROLS = [
         "test_sources.py::test_no_name_breaks_a_line_whatever_file_it_comes_from"),
     Control(
         "links that lead anywhere", 'sources.py',
-        "if os.path.islink(path) and not leads_into(homes, path):",
+        "if os.path.islink(path) and not leads_into(root, path):",
         "if False:",
         "test_sources.py::test_no_link_is_left_out_in_silence"),
     Control(
@@ -150,7 +150,7 @@ CONTROLS = [
         "test_sources.py::test_what_looks_like_data_and_is_not_read_is_named"),
     Control(
         "a bundled source that hides a folder", 'sources.py',
-        "    if is_bundled(source) and not is_path(source, [source]):",
+        "    if is_bundled(source) and not means_path(source, [source]):",
         "    if is_bundled(source):",
         "test_sources.py::test_a_name_that_could_be_two_sources_is_refused"),
     Control(

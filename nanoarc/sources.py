@@ -9,7 +9,7 @@ a source is named by a string:
   s3://..., https://...    the same, through fsspec
   path/to/packed           what `nanoarc data pack` wrote: memory-mapped, opens at once whatever its size
   a + b, a*2               several joined, one repeated: 'arc1/training*2+my/dir'
-what could be two of these is refused, ./ says that it is a path. so is what looks like data in a tree and is not read.
+what could be two of these is refused, ./ says that it is a path. what looks like data and is not read is refused too.
 
 what a .json holds: one task {"train": [{"input": rows, "output": rows}, ...], "test": [...]}; {id: task};
 {split: {id: task}}; Kaggle's x_challenges.json, whose answers lie in x_solutions.json beside it; or RE-ARC's list of
@@ -70,37 +70,38 @@ def is_data(name):
 
 def list_files(reading):
     """ -> list of File that hold tasks or should: all of a path or URL. raises ValueError """
-    scheme, _, path = reading.path.rpartition('://')
-    if scheme not in ('', 'file'):
+    path = reading.path.removeprefix('file://')
+    if '://' in path:
         return list_url(reading)
     if os.path.isdir(path):
         found = list_dir(reading, path)
     elif os.path.isfile(path):
-        found = [(x, os.path.basename(x)) for x in (path, solutions_of(path)) if os.path.isfile(x)]
+        paths = path, solutions_of(path) # and Kaggle's answers beside it
+        found = [(x, os.path.basename(x)) for x in paths if os.path.isfile(x)]
     else:
         what = "is neither a file nor a folder" if os.path.lexists(path) else "no such source"
         raise ValueError(f"{reading.source}: {what}, want a path or one of {', '.join(BUNDLED)} "
                          "with /training or /evaluation")
-    before = "file://" if scheme else ""
-    return [File(one_line(before + x), name, partial(open, x, 'rb')) for x, name in found]
+    scheme = reading.path.removesuffix(path)
+    return [File(one_line(scheme + x), name, partial(open, x, 'rb')) for x, name in found]
 
 def list_dir(reading, root):
     """ -> list of (path, name within root) of its data. what cannot be read is an error that names it """
-    homes = link_homes(root)
     found, seen, folders = [], set(), [root]
-    for folder in folders: # there will be more
-        real, names = os.path.realpath(folder), []
+    for folder in folders: # folders within are appended on the way
+        real = os.path.realpath(folder)
         if real in seen: # a link to where we have been
             continue
         seen.add(real)
-        with reading.record(folder):
+        names = []
+        with reading.may_fail(folder):
             names = sorted(os.listdir(folder))
         for name in names:
             path = os.path.join(folder, name)
-            with reading.record(path):
+            with reading.may_fail(path):
                 if not looks_like_data(path):
                     continue
-                if os.path.islink(path) and not leads_into(homes, path):
+                if os.path.islink(path) and not leads_into(root, path):
                     raise ValueError(f"{one_line(path)}: a link out of {reading.source}: copy here what it leads to, "
                                      "or name that as a source of its own (+ joins)")
                 if os.path.isdir(path):
@@ -108,38 +109,32 @@ def list_dir(reading, root):
                 elif os.path.isfile(path):
                     found.append((path, Path(path).relative_to(root).as_posix()))
                 else:
-                    os.stat(path) # tells what is wrong, unless it is there
+                    os.stat(path) # raises what is wrong with a link
                     raise ValueError(f"{one_line(path)}: neither a file nor a folder")
     return found
 
-def link_homes(root):
-    """ where the links of a folder may lead: about in it, and from a snapshot of Hugging Face's cache to its blobs """
-    root = Path(os.path.realpath(root))
+def leads_into(root, path):
+    """ does a link lead, in the end, into this folder, or from a snapshot of Hugging Face's cache to its blobs? """
+    root, target = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     homes = [root]
     for folder in (root, *root.parents):
         if folder.parent.name == 'snapshots':
             homes.append(folder.parent.parent / 'blobs')
-    return homes
-
-def leads_into(homes, path):
-    """ does a link lead, in the end, into one of these folders? """
-    target = Path(os.path.realpath(path))
     return any(target.is_relative_to(home) for home in homes)
 
 def looks_like_data(path):
-    """ is it a folder that is not hidden, a link to one that is not there, or a file that should hold tasks? """
+    """ is it a file that should hold tasks, a folder that is not hidden, or a broken link that may have led to one? """
     name = os.path.basename(path)
-    is_lost = not os.path.exists(path) and suffix_of(name) == ""
-    return is_data(name) or (not name.startswith(HIDDEN) and (os.path.isdir(path) or is_lost))
+    may_be_folder = os.path.isdir(path) or (not os.path.exists(path) and suffix_of(name) == "")
+    return is_data(name) or (may_be_folder and not name.startswith(HIDDEN))
 
 def list_url(reading):
     """ -> list of File, through fsspec """
-    source = reading.path
     if importlib.util.find_spec('fsspec') is None:
         raise ValueError(f"{reading.source}: to read URLs, pip install fsspec")
     import fsspec
     try:
-        fs, root = fsspec.core.url_to_fs(source)
+        fs, root = fsspec.core.url_to_fs(reading.path)
         if not fs.exists(root):
             raise FileNotFoundError("no such file")
         if fs.isdir(root):
@@ -149,7 +144,7 @@ def list_url(reading):
             paths = [root, beside] if beside and fs.exists(beside) else [root]
     except Exception as e: # every store has errors of its own, and some say what to install
         raise ValueError(f"{reading.source}: {type(e).__name__}: {show(str(e), 200)}") from None
-    scheme, files = source.partition('://')[0], []
+    scheme, files = reading.path.partition('://')[0], []
     for path in paths:
         shown = path if '://' in path else f"{scheme}://{path}"
         name = os.path.relpath(path, folder).partition('?')[0] # without a query
@@ -158,7 +153,8 @@ def list_url(reading):
 
 def open_up(reading, file):
     """ a File -> list of what is in it: the files of a .zip, what a .gz packs, else itself. raises ValueError """
-    name, suffix = os.path.splitext(file.name)[0], suffix_of(file.name)
+    suffix = suffix_of(file.name)
+    name = os.path.splitext(file.name)[0] # of x.json.gz it is x.json
     if suffix == '.zip':
         return list_zip(reading, file)
     if suffix == '.gz' and suffix_of(name) in READERS:
@@ -174,56 +170,54 @@ def list_zip(reading, file):
         archive = zipfile.ZipFile(file.open())
     except Exception as e: # a damaged one raises whatever it happens upon
         raise ValueError(f"{file.path}: not a zip archive, {show(str(e), 200)}") from None
-    if len(archive.infolist()) > MAX_ZIP_FILES:
-        raise ValueError(f"{file.path}: {len(archive.infolist()):,} entries, want at most {MAX_ZIP_FILES:,}")
-    files = []
-    budget = [MAX_ZIP_BYTES] # a list, so that all members draw on one number
-    for info in archive.infolist():
-        at = f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
-        leads_out = info.filename.startswith('/') or '\\' in info.filename or '..' in info.filename.split('/')
-        if info.filename == "":
-            raise ValueError(f"{at}an entry without a name")
-        if leads_out or re.match(r"\w:", info.filename) or info.orig_filename != info.filename:
+    members = archive.infolist()
+    if len(members) > MAX_ZIP_FILES:
+        raise ValueError(f"{file.path}: {len(members):,} entries, want at most {MAX_ZIP_FILES:,}")
+    files, budget = [], [MAX_ZIP_BYTES]
+    for info in members:
+        name, at = info.filename, f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
+        if name == "":
+            raise ValueError(f"{file.path}: an entry without a name")
+        leads_out = re.match(r"/|\w:", name) or '\\' in name or '..' in name.split('/')
+        if leads_out or info.orig_filename != name: # zipfile cuts a name at a zero byte
             raise ValueError(f"{at}: a path that leads out of the archive")
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{at}: a link or device, want plain files")
         if info.flag_bits & 1:
             raise ValueError(f"{at}: encrypted")
-        if info.is_dir() or not is_data(info.filename):
+        if info.is_dir() or not is_data(name):
             continue
-        member = partial(inflate, partial(archive.open, info), info.compress_size, budget, at)
-        with reading.record():
-            if suffix_of(info.filename) in ARCHIVES:
+        unpack = partial(inflate, partial(archive.open, info), info.compress_size, budget, at)
+        with reading.may_fail():
+            if suffix_of(name) in ARCHIVES:
                 raise ValueError(f"{at}: an archive within an archive")
-            files += open_up(reading, File(at, f"{file.name}/{info.filename}", member))
+            files += open_up(reading, File(at, f"{file.name}/{name}", unpack))
     return files
 
 def gunzip(file):
     """ File of a .gz -> stream of what it packs, bounded as a member of a .zip is """
-    with file.open() as f:
-        packed = f.read(MAX_JSON_BYTES)
+    packed = read_bytes(file)
     return inflate(partial(gzip.open, io.BytesIO(packed)), len(packed), [MAX_ZIP_BYTES], file.path)
 
 def inflate(unpack, size, budget, at):
     """
     unpack: () -> stream of what `size` bytes were inflated to -> the same in memory. it is counted on the way, for the
-    size that an archive claims proves nothing. raises ValueError
+    size that an archive claims proves nothing. budget: [bytes left to all members together]. raises ValueError
     """
-    parts, n = [], 0
+    parts, n, is_bomb = [], 0, False
     try:
         with unpack() as f:
-            while part := f.read(2**20):
+            while not is_bomb and (part := f.read(2**20)):
                 parts.append(part)
                 n += len(part)
                 budget[0] -= len(part)
-                if n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * size:
-                    break
-            else: # all is read
-                return io.BytesIO(b"".join(parts))
+                is_bomb = n > MAX_JSON_BYTES or budget[0] < 0 or n > 2**20 + MAX_ZIP_RATIO * size
     except Exception as e: # zlib, bz2, lzma and zipfile each have their own
         raise ValueError(f"{at}: damaged, {show(str(e), 200)}") from None
-    raise ValueError(f"{at}: a bomb? more than {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, "
-                     f"or {MAX_ZIP_BYTES // 2**20} MiB with all others")
+    if is_bomb:
+        raise ValueError(f"{at}: a bomb? over {MAX_JSON_BYTES // 2**20} MiB, {MAX_ZIP_RATIO} times its packed size, "
+                         f"or {MAX_ZIP_BYTES // 2**20} MiB with all others")
+    return io.BytesIO(b"".join(parts))
 
 def solutions_of(name):
     """ the name of the file that holds the answers to a Kaggle file of challenges, '' if it is none """
@@ -236,25 +230,26 @@ def read_bytes(file):
         return f.read(MAX_JSON_BYTES + 1)
 
 # -----------------------------------------------------------------------------
-# readers: of one file each. a reader hands what it finds to a Reading, record by record
+# readers: of one file each. a reader hands what it finds to a Reading, task by task
 
 class Reading:
-    """ a source while it is read: how to read it, and what came of it so far """
+    """ the reading of one source: how to read it, and what came of it so far """
 
     def __init__(self, source, opened, on_bad, n_demos):
         if on_bad not in ('raise', 'quarantine'):
             raise ValueError(f"on_bad={on_bad!r}: want raise or quarantine")
         if n_demos < 1:
             raise ValueError(f"deal={n_demos}: want at least 1")
-        self.path, self.source = source, one_line(source) # as it was given, and for people
+        self.path = source # as it was given
+        self.source = one_line(source) # for people
         self.opened, self.on_bad, self.n_demos = opened, on_bad, n_demos
         self.files = {} # {name: File}, all of the source
         self.tasks = []
         self.bad = [] # error messages of what is in quarantine
 
     @contextlib.contextmanager
-    def record(self, path=""):
-        """ around the reading of one record or path: in quarantine, an error leaves that out and nothing else """
+    def may_fail(self, path=""):
+        """ around one path, task or pair: in quarantine, an error leaves it out. path: what an OSError is about """
         try:
             yield
         except (ValueError, OSError) as e:
@@ -272,8 +267,9 @@ class Reading:
         """ a json list of pairs of one rule. in quarantine a bad pair is left out alone: RE-ARC has 129 in 400,000 """
         where = at_task(name, where)
         pairs, good = as_pairs(pairs), {}
-        for i, pair in enumerate(pairs if type(pairs) is list else ()):
-            with self.record():
+        listed = pairs if type(pairs) is list else [] # what it is otherwise is said below
+        for i, pair in enumerate(listed):
+            with self.may_fail():
                 good[i] = to_pair(pair, f"{where}, pair {i}")
         if len(good) < 2:
             raise ValueError(f"{where}: want a list of at least 2 pairs, got {show(pairs)} ({type(pairs).__name__})")
@@ -284,10 +280,9 @@ def deal_tasks(pairs, name, source, n_demos):
     {number: pair} of one rule (RE-ARC, BARC) -> list of Task of n_demos demos and 1 query each, of one key. each pair
     is in one task, the last task takes what is left over. which pairs meet depends on the name and the numbers alone.
     """
-    def shuffled(i):
-        return hashlib.sha256(f"{name} {i}".encode()).digest()
-    order = sorted(pairs, key=shuffled)
-    hands = [order[i : i + n_demos + 1] for i in range(0, len(order), n_demos + 1)]
+    order = sorted(pairs, key=lambda i: hashlib.sha256(f"{name} {i}".encode()).digest()) # shuffled
+    n = n_demos + 1
+    hands = [order[i : i + n] for i in range(0, len(order), n)]
     if len(hands[-1]) == 1: # a query needs a demo
         rest = hands.pop()
         hands[-1] += rest
@@ -302,7 +297,7 @@ def read_json_file(reading, file):
     obj = parse_json(read_bytes(file), file.path, strict=False)
     stem = Path(file.name).stem
     if type(obj) is list:
-        with reading.record():
+        with reading.may_fail():
             reading.add_pairs(obj, stem, file.path)
         return
     beside = reading.files.get(solutions_of(file.name))
@@ -333,10 +328,10 @@ def add_tasks(reading, obj, stem, where, solutions):
         for tasks in obj.values():
             add_tasks(reading, tasks, stem, where, solutions)
         return
-    is_one = is_task(obj) and not any(map(is_task, obj.values())) # else "train" is the name of a task
+    is_one = is_task(obj) and not any(map(is_task, obj.values())) # of tasks, one may have the id "train"
     tasks = {stem: obj} if is_one else obj
     for name, task in tasks.items():
-        with reading.record():
+        with reading.may_fail():
             reading.add_task(task, name, where, solutions.get(name))
 
 def is_task(obj):
@@ -359,7 +354,7 @@ def read_jsonl_file(reading, file):
                 rest = f.readline(MAX_JSON_BYTES + 1)
             if line.strip():
                 where = f"{file.path}: line {n}"
-                with reading.record():
+                with reading.may_fail():
                     add_record(reading, parse_json(line, where, strict=False), f"{stem}.{n}", where)
 
 def read_parquet_file(reading, file):
@@ -373,16 +368,18 @@ def read_parquet_file(reading, file):
     used = [name for name in ('train', 'test', 'examples') if name in table.columns]
     if 'examples' not in used:
         refuse_typos(table.columns, ('train', 'test'), file.path)
-    if 'examples' not in used and used != ['train', 'test']:
-        raise ValueError(f"{file.path}: want columns 'train' and 'test', or 'examples', found {show(table.columns)}")
+        if used != ['train', 'test']:
+            raise ValueError(f"{file.path}: want columns 'train' and 'test', or 'examples', "
+                             f"found {show(table.columns)}")
     ids = [name for name in IDS if name in table.columns]
     stem = Path(file.name).stem
     for n, row in enumerate(table.select(used + ids).iter_rows(named=True)):
-        row['test'] = as_pairs(row.get('test'))
-        for pair in row['test'] if type(row['test']) is list else ():
+        test = row['test'] = as_pairs(row.get('test'))
+        pairs = test if type(test) is list else []
+        for pair in pairs:
             if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
                 del pair['output']
-        with reading.record():
+        with reading.may_fail():
             add_record(reading, row, f"{stem}.{n}", f"{file.path}: row {n}")
 
 def add_record(reading, obj, fallback, where):
@@ -411,7 +408,7 @@ def read_source(source, opened=True, on_bad='raise', n_demos=10):
     errors. n_demos: of each task that is dealt from a list of pairs. raises ValueError.
     """
     reading = Reading(source, opened, on_bad, n_demos)
-    if is_bundled(source) and not is_path(source, [source]):
+    if is_bundled(source) and not means_path(source, [source]):
         read_bundled(reading)
     elif is_packed(source):
         corpus = Corpus.open(source)
@@ -429,8 +426,8 @@ def is_bundled(source):
     name, _, subset = source.partition('/')
     return name in BUNDLED and subset in ('', *SUBSETS)
 
-def is_path(text, others):
-    """ is there a file or folder of this name? raises ValueError if the text may mean `others`, sources as well """
+def means_path(text, others):
+    """ is it a file or folder? raises ValueError if the sources that the text may mean otherwise are there too """
     if not os.path.lexists(text):
         return False
     is_plain = text.startswith(('/', './', '../'))
@@ -454,19 +451,21 @@ def read_files(reading):
     """ all files of a path or URL """
     files = []
     for file in list_files(reading):
-        with reading.record(file.path):
+        with reading.may_fail(file.path):
             files += open_up(reading, file)
-    folders = {os.path.dirname(f.name) for f in files}
-    statistics = {f"{x.removesuffix('tasks')}metadata.json" for x in folders if os.path.basename(x) == 'tasks'}
-    files = [f for f in files if f.name not in statistics] # RE-ARC's
     files.sort(key=lambda f: f.name.split('/')) # wherever they lie, in the same order
     reading.files = {f.name: f for f in files}
-    solved = {solutions_of(f.name) for f in files} # read together with their challenges
-    files = [f for f in files if f.name not in solved]
+    beside = set() # names of what is not read by itself
+    for file in files:
+        beside.add(solutions_of(file.name)) # read together with its challenges
+        folder = os.path.dirname(file.name)
+        if os.path.basename(folder) == 'tasks': # RE-ARC has statistics there
+            beside.add(f"{folder.removesuffix('tasks')}metadata.json")
+    files = [f for f in files if f.name not in beside]
     if len(files) + len(reading.bad) == 0:
         raise ValueError(f"{reading.source}: no {', '.join(READERS)} file in it")
     for file in files:
-        with reading.record(file.path):
+        with reading.may_fail(file.path):
             READERS[suffix_of(file.name)](reading, file)
 
 def unique_tasks(reading):
@@ -490,9 +489,8 @@ def is_same(a, b, opened):
     if a.key != b.key or len(a.queries) != len(b.queries):
         return False
     for (x1, y1), (x2, y2) in zip(a.queries, b.queries):
-        if not np.array_equal(x1, x2):
-            return False
-        if opened and y1 is not None and y2 is not None and not np.array_equal(y1, y2):
+        both_known = opened and y1 is not None and y2 is not None
+        if not np.array_equal(x1, x2) or (both_known and not np.array_equal(y1, y2)):
             return False
     return True
 
@@ -505,13 +503,13 @@ def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
     """ 'a*2+b' -> list of (Corpus, repeat), in order. '' -> []. raises ValueError """
     corpora = []
     parts = [part.strip(' ') for part in spec.split('+')]
-    if len(parts) > 1 and is_path(spec, [repeated(part)[0] for part in parts]): # a path may have a + in it
+    if len(parts) > 1 and means_path(spec, [repeated(part)[0] for part in parts]): # a path may have a + in it
         parts = [spec]
     for part in parts:
         if part == "":
             continue
         source, repeat = repeated(part)
-        if source != part and is_path(part, [source]): # or a *
+        if source != part and means_path(part, [source]): # or a *
             source, repeat = part, 1
         if repeat < 1:
             raise ValueError(f"{part}: want it at least once, leave it out otherwise")
