@@ -326,9 +326,11 @@ class Corpus:
         manifest = read_json(where)
         check_keys(manifest, ('nanoarc', 'format', 'source', 'tasks', 'pairs', 'bad', 'sha256'), (), where)
         hashes, bad = manifest['sha256'], manifest['bad']
-        is_sound = type(hashes) is dict and type(bad) is list
-        if manifest['format'] not in (1, FORMAT) or not is_sound or not set(map(type, bad)) <= {str}:
-            raise ValueError(f"{where}: want a packed corpus of format {FORMAT}, got format {show(manifest['format'])}")
+        is_sound = {'format': manifest['format'] in (1, FORMAT), 'sha256': type(hashes) is dict,
+                    'bad': type(bad) is list and set(map(type, bad)) <= {str}}
+        for name, sound in is_sound.items():
+            if not sound:
+                raise ValueError(f"{where}: want a packed corpus of format {FORMAT}, got {name} {show(manifest[name])}")
         arrays = {}
         for name, dtype in cls.ARRAYS.items():
             if name == 'n_own' and manifest['format'] == 1:

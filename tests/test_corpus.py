@@ -152,12 +152,13 @@ def test_a_flipped_byte_of_the_manifest_is_refused_or_changes_nothing(packed):
                 refused += 1
     assert refused > same > 0
 
-def test_a_manifest_of_another_format_is_refused(packed, capsys):
-    for change in (
-        {'format': 3}, {'format': "1"}, {'format': None}, {'sha256': None}, {'sha256': []}, {'bad': 5}, {'bad': "text"},
-        {'bad': [5]},
+def test_a_manifest_of_another_format_is_refused_by_what_is_wrong_in_it(packed, capsys):
+    for name, x in (
+        ('format', 3), ('format', "1"), ('format', None), ('sha256', None), ('sha256', []), ('bad', 5), ('bad', "text"),
+        ('bad', [5]),
     ):
-        assert "manifest.json: " in refusal(capsys, 'data', 'check', packed.write(**change)), change
+        want = f"manifest.json: want a packed corpus of format 2, got {name} {x!r}\n"
+        assert want in refusal(capsys, 'data', 'check', packed.write(**{name: x}))
     path = packed.write()
     whole = packed.files['manifest.json'].decode()
     for text in ('{"nanoarc": "packed corpus"}', '["packed corpus"]', '"packed corpus"', '{"nanoarc": "packed corpus"',
