@@ -416,8 +416,8 @@ def read_source(source, opened=True, on_bad='raise', n_demos=10):
     else:
         read_files(reading)
     if len(reading.tasks) == 0:
-        raise ValueError(f"{reading.source}: not one whole task, {len(reading.bad)} in quarantine, "
-                         f"the first: {reading.bad[0] if reading.bad else ''}")
+        first = f", the first: {reading.bad[0]}" if reading.bad else ""
+        raise ValueError(f"{reading.source}: not one whole task, {len(reading.bad)} in quarantine{first}")
     corpus = Corpus.of(unique_tasks(reading), reading.source, reading.bad)
     return corpus if opened else corpus.close()
 

@@ -863,6 +863,11 @@ def test_a_broken_file_alone_is_no_quarantine(tmp_path):
     with pytest.raises(ValueError, match="not one whole task, 1 in quarantine, the first: .*x.json: task a, demo 1"):
         read_source(str(tmp_path), on_bad='quarantine')
 
+def test_a_file_without_a_task_is_no_quarantine_either(tmp_path, capsys):
+    (tmp_path / 'x.jsonl').write_text("\n")
+    err = refusal(capsys, 'data', 'check', tmp_path / 'x.jsonl', '--on_bad', 'quarantine')
+    assert err.endswith("x.jsonl: not one whole task, 0 in quarantine\n")
+
 def test_a_corpus_in_quarantine_may_move(toy, tmp_path, monkeypatch):
     for name in ('here', 'there'):
         toy(name)
