@@ -173,8 +173,8 @@ class Corpus:
         self.origin = np.zeros(len(arrays['h']) // 2, np.int64)
         for name, x in arrays.items():
             setattr(self, name, x)
-        size = areas(self.h, self.w)
-        self.off = np.cumsum(size) - size
+        sizes = areas(self.h, self.w)
+        self.off = np.cumsum(sizes) - sizes
 
     @classmethod
     def of(cls, tasks, source="", bad=()):
@@ -375,9 +375,9 @@ def fit_together(cells, h, w, colors, hash, input_hash, first, n_demos, name, ke
         return False
     may_be_empty = np.zeros(2 * P, bool) # the answer of a query alone
     may_be_empty[1::2] = np.arange(P) >= (first[:-1] + n_demos).repeat(n_pairs)
-    size = areas(h, w)
-    is_grid = (size > 0) | (may_be_empty & (h == w))
-    if max(h.max(), w.max()) > MAX_SIDE or not is_grid.all() or size.sum() != len(cells):
+    sizes = areas(h, w)
+    is_grid = (sizes > 0) | (may_be_empty & (h == w))
+    if max(h.max(), w.max()) > MAX_SIDE or not is_grid.all() or sizes.sum() != len(cells):
         return False
     names = name.tolist()
     try: # text, in one line
