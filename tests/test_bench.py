@@ -229,7 +229,8 @@ def wait_for(process, path, pattern):
 
 @pytest.mark.slow
 def test_a_speedrun_that_is_stopped_in_the_middle_is_the_one_that_was_not(tmp_path):
-    words = ["a | rehearsal", '--max_pair=60', '--max_iters=150', '--save_every=20', '--n_embd=32', '--head_size=16', '--expand=4']
+    words = ["a | rehearsal", '--max_pair=60', '--max_iters=150', '--save_every=20', '--n_embd=32', '--head_size=16',
+             '--expand=4']
     def run(out, **env):
         return start('speedrun.sh', words, tmp_path, REHEARSAL='1', VIEWS='1', COMMIT='abc', OUT=str(out), **env)
     cut, other = tmp_path / 'cut', tmp_path / 'whole'
