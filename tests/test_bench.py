@@ -32,6 +32,7 @@ def test_flops_of_a_packed_row_are_those_of_its_documents():
 def test_an_ablation_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, str(BENCH / 'ablate.py'), 'mdlARC positions', '--seeds', '1', '--minutes', '0.01',
                '--max_pair', '28', '--views', '1', '--out', str(tmp_path)]
+    (tmp_path / 'speed.json').write_text('{"default": 0.2}') # as if it had been measured: the arm still is to be
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     blind = list(tmp_path.glob('fold*_of_2/blind/*.json'))
     assert len(blind) == 16 and 'failed' not in first
