@@ -636,7 +636,7 @@ class ArcDataset(torch.utils.data.Dataset):
         t.usable[held] = False # has_context below looks at it
         longest = t.need.max(0) # of upright and turned
         fits = longest <= cfg.block_size
-        with_context, with_shown = np.ones((2, len(longest)), bool)
+        with_context = with_shown = np.ones(len(longest), bool)
         if cfg.shots != 0:
             with_context = has_context(t, t.n_demos, longest, cfg.block_size)
             with_shown = has_context(t, t.n_shown, longest, cfg.block_size) # all that validation puts in front
@@ -649,14 +649,14 @@ class ArcDataset(torch.utils.data.Dataset):
         if not chosen.any():
             raise ValueError(f"{self.nothing()}, then {self.num_held} pairs are held out, {self.num_long} over "
                              f"block_size={cfg.block_size}, {self.num_alone} without context")
-        self.trained = (t.usable | chosen) & (in_data | s.is_extra) # whose output may be seen, adapt's own demos apart
+        self.trained = (t.usable | chosen) & (in_data | s.is_extra) # whose output is seen, but adapt's own
         self.make_pools(np.flatnonzero(chosen))
 
     def make_pools(self, pairs):
         """ numbers of the pairs that may be targets -> what an epoch draws them from, and the share of each source """
         s, t = self.sampler, self.sampler.tables
         task, is_extra = t.pair_task[pairs], s.is_extra[pairs]
-        # number of its source: those of data and adapt, then those of extra pairs
+        # number of its source: those of data and adapt, then those of extra pairs, whose origin counts from 1
         source = np.where(s.origin[pairs] > 0, len(s.corpora) - 1 + s.origin[pairs], s.part[task])
         goes_on = is_extra[1:] & is_extra[:-1] & (task[1:] == task[:-1]) & (source[1:] == source[:-1])
         first = np.flatnonzero(np.append(True, ~goes_on))
@@ -732,7 +732,7 @@ class ArcDataset(torch.utils.data.Dataset):
         i = bijection(i, n, hash64(self.seed, EPOCH, epoch)).astype(np.int64)
         pool = self.pool[i]
         first, size = self.pools.first[pool], self.pools.size[pool]
-        drawn = epoch * self.pools.slots[pool] + self.slot[i].astype(U) # from its pool before
+        drawn = epoch * self.pools.slots[pool] + self.slot[i].astype(U) # so many came from its pool before
         visit, k = np.divmod(drawn, size) # every `size` of them see each pair of the pool once
         some = size > 1 # elsewhere there is nothing to shuffle
         key = hash64(self.seed, POOL, self.pools.pairs[first[some]], visit[some])
