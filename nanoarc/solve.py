@@ -234,10 +234,12 @@ class Solver:
 
     def known(self, done):
         """ {query: Known} """
+        seen = defaultdict(list)
+        for x in self.seen:
+            seen[x.query].append(x.number)
         known = {}
         for query, candidates in self.candidates.items():
-            seen = [x.number for x in self.seen if x.query == query]
-            known[query] = Known(done, seen, list(candidates.values()))
+            known[query] = Known(done, seen[query], list(candidates.values()))
         return known
 
 # -----------------------------------------------------------------------------
