@@ -110,6 +110,7 @@ class ModelConfig:
 
 FRAMES = {'tiles': '0 0 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
 
+@functools.cache # asked at each forward
 def read_frames(text):
     """ '0 3t 0x2' or a name -> list of (symmetry, unit): unit 0 = as it lies, 1 = as tiles, 2.. = scaled up so much """
     frames = []
