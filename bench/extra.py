@@ -3,7 +3,7 @@ what do extra pairs cost? seconds and MB to open arc1/training with 100 pairs a 
 packed; the loader with them and without, in turn and on one core, medians of --rounds. the 1,000 are the 100, ten times
 under other colors, written to a temporary folder.
 
-    python bench/extra.py ../shared/data/re_arc_100.zip [--rounds 5]
+    python bench/extra.py re_arc_100.zip [--rounds 5]
 
 2 minutes on one cpu core. last line: json
 """
