@@ -233,9 +233,13 @@ class Corpus:
         """ -> (pairs,) bool """
         return self.first_of(self.n_demos)
 
+    def is_shown(self):
+        """ -> (pairs,) bool: a demo of a prompt """
+        return self.first_of(self.n_shown())
+
     def is_extra(self):
         """ -> (pairs,) bool: a demo that its task was not published with """
-        return self.is_demo() & ~self.first_of(self.n_shown())
+        return self.is_demo() & ~self.is_shown()
 
     def is_generated(self):
         """ -> (pairs,) bool: an extra pair, or any pair of a task that was dealt """

@@ -22,7 +22,7 @@ import torch
 from nanoarc.corpus import a_few, add_extra, guard, joined, trained_lines, walk
 from nanoarc.grids import END, IN, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE
 from nanoarc.jit import jit, ufunc
-from nanoarc.settings import check_numbers
+from nanoarc.settings import check_numbers, differences
 from nanoarc.sources import read_sources
 
 WINDOW = 4096 # documents that are planned together
@@ -403,7 +403,8 @@ class Sampler:
         self.hash = self.join('hash') # (P,) corpus.pair_hash: the same for all augments of a pair, 0 = not known
         self.key = self.join('key') # (K,) tasks of one key are the same task
         self.is_demo = np.concatenate([c.is_demo() for c in corpora]) # (P,)
-        self.is_extra = np.concatenate([c.is_extra() for c in corpora]) # (P,)
+        self.is_shown = np.concatenate([c.is_shown() for c in corpora]) # (P,)
+        self.is_extra = self.is_demo & ~self.is_shown # (P,)
         self.origin = self.join('origin') # (P,) number of its source of extra pairs, 0 = none
         h, w, n_demos = self.join('h'), self.join('w'), self.join('n_demos')
         n_shown = np.concatenate([c.n_shown() for c in corpora])
@@ -414,8 +415,7 @@ class Sampler:
         pair_task = np.repeat(np.arange(len(n_demos), dtype=np.int32), np.diff(first))
         tokens, answer = pair_tokens(h, w)
         # what fits must not depend on an answer that we may not see: it counts as long as the longest of a prompt
-        is_shown = self.is_demo & ~self.is_extra
-        longest = np.maximum.reduceat(np.where(is_shown, answer.max(0), 0), first[:-1]) # (K,)
+        longest = np.maximum.reduceat(np.where(self.is_shown, answer.max(0), 0), first[:-1]) # (K,)
         need = tokens + np.where(self.known, 0, longest[pair_task])
         domain = self.color_domains(first)
         if rows is None:
@@ -448,7 +448,7 @@ class Sampler:
             # part, so that a hidden one cannot change a view, nor do extra pairs
             sets = self.join('colors')
             in_inputs = np.bitwise_or.reduceat(np.where(self.is_extra, 0, sets[::2]), first[:-1])
-            in_outputs = np.bitwise_or.reduceat(np.where(self.is_demo & ~self.is_extra, sets[1::2], 0), first[:-1])
+            in_outputs = np.bitwise_or.reduceat(np.where(self.is_shown, sets[1::2], 0), first[:-1])
             domain &= ~(in_outputs & ~in_inputs)
         return domain
 
@@ -769,7 +769,7 @@ def too_large(corpus, max_pair):
 
 def small_tasks(corpus, max_pair):
     """ -> (tasks,) bool: no demo of its prompts has more than max_pair tokens in its longer orientation. 0 = all """
-    large = long_pairs(corpus, max_pair) & corpus.is_demo() & ~corpus.is_extra()
+    large = long_pairs(corpus, max_pair) & corpus.is_shown()
     return np.bincount(corpus.pair_task()[large], minlength=len(corpus)) == 0
 
 def reopen(cls, cfg, seed, epochs, corpus_sha256):
@@ -904,12 +904,10 @@ class ArcLoader:
     def load_state_dict(self, state):
         """ go to a saved place. raises ValueError that names the fields if it was a place in another stream """
         now = self.state_dict()
-        saved = {**asdict(type(self.ds.cfg)()), **state} # a setting that is newer than the saved state had its default
-        wrong = []
-        for name in {**now, **state}:
-            if name not in ('window', 'batch') and saved.get(name) != now.get(name):
-                was, is_now = str(saved.get(name))[:12], str(now.get(name))[:12]
-                wrong.append(f"{name} differs (saved {was}, now {is_now})")
+        default = asdict(type(self.ds.cfg)()) # of a setting that is newer than the saved state
+        saved = {name: state.get(name, default.get(name)) for name in {**now, **state}}
+        place = {'window': 0, 'batch': 0} # may differ
+        wrong = differences({**saved, **place}, {**now, **place})
         if wrong:
             raise ValueError("resume refused: " + "; ".join(wrong))
         self.window, self.batch = state['window'], state['batch']
