@@ -21,6 +21,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         checkpoint.write_file(tmp_path / 'x', b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b"old")]
 
+def test_a_failed_write_says_of_which_file(tmp_path, monkeypatch):
+    path = str(tmp_path / 'x')
+    for error, name in ((OSError(28, "No space left on device"), path), (OSError(5, "broken", "another"), "another")):
+        def fail(*_):
+            raise error
+        monkeypatch.setattr(os, 'fsync', fail)
+        with pytest.raises(OSError) as caught:
+            checkpoint.write_file(path, b"new")
+        assert caught.value.filename == name
+
 def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, capsys):
     save(tmp_path, 3, 6)
     path = checkpoint.file(tmp_path, 6)

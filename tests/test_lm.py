@@ -193,6 +193,17 @@ def test_a_tokenizer_that_melts_digits_is_noticed_and_said(capsys):
     tiny_lm('llama', tokenizer=byte_tokenizer(digits=False))
     assert "note: this tokenizer would write" in capsys.readouterr().out
 
+@pytest.mark.parametrize('turn', [
+    "{{ m['role'] }} {{ m['content'] }}{{ '' if loop.last else '|' }}", # nothing behind the last answer
+    "{{ m['role'] }} {{ m['content'] }}{{ '.' if loop.last else '|' }}", # the last answer ends otherwise
+    "{{ 'first' if loop.first else m['role'] }} {{ m['content'] }}|", # the first input is asked otherwise
+    "{{ m['role'] if m['role'] == 'user' else loop.index }} {{ m['content'] }}|"]) # answers are numbered
+def test_a_template_whose_turns_are_not_alike_is_refused(turn):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    with pytest.raises(ValueError, match="turns of the base's chat template are not all alike"):
+        TextForm(tokenizer, 'chat')
+
 def test_a_tokenizer_without_an_end_a_digit_or_a_template_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="want raw or chat, the latter for a base that has a chat template"):

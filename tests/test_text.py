@@ -335,6 +335,8 @@ def test_validation_is_the_beginning_of_the_validation_shard_each_row_once(tmp_p
     ds = TextDataset(TextConfig(path, block_size=8, batch_tokens=32, val_tokens=333))
     for world in (1, 2, 3, 7):
         batches = [batch for rank in range(world) for batch in ds.val_batches(rank, world)]
+        if world == 1:
+            assert all(torch.equal(a.idx, b.idx) for a, b in zip(batches, ds.val_batches(), strict=True))
         idx, targets = torch.cat([x.idx for x in batches]), torch.cat([x.targets for x in batches])
         assert sorted(idx.tolist()) == sorted(shards[0][:328].reshape(-1, 8).tolist())
         assert sorted(targets.tolist()) == sorted(shards[0][1:329].reshape(-1, 8).tolist())
