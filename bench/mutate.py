@@ -70,7 +70,7 @@ def first_failure(folder, tests):
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', 'auto', '-p', 'no:cacheprovider', '-m', QUICK,
                f"--deselect={LINES}"]
     try:
-        done = subprocess.run([*command, *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run([*command, *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired:
         return "it hangs"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
