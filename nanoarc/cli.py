@@ -30,7 +30,7 @@ def parse(cls, args, command, f=None):
     return parse_flags(cls, args, command, help_of(f or COMMANDS[command]))
 
 def train(args):
-    """ train a model on a source of tasks, or with --text DIR on token shards (see nanoarc train --text DIR --help) """
+    """ train a model on tasks, or on text (see train --text DIR --help) """
     from nanoarc.data import DataConfig
     from nanoarc.model import ModelConfig
     from nanoarc.run import Run, flag, parse_run, read_toml
@@ -57,7 +57,7 @@ def finetune(args):
     run(cfg.train, cfg.model, cfg.data)
 
 def export(args):
-    """ a fine-tuned language model -> a directory for transformers, or for the hub """
+    """ a fine-tuned language model for transformers, or for the hub """
     from nanoarc.finetune import ExportConfig, export as run
     cfg = parse(ExportConfig, args, 'export')
     run(cfg)
@@ -82,7 +82,7 @@ def view(args):
     run(parse(ViewConfig, args, 'view'))
 
 def data(args):
-    """ data check SRC, data stats SRC, data pack SRC --out DIR: check a source, describe it, make it open at once """
+    """ check, describe or pack a source: data check | stats | pack SRC """
     from nanoarc.data import DataConfig
     from nanoarc.settings import check_numbers
 
@@ -154,7 +154,7 @@ def check_source(cfg):
         print(f"{n} pairs of {cfg.src} are queries of {cfg.against}")
 
 def text(args):
-    """ text prepare, text hellaswag, text sample: token shards, a test of language models, what they say """
+    """ token shards, a test, samples: text prepare | hellaswag | sample """
     from nanoarc.hellaswag import HellaswagConfig, SampleConfig, hellaswag, sample
     from nanoarc.text import PrepareConfig, prepare
     actions = {'prepare': (PrepareConfig, prepare), 'hellaswag': (HellaswagConfig, hellaswag),
@@ -179,7 +179,7 @@ def sweep(args):
     run(parse(SweepConfig, args, 'sweep'))
 
 def source(args):
-    """ print the core, a header before each file, to read or to paste into a language model """
+    """ print the core, to read or to paste into a language model """
 
     @dataclass
     class Source:
@@ -227,8 +227,15 @@ def lines(code):
             found.append((len(line), f"{name}:{number}"))
     return found
 
-COMMANDS = {'train': train, 'finetune': finetune, 'export': export, 'solve': solve, 'score': score, 'view': view,
-            'data': data, 'text': text, 'sweep': sweep, 'source': source}
+GROUPS = {
+    'tasks': {'data': data, 'view': view},
+    'training': {'train': train, 'finetune': finetune, 'text': text, 'sweep': sweep},
+    'answers': {'solve': solve, 'score': score, 'export': export},
+    'nanoarc itself': {'source': source},
+}
+COMMANDS = {}
+for group in GROUPS.values():
+    COMMANDS.update(group)
 
 # -----------------------------------------------------------------------------
 
@@ -242,9 +249,11 @@ def set_threads():
 
 def print_help():
     """ every command, a line each """
-    print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag\n")
-    for name, f in COMMANDS.items():
-        print(f"  {name:9s} {help_of(f)}")
+    print("usage: nanoarc COMMAND [--flags], `nanoarc COMMAND --help` explains each flag")
+    for title, group in GROUPS.items():
+        print(f"\n{title}")
+        for name, f in group.items():
+            print(f"  {name:11s} {help_of(f)}")
 
 class Unread:
     """ stdout or stderr. nobody need read it to the end: after `>&-`, `| head` or `| true` the work goes on """

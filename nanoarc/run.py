@@ -585,8 +585,36 @@ def apply_values(run, values, where):
 
 def parse(cls, args, command, help, default=None):
     """ list of strings -> a config. --help is made of the comments on its fields. exits with 2 on an unknown flag """
+    if '--help' in args or '-h' in args: # in a wider terminal tyro sets boxes side by side, edge to edge, in any order
+        os.environ['COLUMNS'] = str(min(shutil.get_terminal_size().columns, 120))
     return tyro.cli(cls, args=args, default=default, prog=f"nanoarc {command}", description=help,
                     config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+# the settings that matter first, of each kind of run those that it has
+FIRST = """
+  --base ID          the pretrained model: an id on the hub, a directory or a .gguf file
+  --text DIR         the token shards to train on
+  --data SRC         tasks to learn from, demos and answers: arc1/training, my/folder, a+b
+  --adapt SRC        tasks to learn the demos of, not the answers: arc1/evaluation
+  --shots N          demos put before a pair: -1 = all that fit. 0 = each task an embedding
+  --max_pair N       leave out tasks with larger demos, e.g. 100 tokens. 0 = none
+  --minutes N        how long to train
+  --depth N          size of the model: N layers, 32 N wide
+  --mixer PATTERN    what the layers are: A = attention, M = mamba-2, e.g. MA
+  --rank N           size of the LoRA adapters, 0 = train all weights
+  --batch_tokens N   tokens of a batch
+  --out_dir DIR      where the run is saved
+  --resume DIR       go on with a run that was stopped
+"""
+
+def first_settings(run):
+    """ Run -> the lines of FIRST that it has """
+    lines = []
+    for line in FIRST.strip("\n").splitlines():
+        name = line.split()[0].strip('-')
+        if any(hasattr(getattr(run, part.name), name) for part in fields(run)):
+            lines.append(line)
+    return "\n".join(lines)
 
 def parse_run(default, args, command, help):
     """
@@ -615,7 +643,8 @@ def parse_run(default, args, command, help):
     if path:
         default = apply_values(default, read_toml(path), path)
     kinds = [(f.name, type(getattr(default, f.name))) for f in fields(default)]
-    return parse(make_dataclass('Run', kinds), args, command, help, default)
+    about = f"{help}\n\nwhat matters first, everything else is below:\n{first_settings(default)}"
+    return parse(make_dataclass('Run', kinds), args, command, about, default)
 
 def refuse_with_resume(args, meta):
     """ raises ValueError on a flag that a resumed run cannot heed """
