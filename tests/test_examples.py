@@ -293,3 +293,40 @@ def test_the_lightning_example_runs_and_goes_on(cfg, tmp_path):
     example.main(cfg, steps=3, out=tmp_path)
     example.main(cfg, steps=5, out=tmp_path, resume=tmp_path / 'checkpoints' / 'epoch=0-step=3.ckpt')
     assert (tmp_path / 'checkpoints' / 'epoch=0-step=5.ckpt').exists()
+
+# -----------------------------------------------------------------------------
+# quickstart.ipynb
+
+NOTEBOOK = EXAMPLES[0].parent / 'quickstart.ipynb'
+
+def outputs_of(cells):
+    """ -> list of the outputs of all cells of a notebook """
+    found = []
+    for cell in cells:
+        found += cell.get('outputs', [])
+    return found
+
+def test_the_notebook_is_kept_with_one_picture_and_no_other_output():
+    output, = outputs_of(json.loads(NOTEBOOK.read_text('utf-8'))['cells'])
+    assert {*output['data']} == {'image/png', 'text/plain'} and NOTEBOOK.stat().st_size < 100_000
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
+    pytest.importorskip('ipykernel')
+    monkeypatch.setenv('MINUTES', '0.05')
+    monkeypatch.setenv('PYTHONPATH', str(NOTEBOOK.parent.parent))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    where = {'metadata': {'path': str(tmp_path)}} # it writes beside itself
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=where).execute()
+    said, kinds = "", []
+    for output in outputs_of(notebook.cells):
+        said += output.get('text', '')
+        kinds += output.get('data', {})
+    assert "400 tasks to learn from, 400 to be asked about" in said and " of 34 tasks with every output right" in said
+    assert kinds.count('image/png') == 3 # the loss, tasks of the evaluation, a task of one's own
+    out = tmp_path / 'out' / 'notebook'
+    assert len(json.loads((out / 'submission.json').read_text())) == 34
+    assert [*json.loads((out / 'mine' / 'submission.json').read_text())] == ['mine']
+    assert "34 solved" in (out / 'page.html').read_text()
