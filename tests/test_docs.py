@@ -240,6 +240,9 @@ def test_every_page_has_commands_and_they_are_found():
         assert commands_in(page), f"{page.name} has none"
         languages = re.findall(r"^```(.+)$", page.read_text('utf-8'), re.M)
         assert {*languages} <= {'bash', 'python', 'json'}, f"{page.name}: nobody checks {languages}"
+        for language in languages:
+            for line in "".join(blocks(page, language)).splitlines():
+                assert len(line) <= 100, f"{page.name}: github shows no more without scrolling: {line}"
 
 # -----------------------------------------------------------------------------
 # what else stands there
