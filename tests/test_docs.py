@@ -147,7 +147,7 @@ def check_nanoarc(words, patch):
         return ""
     for name in LONG:
         patch.setattr(f"nanoarc.{name}", check_configs)
-    if '--out' in words and words[0] == 'view': # a picture takes seconds
+    if words[0] == 'view' and {'--out', '--live'} & {*words}: # a picture takes seconds, what is live does not end
         patch.setattr('nanoarc.view.view', check_configs)
     if words[:2] == ['data', 'pack']:
         shutil.rmtree(words[words.index('--out') + 1])
