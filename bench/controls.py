@@ -554,6 +554,16 @@ CONTROLS = [
         "        if False:\n",
         "test_reliability.py::test_solve_gives_the_same_submission_on_any_number_of_ranks"),
     Control(
+        "losses that are not saved", 'train.py',
+        "Losses(self.rank, self.world, *self.state.losses)",
+        "Losses(self.rank, self.world)",
+        "test_train.py::test_a_resumed_run_is_the_run_that_never_stopped"),
+    Control(
+        "losses of all steps in each row", 'run.py',
+        "        self.total, self.n = 0.0, 0\n",
+        "",
+        "test_train.py::test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before"),
+    Control(
         "weights that are not averaged", 'train.py',
         "a.lerp_(p.detach(), 1 - decay)",
         "a.lerp_(p.detach(), 1)",

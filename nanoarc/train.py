@@ -3,8 +3,8 @@ the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out
 gpu, `torchrun --nproc_per_node=8 -m nanoarc train ...` on several. SIGTERM and ctrl-c finish the step and save.
 
 writes out_dir/{metrics.jsonl, log.txt, loss.png, val.png, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step`
-and what was measured there: loss, val_loss (nats per output token), done (share of the steps, once their number is
-fixed), lr, tok_s, wait (share of the time that was spent waiting for data).
+and what was measured since the last one: loss and val_loss (nats per output token), done (share of the steps, once
+their number is fixed), lr, tok_s, wait (share of the time that was spent waiting for data).
 """
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from nanoarc import checkpoint
 from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
-from nanoarc.run import (Budget, Log, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved,
+from nanoarc.run import (Budget, Log, Losses, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved,
                          get_device, get_ranks, is_first_rank, make_dataset, make_model, over_ranks, refuse_changes,
                          threads, together)
 from nanoarc.settings import MAX_SEED, check_numbers
@@ -100,6 +100,7 @@ class State:
     seconds: float = 0.0 # of training
     val_loss: float | None = None
     name: str = '' # of the run, for trackers
+    losses: tuple = (0.0,) # not logged yet
 
 def fill_rows(batch, n):
     """ a Batch with empty rows behind its own, n in all: a compiler is to see one shape """
@@ -171,6 +172,7 @@ class Training:
         self.state = State(max_iters=cfg.max_iters, name=f"{self.out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if cfg.resume:
             self.restore()
+        self.losses = Losses(self.rank, self.world, *self.state.losses)
 
     def read(self):
         """ ds, loader, tensors, meta -> {name: value} of what must be the same on all ranks. raises ValueError """
@@ -240,6 +242,7 @@ class Training:
 
     def save(self):
         """ a checkpoint. all ranks come by here, the first one writes """
+        self.state.losses = self.losses.state()
         self.meta = {**asdict(self.state), 'stream': self.loader.state_dict(), 'scaler': self.scaler.state_dict(),
                      'rows': self.ds.rows, 'leaks': self.ds.leaks, 'train': asdict(self.cfg),
                      'model': asdict(self.model_cfg), 'data': asdict(self.data_cfg)}
@@ -381,12 +384,13 @@ def loop(run, signals):
             run.average()
         # ---------------------------------------------------------------------
         state.step += 1
+        run.losses.add(total / n)
         # a gradient may be infinite where the loss is not. in fp16 that is nothing to worry about
         run.watch.add(state.step, place, total if scaler.is_enabled() else total + norm.detach())
         if cfg.log_every > 0 and (is_time(cfg.log_every, state.step) or state.step in (1, state.max_iters)):
-            total, = over_ranks(world, 'SUM', float(total)) # waits for the device
+            loss = run.losses.mean() # waits for the device
             dt, waited = time.perf_counter() - t0, timer.spent['waiting for data']
-            run.log.row(state.step, state.max_iters, loss=total / n, lr=run.lr * factor,
+            run.log.row(state.step, state.max_iters, loss=loss, lr=run.lr * factor,
                         tok_s=(state.tokens - tokens0) / dt, wait=(waited - waited0) / dt)
             t0, tokens0, waited0 = time.perf_counter(), state.tokens, waited
     if not done: # a signal

@@ -118,6 +118,18 @@ def test_metrics_have_what_is_promised(tiny_run):
         assert 'step' in row and row.keys() <= {'step', 'loss', 'val_loss', 'lr', 'tok_s', 'wait'}
     assert rows[-1].keys() >= {'loss', 'lr', 'tok_s', 'wait'} and rows[-1]['step'] == 30
 
+def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(toy, tmp_path):
+    src, rows = toy(n=4), {}
+    for n in (1, 4):
+        out = tmp_path / f"{n}"
+        cli(['train', f"--data={src}", f"--out_dir={out}", '--max_iters=10', '--eval_every=0', f"--log_every={n}",
+             *TINY])
+        rows[n] = {row['step']: row['loss'] for row in read_metrics(out) if 'loss' in row}
+    each = [rows[1][step] for step in range(1, 11)]
+    assert list(rows[4]) == [1, 4, 8, 10] and each[4] != pytest.approx(each[7])
+    for begin, end in ((0, 1), (1, 4), (4, 8), (8, 10)):
+        assert rows[4][end] == pytest.approx(sum(each[begin:end]) / (end - begin), rel=1e-6)
+
 # -----------------------------------------------------------------------------
 # it goes on where it was
 
@@ -136,7 +148,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, monkeypatch,
         add_dropout(monkeypatch)
     out = tmp_path / 'run'
     cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=13', '--save_every=6', '--eval_every=4',
-         '--log_every=2', f"--mixer={mixer}", f"--grad_accum={accum}", *TINY])
+         '--log_every=5', f"--mixer={mixer}", f"--grad_accum={accum}", *TINY])
     want, before = checkpoint.load(out)[0], losses(out)
     assert len(before) > 8
     for kind in ('sha256', 'safetensors'): # as if killed after step 12 ...
