@@ -555,12 +555,12 @@ CONTROLS = [
         "test_reliability.py::test_solve_gives_the_same_submission_on_any_number_of_ranks"),
     Control(
         "losses that are not saved", 'train.py',
-        "Losses(self.rank, self.world, *self.state.losses)",
-        "Losses(self.rank, self.world)",
+        "state.tokens, *state.losses)",
+        "state.tokens)",
         "test_train.py::test_a_resumed_run_is_the_run_that_never_stopped"),
     Control(
         "losses of all steps in each row", 'run.py',
-        "        self.total, self.n = 0.0, 0\n",
+        "        self.total, self.n, self.tokens, self.time, self.waited = 0.0, 0, tokens, now, waited\n",
         "",
         "test_train.py::test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before"),
     Control(

@@ -234,37 +234,6 @@ class Watch:
                 self.bad = step, place
         return self.bad is not None
 
-class Losses:
-    """
-    the losses of the steps since the last row of metrics. they are added up on the device, so that nobody waits for it
-    but who asks. each rank adds up its own, and all are saved: a run that goes on logs the same, to the last bit
-    """
-
-    def __init__(self, rank, world, n=0, *totals):
-        """ n: how many steps, totals: of each rank """
-        self.rank, self.world, self.n = rank, world, int(n)
-        self.total = 0.0
-        if len(totals) == world:
-            self.total = totals[rank]
-        elif rank == 0: # there were more or fewer ranks
-            self.total = sum(totals)
-
-    def add(self, loss):
-        """ of a step, the share of this rank """
-        self.total, self.n = self.total + loss, self.n + 1
-
-    def state(self):
-        """ -> [number of steps, sum of each rank]. all ranks come by here. waits for the device """
-        totals = [0.0] * self.world
-        totals[self.rank] = float(self.total)
-        return [self.n, *over_ranks(self.world, 'SUM', *totals)]
-
-    def mean(self):
-        """ of a step, and from here on it begins anew """
-        n, *totals = self.state()
-        self.total, self.n = 0.0, 0
-        return sum(totals) / n
-
 class Timer:
     """ with timer('saving'): ... adds up the seconds that each thing took """
 
@@ -281,6 +250,41 @@ class Timer:
     def shares(self):
         total = time.perf_counter() - self.began
         return ", ".join(f"{what} {x / total:.2%}" for what, x in self.spent.items())
+
+class Since:
+    """
+    what is measured from one row of metrics to the next. losses are added up on the device, so that nobody waits for it
+    but who asks. each rank adds up its own, and all are saved: a run that goes on logs the same, to the last bit
+    """
+
+    def __init__(self, rank, world, timer, tokens, n=0, *totals):
+        """ timer: of the run, tokens: worked on so far, n: steps that are not logged yet, totals: of each rank """
+        self.rank, self.world, self.timer, self.tokens, self.n = rank, world, timer, tokens, int(n)
+        self.time, self.waited = time.perf_counter(), 0.0
+        self.total = 0.0
+        if len(totals) == world:
+            self.total = totals[rank]
+        elif rank == 0: # there were more or fewer ranks
+            self.total = sum(totals)
+
+    def add(self, loss):
+        """ of a step, the share of this rank """
+        self.total, self.n = self.total + loss, self.n + 1
+
+    def losses(self):
+        """ -> [number of steps, sum of each rank]. all ranks come by here. waits for the device """
+        totals = [0.0] * self.world
+        totals[self.rank] = float(self.total)
+        return [self.n, *over_ranks(self.world, 'SUM', *totals)]
+
+    def row(self, tokens):
+        """ -> {name: value}, and from here on it begins anew """
+        n, *totals = self.losses()
+        now, waited = time.perf_counter(), self.timer.spent['waiting for data']
+        dt = now - self.time
+        values = {'loss': sum(totals) / n, 'tok_s': (tokens - self.tokens) / dt, 'wait': (waited - self.waited) / dt}
+        self.total, self.n, self.tokens, self.time, self.waited = 0.0, 0, tokens, now, waited
+        return values
 
 class Pace:
     """ says once, in words, that training has become several times slower than it was """

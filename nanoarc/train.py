@@ -22,7 +22,7 @@ from nanoarc import checkpoint
 from nanoarc.corpus import with_earlier
 from nanoarc.data import Batch, hash64
 from nanoarc.grids import PAD
-from nanoarc.run import (Budget, Log, Losses, Signals, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved,
+from nanoarc.run import (Budget, Log, Signals, Since, Timer, Watch, begin_with, exit_after, fit_to_data, from_saved,
                          get_device, get_ranks, is_first_rank, make_dataset, make_model, over_ranks, refuse_changes,
                          threads, together)
 from nanoarc.settings import MAX_SEED, check_numbers
@@ -165,14 +165,11 @@ class Training:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema > 0 else None
         self.eval_model = self.ema or self.model # what is validated and solved with
         self.fixed_rows = self.compile_blocks()
-        self.net = self.model
-        if self.world > 1:
-            self.net = DistributedDataParallel(self.model)
+        self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
         # where it stands
         self.state = State(max_iters=cfg.max_iters, name=f"{self.out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if cfg.resume:
             self.restore()
-        self.losses = Losses(self.rank, self.world, *self.state.losses)
 
     def read(self):
         """ ds, loader, tensors, meta -> {name: value} of what must be the same on all ranks. raises ValueError """
@@ -242,7 +239,7 @@ class Training:
 
     def save(self):
         """ a checkpoint. all ranks come by here, the first one writes """
-        self.state.losses = self.losses.state()
+        self.state.losses = self.since.losses()
         self.meta = {**asdict(self.state), 'stream': self.loader.state_dict(), 'scaler': self.scaler.state_dict(),
                      'rows': self.ds.rows, 'leaks': self.ds.leaks, 'train': asdict(self.cfg),
                      'model': asdict(self.model_cfg), 'data': asdict(self.data_cfg)}
@@ -265,8 +262,7 @@ class Training:
         if self.rank == 0 and self.log.last: # something is logged
             with self.timer('validating and drawing'), self.log.harmless("loss.png and val.png"):
                 draw_loss([self.out_dir], self.out_dir / 'loss.png')
-                if len(self.ds.val_pairs) > 0:
-                    draw_val(self.eval_model, self.ds, self.out_dir / 'val.png')
+                draw_val(self.eval_model, self.ds, self.out_dir / 'val.png')
             self.eval_model.train() # also where a picture failed
 
     def average(self):
@@ -322,7 +318,7 @@ def loop(run, signals):
     budget = Budget(cfg, state.step)
     start, planned = state.step, state.max_iters
     clock = time.perf_counter() - state.seconds # when training began, had it never been interrupted
-    t0, tokens0, waited0 = time.perf_counter(), state.tokens, 0.0 # at the last row of metrics
+    run.since = Since(run.rank, world, timer, state.tokens, *state.losses)
     run.model.train()
     while True:
         # all ranks do the same: stop if a signal came to one, end when the first one's budget says so
@@ -384,15 +380,12 @@ def loop(run, signals):
             run.average()
         # ---------------------------------------------------------------------
         state.step += 1
-        run.losses.add(total / n)
+        run.since.add(total / n)
         # a gradient may be infinite where the loss is not. in fp16 that is nothing to worry about
         run.watch.add(state.step, place, total if scaler.is_enabled() else total + norm.detach())
         if cfg.log_every > 0 and (is_time(cfg.log_every, state.step) or state.step in (1, state.max_iters)):
-            loss = run.losses.mean() # waits for the device
-            dt, waited = time.perf_counter() - t0, timer.spent['waiting for data']
-            run.log.row(state.step, state.max_iters, loss=loss, lr=run.lr * factor,
-                        tok_s=(state.tokens - tokens0) / dt, wait=(waited - waited0) / dt)
-            t0, tokens0, waited0 = time.perf_counter(), state.tokens, waited
+            measured = run.since.row(state.tokens) # waits for the device
+            run.log.row(state.step, state.max_iters, **measured, lr=run.lr * factor)
     if not done: # a signal
         if state.step > start or not cfg.resume:
             run.save()

@@ -233,6 +233,8 @@ def draw_tasks(tasks, out):
 
 def draw_val(model, ds, out, n=4):
     """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png """
+    if len(ds.val_pairs) == 0:
+        return
     s, t = ds.sampler, ds.sampler.tables
     _, first = np.unique(t.pair_task[ds.val_pairs], return_index=True) # one a task
     pairs = ds.val_pairs[first]
