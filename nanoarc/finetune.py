@@ -70,15 +70,15 @@ def export(cfg):
         del full.config.quantization_config
     full.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    card = model_card(cfg, lm, lm_cfg, data_cfg, meta)
+    card = model_card(cfg, lm, full, lm_cfg, data_cfg, meta)
     checkpoint.write_file(Path(cfg.out) / 'README.md', card.encode())
     if cfg.push_to_hub:
         from huggingface_hub import HfApi
         HfApi().create_repo(cfg.push_to_hub, exist_ok=True)
         HfApi().upload_folder(repo_id=cfg.push_to_hub, folder_path=cfg.out)
 
-def model_card(cfg, lm, lm_cfg, data_cfg, meta):
-    """ what the model is and how good, as markdown """
+def model_card(cfg, lm, full, lm_cfg, data_cfg, meta):
+    """ what the model is and how good, as markdown. full: as transformers has it """
     name = lm_cfg.base
     head = f"base_model: {name}"
     if Path(name).exists(): # where it lies here is nobody's business
@@ -92,8 +92,11 @@ def model_card(cfg, lm, lm_cfg, data_cfg, meta):
     val = "no validation"
     if meta['val_loss'] is not None:
         val = f"{meta['val_loss']:.4f} nats per output token on held out queries"
+    looked_up = full.get_input_embeddings().weight.numel()
     lines = ["---", head, "tags: [arc-agi, nanoarc]", "---", f"fine-tuned from `{name}` by nanoarc on {data}.", "",
-             f"- {meta['step']} steps, {meta['tokens']:,} tokens, {replace(lm_cfg, base=name).about()}", f"- {val}"]
+             f"- {meta['step']} steps, {meta['tokens']:,} tokens, {replace(lm_cfg, base=name).about()}",
+             f"- {full.num_parameters():,} parameters, {looked_up:,} of them embeddings",
+             f"- {val}"]
     if cfg.data:
         path = Path(cfg.run) / 'submission.json'
         result = score(read_submission(path), read_fitting(cfg.data, data_cfg.max_pair, opened=True)[1])

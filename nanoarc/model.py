@@ -601,7 +601,9 @@ class Model(nn.Module):
 
     def about(self):
         """ a line for the log """
-        return f"{sum(p.numel() for p in self.parameters()):,} parameters, mixer {self.cfg.mixer}"
+        n = sum(p.numel() for p in self.parameters())
+        looked_up = sum(x.weight.numel() for x in self.modules() if isinstance(x, nn.Embedding))
+        return f"{n:,} parameters, {looked_up:,} of them embeddings, mixer {self.cfg.mixer}"
 
     def cache(self):
         """ for decoding, see Cache """

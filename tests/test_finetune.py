@@ -247,7 +247,8 @@ def test_an_export_is_a_model_of_transformers_that_gives_the_same_logits(bases, 
     assert torch.allclose(got[[lm.form.ids[x][0] for x in (*range(10), ROW, END)]], want, atol=1e-3)
     original = transformers.AutoModelForCausalLM.from_pretrained(bases[kind])
     assert not torch.allclose(got, original(ids).logits[0, -1], atol=1e-2)
-    card = (out / 'README.md').read_text()
+    card, table = (out / 'README.md').read_text(), base.get_input_embeddings().weight
+    assert f"- {base.num_parameters():,} parameters, {table.numel():,} of them embeddings\n" in card
     for words in ("nats per output token", "% by the official rule of ARC Prize (", "% by Kaggle's ("):
         assert words in card
     assert bases[kind] not in card and re.search(r"TRAINED ON \d OF THE ANSWERS", card)

@@ -538,6 +538,13 @@ def test_the_stack_run_twice_is_a_stack_of_twice_the_layers():
     x = random_row()
     assert torch.equal(twice(*x)[0], long(*x)[0])
 
+def test_the_log_tells_parameters_and_how_many_of_them_are_embeddings():
+    """ of tokens, tasks and symmetries; the head is a product """
+    cfg = ModelConfig(mixer='A', n_layer=1, n_embd=32, n_task=5)
+    block = (1 + 1) * 32 + (3 + 1) * 32 * 32 + 3 * 32 * cfg.resolved().n_hidden # norms, qkv and proj, SwiGLU
+    n = 32 * (VOCAB_SIZE + 5 + 8)
+    assert Model(cfg).about() == f"{block + n + 32 + VOCAB_SIZE * 32:,} parameters, {n:,} of them embeddings, mixer A"
+
 def test_the_dial_sets_width_heads_and_learning_rates():
     for depth in (2, 4, 6):
         model = Model(ModelConfig(depth=depth))
