@@ -81,6 +81,11 @@ def view(args):
     from nanoarc.view import ViewConfig, view as run
     run(parse(ViewConfig, args, 'view'))
 
+def draw(args):
+    """ an editor for a task of your own, as a page for the browser """
+    from nanoarc.view import DrawConfig, draw as run
+    run(parse(DrawConfig, args, 'draw'))
+
 def data(args):
     """ check, describe or pack a source: data check | stats | pack SRC """
     from nanoarc.data import DataConfig
@@ -228,7 +233,7 @@ def lines(code):
     return found
 
 GROUPS = {
-    'tasks': {'data': data, 'view': view},
+    'tasks': {'data': data, 'view': view, 'draw': draw},
     'training': {'train': train, 'finetune': finetune, 'text': text, 'sweep': sweep},
     'answers': {'solve': solve, 'score': score, 'export': export},
     'nanoarc itself': {'source': source},

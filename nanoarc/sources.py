@@ -334,6 +334,14 @@ def add_tasks(reading, obj, stem, where, solutions):
         with reading.may_fail():
             reading.add_task(task, name, where, solutions.get(name))
 
+def to_json(task):
+    """ a Task -> the json of its file, where an answer that is not known has no key """
+    train = [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.demos]
+    test = []
+    for x, answer in task.queries:
+        test.append({'input': x.tolist()} if answer is None else {'input': x.tolist(), 'output': answer.tolist()})
+    return {'train': train, 'test': test}
+
 def is_task(obj):
     """ does this look like a task, perhaps a broken one? """
     return type(obj) is dict and ('train' in obj or 'test' in obj)

@@ -20,7 +20,7 @@ from nanoarc.data import ArcDataset, one_a_row
 from nanoarc.decode import decode
 from nanoarc.grids import PALETTE, ROW, captioned, decode_grid
 from nanoarc.run import read_metrics
-from nanoarc.sources import read_tasks
+from nanoarc.sources import read_tasks, to_json
 from nanoarc.submission import read_attempts, read_candidates, read_submission
 
 @dataclass
@@ -54,15 +54,19 @@ def view(cfg):
     else:
         view_tasks(cfg)
 
+def find_tasks(names, data):
+    """ ids and sources -> list of Task, of each the first that has this id. raises ValueError """
+    known = {}
+    for task in read_tasks(data):
+        known.setdefault(task.name, task)
+    missing = [x for x in names if x not in known]
+    if missing:
+        raise ValueError(f"no task and no directory named {', '.join(missing)} in {data}")
+    return [known[name] for name in names]
+
 def view_tasks(cfg):
     """ show task ids """
-    known = {}
-    for task in read_tasks(cfg.data):
-        known.setdefault(task.name, task) # the first source that has it
-    missing = [x for x in cfg.things if x not in known]
-    if missing:
-        raise ValueError(f"no task and no directory named {', '.join(missing)} in {cfg.data}")
-    tasks = [known[name] for name in cfg.things]
+    tasks = find_tasks(cfg.things, cfg.data)
     shown = list(zip(tasks, attempts_of(tasks, cfg.submission)))
     if cfg.out:
         draw_tasks(shown, cfg.out)
@@ -130,7 +134,38 @@ def cell_text(x):
     return x if isinstance(x, str) else f"{x:,}"
 
 # -----------------------------------------------------------------------------
-# a page of what a run solved
+# pages for a browser, each one file that asks for no other
+
+def template(name):
+    """ a page of the package, with its style, without its data """
+    folder = Path(__file__).parent
+    style = (folder / 'style.css').read_text('utf-8')
+    return (folder / name).read_text('utf-8').replace('STYLE', style, 1)
+
+def write_html(name, data, out):
+    """ a page of the package with what it is to show, as json """
+    data = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c') # no name may end the script
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(template(name).replace('DATA', data, 1), 'utf-8')
+
+@dataclass
+class DrawConfig:
+    task: Annotated[str, tyro.conf.Positional] = '' # id of a task to begin with, '' = an empty one
+    data: str = ViewConfig.data # sources to look it up in, or the file of a task of your own
+    out: str = 'draw.html' # the page to write
+
+def draw(cfg):
+    """ write the editor, and say what to do with it. raises ValueError for an id that no source has """
+    if not cfg.out.endswith('.html'):
+        raise ValueError(f"--out {cfg.out}: want a .html")
+    name, task = cfg.task or 'my', None
+    if cfg.task:
+        task = to_json(find_tasks([cfg.task], cfg.data)[0])
+    write_html('draw.html', {'colors': PALETTE, 'name': name, 'task': task}, cfg.out)
+    print(f"{cfg.out}: open it in a browser, draw, save {name}.json. then: nanoarc solve --run RUN --data {name}.json "
+          f"--out_dir out/{name}")
+
+# what a run solved
 
 def write_page(solved, out, most=6):
     """
@@ -162,11 +197,8 @@ def write_page(solved, out, most=6):
     title, n = source, len(states) - states.count('unknown')
     if n > 0:
         title += f": {states.count('solved')} of {n} solved"
-    data = json.dumps({'title': title, 'colors': PALETTE, 'tasks': tasks}, separators=(',', ':'))
-    data = data.replace('<', '\\u003c') # no name may end the script
-    page = (Path(__file__).parent / 'page.html').read_text('utf-8').replace('DATA', data, 1)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(page, 'utf-8')
+    data = {'title': title, 'colors': PALETTE, 'tasks': tasks, 'editor': template('draw.html')}
+    write_html('page.html', data, out)
 
 def state_of(queries):
     """ how a task of the page went """

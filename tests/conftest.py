@@ -1,6 +1,7 @@
 """ toy tasks and tiny runs that several test files share """
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,22 @@ def test_data():
     if not Path(path).is_dir() or not path:
         pytest.skip("NANOARC_TEST_DATA is not set: it names a directory with conceptarc/ in it")
     return Path(path)
+
+@pytest.fixture(scope='session')
+def driver():
+    """ a real browser without a window """
+    browser = shutil.which('chromium') or shutil.which('google-chrome')
+    if not (browser and shutil.which('chromedriver')):
+        pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,900'):
+        options.add_argument(flag)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
+    yield driver
+    driver.quit()
 
 TINY = ['--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=400', '--minutes=0', '--device=cpu',
         '--compile=off', '--dtype=float32', '--draw_every=0'] # pictures take longer than all else

@@ -13,7 +13,7 @@ from conftest import toy_tasks
 from nanoarc import submission, view
 from nanoarc.cli import main as cli
 from nanoarc.grids import PALETTE
-from nanoarc.sources import read_tasks
+from nanoarc.sources import read_tasks, to_json
 
 def solved_directory(out, data, tasks, answered):
     """ as nanoarc solve writes it: of each task what answered(number, answer) says, a list of grids """
@@ -45,21 +45,6 @@ def page(tmp_path_factory):
     cli(['view', str(path), f"--out={path / 'page.html'}"])
     return path / 'page.html', tasks
 
-@pytest.fixture(scope='module')
-def driver():
-    browser = shutil.which('chromium') or shutil.which('google-chrome')
-    if not (browser and shutil.which('chromedriver')):
-        pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,900'):
-        options.add_argument(flag)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
-    yield driver
-    driver.quit()
-
 def test_the_page_holds_all_and_asks_for_nothing(page):
     text = page[0].read_text()
     assert "1 of 4 solved" in text and "2 of 4" not in text
@@ -80,7 +65,7 @@ def test_filters_keys_and_search_do_what_they_say(page, driver):
         driver.switch_to.active_element.send_keys(x)
     names = [task.name for task in page[1]]
     assert shown() == names
-    buttons = {x.text.rpartition(' ')[0]: x for x in driver.find_elements(By.TAG_NAME, 'button')}
+    buttons = {x.text.rpartition(' ')[0]: x for x in driver.find_elements(By.CSS_SELECTOR, '#filters button')}
     assert list(buttons) == ['all', 'solved', 'wrong', 'no candidate'] and buttons['wrong'].text == 'wrong 2'
     buttons['wrong'].click()
     assert shown() == [names[1], names[3]] and driver.find_element(By.ID, 'count').text == '2 of 4 tasks'
@@ -95,6 +80,21 @@ def test_filters_keys_and_search_do_what_they_say(page, driver):
     assert driver.switch_to.active_element.get_attribute('id') == 'search'
     key('0002')
     assert shown() == [names[2]]
+
+@pytest.mark.browser
+def test_a_task_of_the_page_opens_in_the_editor(page, driver):
+    from selenium.webdriver.common.by import By
+    driver.get(page[0].as_uri())
+    first = driver.current_window_handle
+    for task, button in zip(page[1], driver.find_elements(By.CSS_SELECTOR, 'button.edit'), strict=True):
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+        driver.switch_to.window(driver.window_handles[-1])
+        assert driver.execute_script("return JSON.parse(write())") == to_json(task)
+        assert driver.find_element(By.ID, 'name').get_attribute('value') == task.name
+        assert len(driver.find_elements(By.TAG_NAME, 'canvas')) == 2 * (len(task.demos) + len(task.queries))
+        driver.close()
+        driver.switch_to.window(first)
 
 def image(shown):
     """ pixels of a canvas as the browser tells them -> (H, W, 3) """
