@@ -24,7 +24,8 @@ from safetensors.torch import load as parse_tensors, save as dump_tensors
 FORMAT = 2
 KEEP = 2 # checkpoints on disk
 # what write_file puts into the directory of a run, by way of .NAME.tmp
-WRITTEN = 'metrics.jsonl', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl', 'solve.json'
+WRITTEN = ('metrics.jsonl', 'val.json', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl',
+           'solve.json')
 # what else is written there
 OPENED = 'ckpt', 'lock', 'solving.lock', 'log.txt', 'loss.png', 'val.png', 'output.txt', 'study.db', 'wandb'
 

@@ -44,6 +44,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoarc import __version__, checkpoint
 from nanoarc.data import ArcDataset, DataConfig
+from nanoarc.grids import one_line
 from nanoarc.lm import LMConfig, auto_dtype, make_lm
 from nanoarc.model import Model, ModelConfig, has_bf16
 from nanoarc.settings import differences, is_like
@@ -374,10 +375,12 @@ class Log:
                 self.bar.add_task("0/?", total=None)
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         with self.harmless("the progress line"):
             if self.bar:
                 self.bar.stop()
+        if kind not in (None, SystemExit): # who watches elsewhere is to know
+            self.print(f"ended by {kind.__name__}: {one_line(str(error))}", show=False)
         if self.tracker:
             with self.harmless(self.tracker.__name__):
                 if kind is not None and self.tracker.__name__ == 'wandb':

@@ -1,8 +1,11 @@
 """
 tasks, sources, runs and results for the eye: in the terminal, as a png by matplotlib, as a page.
 """
+import contextlib
 import json
 import os
+import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +13,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +25,7 @@ from nanoarc.decode import decode
 from nanoarc.grids import PALETTE, ROW, captioned, decode_grid
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks, to_json
-from nanoarc.submission import read_attempts, read_candidates, read_submission
+from nanoarc.submission import read_attempts, read_candidates, read_submission, score
 
 @dataclass
 class ViewConfig:
@@ -31,11 +35,14 @@ class ViewConfig:
     data: str = 'arc1/training+arc1/evaluation+arc2/training+arc2/evaluation'
     submission: str = '' # a submission.json: show its attempts too, and whether they are right
     out: str = '' # write a .png here instead of the terminal, or a .html of all tasks of a solved directory
+    live: bool = False # a run, again and again while it trains, on any machine that sees its directory
 
 def view(cfg):
     """ show task ids or runs. raises ValueError for an id that no source has """
     if len(cfg.things) == 0:
         raise ValueError("name a task id or a run directory to view")
+    if cfg.live and (len(cfg.things) != 1 or not Path(cfg.things[0]).is_dir()):
+        raise ValueError("--live: want the directory of one run")
     if cfg.out and not cfg.out.endswith(('.png', '.html')):
         raise ValueError(f"--out {cfg.out}: want a .png or .html")
     if cfg.out.endswith('.html'):
@@ -43,13 +50,18 @@ def view(cfg):
             raise ValueError(f"--out {cfg.out}: want one directory with a candidates.jsonl, as nanoarc solve writes it")
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
+    elif cfg.live:
+        watch(cfg.things[0])
     elif all(Path(x).is_dir() for x in cfg.things):
         out = cfg.out
         if not out:
             checkpoint.refuse_links(cfg.things[0])
             out = f"{cfg.things[0]}/loss.png"
         draw_loss(cfg.things, out)
-        print_table("runs", run_rows(cfg.things))
+        if len(cfg.things) == 1:
+            Console().print(screen(cfg.things[0], solved_of(cfg.things[0])))
+        else:
+            print_table("runs", [run_row(run, need_metrics(run)) for run in cfg.things])
         print(out)
     else:
         view_tasks(cfg)
@@ -134,6 +146,107 @@ def cell_text(x):
     return x if isinstance(x, str) else f"{x:,}"
 
 # -----------------------------------------------------------------------------
+# a run in the terminal
+
+DOTS = np.array([[1, 8], [2, 16], [4, 32], [64, 128]]) # of a letter of braille: 4 rows, 2 columns
+
+def chart(curves, width=64, height=8):
+    """ list of (steps, losses, style) -> rich Text: the curves over a log axis, in letters of braille """
+    steps = np.concatenate([x for x, _, _ in curves])
+    logs = np.log(np.maximum(np.concatenate([y for _, y, _ in curves]), 1e-6))
+    first, last, low, high = steps.min(), steps.max(), logs.min(), logs.max()
+    letters, ink = np.zeros((height, width), int), np.full((height, width), 'none', object)
+    for x, y, style in curves:
+        place = (np.array(x) - first) / max(last - first, 1) * (2 * width - 1)
+        col = np.arange(int(place[0]), int(place[-1]) + 1)
+        line = np.interp(col, place, np.log(np.maximum(y, 1e-6)))
+        row = ((high - line) / max(high - low, 1e-6) * (4 * height - 1)).astype(int)
+        np.bitwise_or.at(letters, (row // 4, col // 2), DOTS[row % 4, col % 2])
+        ink[row // 4, col // 2] = style
+    text = Text()
+    for r in range(height):
+        label = f"{np.exp(high + (low - high) * r / (height - 1)):8.3g} " if r % 4 == 0 or r == height - 1 else " " * 9
+        text.append(label, style='dim')
+        for letter, style in zip(letters[r], ink[r]):
+            text.append(chr(0x2800 + letter), style=style)
+        text.append("\n")
+    return text.append(f"{'':9}{first:<{width // 2},}{last:>{width // 2},}", style='dim')
+
+def read_val(run):
+    """ the queries of val.png -> list of rich tables: query, answer and what the model answered """
+    tables = []
+    with contextlib.suppress(ValueError, OSError): # there are none
+        for name, query, answer, attempt in json.loads((Path(run) / 'val.json').read_bytes()):
+            how = ("right", 'green') if attempt == answer else ("wrong", 'red')
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            for head in ((name, 'dim'), ("answer", 'dim'), how):
+                table.add_column(Text(*head))
+            table.add_row(*map(grid_text, (query, answer, attempt)))
+            tables.append(table)
+    return tables
+
+def last_lines(run):
+    """ of log.txt. it begins with all sources, so only its end is read """
+    path = Path(run) / 'log.txt'
+    if not path.is_file():
+        return []
+    with open(path, 'rb') as f:
+        f.seek(max(path.stat().st_size - 4096, 0))
+        return f.read().decode('utf-8', 'replace').splitlines()
+
+def end_of(run):
+    """ how a run has ended, in the words of its log. "" = it has not, or was killed """
+    for line in last_lines(run)[-2:]:
+        if end := re.match(r'\d+ steps, [\d,]+ tokens, \d+ s|stopped by signal .*|ended by .*', line):
+            return end[0]
+    return ""
+
+def screen(run, solved=""):
+    """ a directory of a run -> what the terminal shows of it: where it stands, its losses, some validation queries """
+    rows = read_metrics(run)
+    if not rows:
+        return Text(f"{run}: no row in metrics.jsonl yet")
+    about = run_row(run, rows)
+    totals = re.findall(r'^step \d+/(\d+)', "\n".join(last_lines(run)), re.MULTILINE) # as soon as they are known
+    of = f" of {int(totals[-1]):,}" if totals else ""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("step", f"{about['step']:,}{of}")
+    if about['loss'] is not None:
+        facts.add_row(Text("training loss", 'dodger_blue1'), f"{about['loss']:.3f} nats per output token")
+    if about['val_loss'] is not None:
+        best = f"{about['best val_loss']:.3f} at step {about['at step']:,}"
+        facts.add_row(Text("validation loss", 'dark_orange'), f"{about['val_loss']:.3f}, the lowest was {best}")
+    if about['tok_s'] is not None:
+        facts.add_row("speed", f"{about['tok_s']:,.0f} tokens/s, {about['wait']:.1%} of the time waiting for data")
+    if solved:
+        facts.add_row("solved", f"{solved} tasks")
+    if end_of(run):
+        facts.add_row("ended", Text(end_of(run)))
+    curves = []
+    for key, style in (('loss', 'dodger_blue1'), ('val_loss', 'dark_orange')):
+        steps, losses = curve(rows, key)
+        if steps:
+            curves.append((steps, losses, style))
+    parts = [Text(str(run), 'bold'), facts, "", chart(curves) if curves else "", ""]
+    return Group(*parts, Columns(read_val(run), padding=(1, 3)))
+
+def watch(run, seconds=1.0):
+    """ the screen of a run, drawn again and again until it has ended or somebody presses ctrl-c """
+    with Live(screen(run), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while not end_of(run):
+            time.sleep(seconds)
+            live.update(screen(run), refresh=True)
+
+def solved_of(run):
+    """ "14 of 34" tasks, or "" where nothing was solved or not every answer is known """
+    with contextlib.suppress(ValueError, OSError):
+        submission = read_submission(Path(run) / 'submission.json')
+        source = read_solve(run)['data']
+        result = score(submission, [task for task in read_tasks(source) if task.name in submission])
+        return f"{result['solved']} of {result['tasks']}"
+    return ""
+
+# -----------------------------------------------------------------------------
 # pages for a browser, each one file that asks for no other
 
 def template(name):
@@ -172,11 +285,7 @@ def write_page(solved, out, most=6):
     a directory of nanoarc solve -> one self-contained html page: tasks, attempts, the `most` best candidates of a
     query. raises ValueError
     """
-    solved = Path(solved)
-    about = read_json(solved / 'solve.json')
-    if type(about) is not dict or type(about.get('data')) is not str:
-        raise ValueError(f"{solved / 'solve.json'}: not a solve.json of nanoarc, it does not say of which data")
-    source = about['data']
+    solved, source = Path(solved), read_solve(solved)['data']
     known = read_tasks(source)
     attempts = attempts_of(known, solved / 'submission.json')
     candidates = read_candidates(solved / 'candidates.jsonl', known)
@@ -199,6 +308,14 @@ def write_page(solved, out, most=6):
         title += f": {states.count('solved')} of {n} solved"
     data = {'title': title, 'colors': PALETTE, 'tasks': tasks, 'editor': template('draw.html')}
     write_html('page.html', data, out)
+
+def read_solve(solved):
+    """ what solve.json of a directory says. raises ValueError """
+    path = Path(solved) / 'solve.json'
+    about = read_json(path)
+    if type(about) is not dict or type(about.get('data')) is not str:
+        raise ValueError(f"{path}: not a solve.json of nanoarc, it does not say of which data")
+    return about
 
 def state_of(queries):
     """ how a task of the page went """
@@ -264,7 +381,7 @@ def draw_tasks(tasks, out):
     save_figure(fig, out)
 
 def draw_val(model, ds, out, n=4):
-    """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png """
+    """ validation queries of the n smallest tasks as the model answers them now, greedily -> a png, and val.json """
     if len(ds.val_pairs) == 0:
         return
     s, t = ds.sampler, ds.sampler.tables
@@ -292,9 +409,15 @@ def draw_val(model, ds, out, n=4):
         shown.append((task, [{'attempt_1': decode_grid(tokens)} if tokens else {}]))
     model.train()
     draw_tasks(shown, out)
+    rows = []
+    for task, tried in shown:
+        (query, answer), attempt = task.queries[0], tried[0].get('attempt_1', np.zeros((1, 1), np.uint8))
+        rows.append([task.name, query.tolist(), answer.tolist(), attempt.tolist()])
+    checkpoint.write_file(Path(out).with_suffix('.json'), json.dumps(rows).encode())
 
 def draw_loss(runs, out):
     """ training and validation loss of one or several run directories -> a png """
+    from matplotlib.ticker import LogLocator, NullLocator
     fig, ax = pyplot().subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
         rows = need_metrics(run)
@@ -303,12 +426,17 @@ def draw_loss(runs, out):
             name, color, val_color = "", "C0", "C1"
         steps, loss = curve(rows, 'loss')
         if steps:
-            ax.plot(steps, loss, color=color, label=f"training{name}", alpha=0.5, linewidth=1)
+            ax.plot(steps, loss, color=color, label=f"training{name}", alpha=0.7, linewidth=1)
+        solved = solved_of(run)
+        name += f", {solved} tasks solved" if solved else ""
         steps, loss = curve(rows, 'val_loss')
         if steps:
             ax.plot(steps, loss, color=val_color, label=f"validation{name}", marker='o', markersize=3)
     ax.set(xlabel="step", ylabel="nats per output token", yscale='log')
-    ax.grid(alpha=0.3, which='both')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.grid(alpha=0.3)
     for text in ax.legend().get_texts():
         text.set(**PLAIN)
     save_figure(fig, out)
@@ -325,23 +453,18 @@ def need_metrics(run):
         raise ValueError(f"{run}: no metrics.jsonl with a row, not a run directory")
     return rows
 
-def run_rows(runs):
-    """ run directories -> of each its steps, losses in nats per output token, speed. raises ValueError """
-    lines = []
-    for run in runs:
-        rows = need_metrics(run)
-        last = {}
-        for row in rows:
-            last.update(row)
-        steps, val = curve(rows, 'val_loss')
-        best = min(val, default=None)
-        _, speed = curve(rows, 'tok_s')
-        _, wait = curve(rows, 'wait')
-        lines.append({'run': str(run), 'step': last['step'], 'loss': last.get('loss'), 'val_loss': last.get('val_loss'),
-                      'best val_loss': best, 'at step': steps[val.index(best)] if val else None,
-                      'tok_s': np.median(speed) if speed else None,
-                      'wait': np.mean(wait) if wait else None})
-    return lines
+def run_row(run, rows):
+    """ a run directory and its metrics -> a row of a table: its steps, losses in nats per output token, speed """
+    last = {}
+    for row in rows:
+        last.update(row)
+    steps, val = curve(rows, 'val_loss')
+    best = min(val, default=None)
+    _, speed = curve(rows, 'tok_s')
+    _, wait = curve(rows, 'wait')
+    return {'run': str(run), 'step': last['step'], 'loss': last.get('loss'), 'val_loss': last.get('val_loss'),
+            'best val_loss': best, 'at step': steps[val.index(best)] if val else None,
+            'tok_s': np.median(speed) if speed else None, 'wait': np.mean(wait) if wait else None}
 
 # -----------------------------------------------------------------------------
 # statistics of sources

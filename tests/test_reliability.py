@@ -775,7 +775,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_tasks_and_keeps_the_last_good_
         run(out, src)
     assert re.findall(r"toy\d+", str(e.value)) == sorted(seen[14] | seen[15]) != sorted(set.union(*seen))
     assert seen[14] != seen[14] | seen[15] != seen[15] # those of both micro batches
-    assert checkpoint.steps(out) == [4]
+    assert checkpoint.steps(out) == [4] and "\nended by ValueError: step 8: the loss" in (out / 'log.txt').read_text()
     monkeypatch.undo()
     run(out, src, resume=True)
     assert digest(out) == want

@@ -250,16 +250,18 @@ def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monk
     def cut_short(*args, **kwargs): # in its third row
         return [Answer(0, [3, 4, 10, 5, 6, 10, 7], 0.0, True)]
     monkeypatch.setattr(view, 'decode', cut_short)
-    view.draw_val(model, ArcDataset(data_cfg), "")
+    view.draw_val(model, ArcDataset(data_cfg), tmp_path / 'val.png')
     for _, attempts in drawn[-1]:
         assert attempts[0]['attempt_1'].tolist() == [[3, 4], [5, 6]]
+    want = [[task.name, *(grid.tolist() for grid in task.queries[0]), [[3, 4], [5, 6]]] for task, _ in drawn[-1]]
+    assert json.loads((tmp_path / 'val.json').read_text()) == want # what the terminal shows
     prompts = []
     def asked(model, idx, pos, **kwargs):
         prompts.append(idx.tolist())
         return cut_short()
     monkeypatch.setattr(view, 'decode', asked)
     for ignore_index in (-100, -1):
-        view.draw_val(model, ArcDataset(replace(data_cfg, ignore_index=ignore_index)), "")
+        view.draw_val(model, ArcDataset(replace(data_cfg, ignore_index=ignore_index)), tmp_path / 'val.png')
     assert prompts[:2] == prompts[2:] and all(idx[0][-1] == grids.OUT for idx in prompts)
 
 @pytest.mark.parametrize('mixer', ['MA', 'S'])

@@ -1,10 +1,17 @@
 """ python -m pytest tests/test_view.py """
+import fcntl
 import io
 import json
 import os
+import pty
+import select
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from functools import partialmethod
 
 import numpy as np
@@ -127,6 +134,144 @@ def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run[0], tmp_path / 'other')
     cli(['view', tiny_run[0], str(tmp_path / 'other'), f"--out={tmp_path / 'x.png'}"])
     assert (tmp_path / 'x.png').stat().st_size > 10000 and "at step" in capsys.readouterr().out
-    rows = view.run_rows([tiny_run[0], str(tmp_path / 'other')])
+    row = view.run_row(tiny_run[0], read_metrics(tiny_run[0]))
     losses = [x['loss'] for x in read_metrics(tiny_run[0]) if 'loss' in x]
-    assert [row['step'] for row in rows] == [30, 30] and rows[0]['loss'] == losses[-1]
+    assert row['step'] == 30 and row['loss'] == losses[-1]
+
+# -----------------------------------------------------------------------------
+# a run in the terminal, and while it runs
+
+def shown(what, width=80):
+    """ something of rich as plain text """
+    out = io.StringIO()
+    Console(file=out, width=width).print(what)
+    return out.getvalue()
+
+def test_a_chart_in_the_terminal_shows_the_curves():
+    steps = list(range(0, 101, 10))
+    text = shown(view.chart([(steps, [4.0 * 0.9 ** k for k in range(11)], 'blue'), ([0, 100], [4, 1], 'red')]))
+    *lines, last = [line.rstrip() for line in text.splitlines()]
+    assert len(lines) == 8 and max(map(len, lines)) == 9 + 64 and last.split() == ['0', '100']
+    assert float(lines[0].split()[0]) == 4 and float(lines[-1].split()[0]) == 1
+    begins = [len(line) - len(line[9:].lstrip("\u2800")) for line in lines] # it falls to the right
+    assert begins == sorted(begins) and begins[0] == 9 and begins[-1] > 60
+    letters = shown(view.chart([([0, 1, 2, 3], np.exp([3, 2, 1, 0]), 'blue')], width=2, height=2)).splitlines()
+    assert [line[9:] for line in letters[:2]] == ["\u2821\u2800", "\u2800\u2881"] # a diagonal in 4 x 8 dots
+    assert shown(view.chart([([5], [0.0], 'blue')])) # a run that has just begun, or knows all
+
+def test_the_screen_of_a_run_says_where_it_stands(tiny_run, tmp_path, capsys):
+    cli(['view', tiny_run[0]])
+    text = capsys.readouterr().out
+    loss = [x['loss'] for x in read_metrics(tiny_run[0]) if 'loss' in x][-1]
+    for words in ("30 of 30", f"training loss  {loss:.3f} nats per output token", "tokens/s", "30 steps, "):
+        assert words in text
+    assert "solved" not in text and max(map(len, text.splitlines()[:-1])) <= 80
+    run = tmp_path / 'run'
+    shutil.copytree(tiny_run[0], run)
+    val = [['ab[b]c', [[1, 2]], [[3], [4]], [[3], [4]]], ['d', [[1]], [[2]], [[3]]]]
+    (run / 'val.json').write_text(json.dumps(val))
+    tasks = read_tasks(tiny_run[1])
+    submission = {task.name: [{'attempt_1': y.tolist(), 'attempt_2': [[0]]} for _, y in task.queries] for task in tasks}
+    submission[tasks[0].name][0]['attempt_1'] = [[9] * 9]
+    del submission[tasks[1].name] # was not to be solved
+    (run / 'submission.json').write_text(json.dumps(submission))
+    (run / 'solve.json').write_text(json.dumps({'data': tiny_run[1], 'leaks': []}))
+    cli(['view', str(run)])
+    text = capsys.readouterr().out
+    assert "2 of 3 tasks" in text and "ab[b]c" in text and "right" in text and "wrong" in text
+
+def test_the_picture_of_losses_has_plain_numbers_and_what_is_solved(tiny_run, tmp_path, monkeypatch):
+    labels = []
+    def seen(fig, out):
+        fig.canvas.draw()
+        ax, = fig.axes
+        labels.extend(x.get_text() for x in [*ax.get_yticklabels(), *ax.get_yticklabels(minor=True)])
+        labels.extend(x.get_text() for x in ax.get_legend().get_texts())
+    monkeypatch.setattr(view, 'save_figure', seen)
+    monkeypatch.setattr(view, 'solved_of', lambda run: "14 of 34")
+    run = tmp_path / 'run'
+    run.mkdir()
+    for values in ([6.6, 3.8], [2.1, 0.4], [0.61, 0.58], [3, 0.002]):
+        labels.clear()
+        rows = [{'step': k, 'loss': x, 'val_loss': x} for k, x in enumerate(values)]
+        (run / 'metrics.jsonl').write_text("".join(json.dumps(row) + "\n" for row in rows))
+        view.draw_loss([run], tmp_path / 'x.png')
+        *numbers, training, validation = labels
+        assert training == "training" and validation == "validation, 14 of 34 tasks solved"
+        inside = [x for x in numbers if x and min(values) <= float(x) <= max(values)] # plain, or float would raise
+        assert inside, numbers
+
+def live(run):
+    """ `nanoarc view RUN --live` in a terminal of its own -> (process, function that waits until it shows words) """
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 90, 0, 0)) # rows, columns
+    code = ("import sys; from nanoarc import view; view.watch.__defaults__ = (0.05,); "
+            "from nanoarc.cli import main; main(['view', sys.argv[1], '--live'])")
+    process = subprocess.Popen([sys.executable, '-c', code, str(run)], stdin=its, stdout=its, stderr=its,
+                               env={**os.environ, 'TERM': 'xterm'})
+    os.close(its)
+    text = ""
+    def wait_for(words, seconds=60):
+        nonlocal text
+        end = time.time() + seconds
+        while words not in text:
+            assert time.time() < end, text[-2000:]
+            if select.select([ours], [], [], 0.1)[0]:
+                text += os.read(ours, 65536).decode('utf-8', 'replace')
+        text = text.partition(words)[2]
+    return process, wait_for
+
+def write_row(run, step, end="\n", **values):
+    with open(run / 'metrics.jsonl', 'a') as f:
+        f.write(json.dumps({'step': step, **values}) + end)
+    with open(run / 'log.txt', 'a') as f:
+        f.write(f"step {step}/400 and so on\n")
+
+def test_a_run_is_watched_while_rows_are_written_and_until_it_ends(tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    process, wait_for = live(run)
+    wait_for("no row")
+    write_row(run, 1, loss=3.25, tok_s=1234.0, wait=0.5)
+    wait_for("1 of 400")
+    wait_for("3.250 nats")
+    write_row(run, 50, val_loss=2.125)
+    wait_for("2.125, the lowest was 2.125 at step 50")
+    write_row(run, 100, loss=1.5)
+    with open(run / 'metrics.jsonl', 'a') as f:
+        f.write('{"step": 150, "lo') # the rest is to come
+    wait_for("1.500 nats")
+    with open(run / 'metrics.jsonl', 'a') as f:
+        f.write('ss": 0.875}\n')
+    wait_for("0.875 nats")
+    (run / 'val.json').write_text(json.dumps([['abcd', [[1, 2]], [[3], [4]], [[3], [4]]]]))
+    wait_for("abcd")
+    wait_for("right")
+    assert process.poll() is None
+    with open(run / 'log.txt', 'a') as f:
+        f.write("400 steps, 1,234,567 tokens, 99 s, 0.5 nats per output token on validation: x (...)\n")
+    wait_for("400 steps, 1,234,567 tokens, 99 s")
+    assert process.wait(20) == 0
+
+def test_watching_ends_with_ctrl_c(tiny_run, tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    shutil.copy(f"{tiny_run[0]}/metrics.jsonl", run)
+    process, wait_for = live(run)
+    wait_for("training loss")
+    wait_for("training loss") # again
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+
+@pytest.mark.parametrize('last, ended', [
+    ("stopped by signal 15 after step 7, --resume out goes on", True), ("ended by ValueError: step 3: ...", True),
+    ("step 7/9 loss 1.0", False), ("7 steps, 12,3", False), ("", False)])
+def test_a_run_has_ended_when_its_log_says_so(tmp_path, last, ended):
+    (tmp_path / 'log.txt').write_text("400 steps, 1 tokens, 9 s, of an earlier start\n" + "x\n" * 5000 + last)
+    assert bool(view.end_of(tmp_path)) == ended
+
+@pytest.mark.parametrize('things', [['66e6c45b'], ['RUN', 'RUN'], []])
+def test_what_cannot_be_watched_is_said(things, tiny_run, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(['view', *(x.replace('RUN', tiny_run[0]) for x in things), '--live'])
+    assert e.value.code == 2 and "want the directory of one run" in capsys.readouterr().err or not things
