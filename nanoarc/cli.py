@@ -123,7 +123,7 @@ def data(args):
 def check_source(cfg):
     """ data check and data pack: reads a source, prints what is in it, writes it. raises ValueError """
     from nanoarc.corpus import Corpus, a_few, add_extra, overlaps, queries_of
-    from nanoarc.sources import read_sources
+    from nanoarc.sources import known_faults, read_sources
     from nanoarc.view import count_tasks
     sources = read_sources(cfg.src, True, cfg.on_bad, cfg.deal)
     more = read_sources(cfg.extra, True, cfg.on_bad, cfg.deal)
@@ -146,6 +146,8 @@ def check_source(cfg):
     for c in corpora + extra:
         for error in c.bad:
             print(f"left out: {error}")
+        for name, why in known_faults(c).items():
+            print(f"known to be faulty: {name}, {why}")
     if cfg.action == 'pack':
         corpora[0].save(cfg.out)
         print(f"{cfg.out}: {Corpus.open(cfg.out).sha256}") # opened again, as a proof

