@@ -120,6 +120,14 @@ def shape(model):
     """ e.g. 8x512 MA """
     return f"{model.cfg.n_layer}x{model.cfg.n_embd} {model.cfg.mixer}"
 
+def seconds_of(out):
+    """ what speedrun.sh has measured, over all its calls -> {stage: seconds} """
+    seconds = {}
+    for line in (Path(out) / 'seconds.txt').read_text().splitlines():
+        stage, x = line.split()
+        seconds[stage] = seconds.get(stage, 0) + float(x)
+    return seconds
+
 def gpu(args):
     meta, score = sums(args.out)
     model_cfg, data_cfg = saved_configs(meta)
@@ -129,14 +137,17 @@ def gpu(args):
     card = where['cpu'] if where['device'] == 'cpu' else where['device'].removeprefix("NVIDIA ")
     rate = per_token(model, ds) * meta['tokens'] / meta['seconds']
     mfu = rate / peak_of(where['device'], args.peak_tflops)
-    seconds = sum(float(line.split()[1]) for line in (Path(args.out) / 'seconds.txt').read_text().splitlines())
-    cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{seconds / 60:.1f}",
-             f"{seconds / 3600 * args.dollars_per_hour:.2f}", f"{score['score']:.2f}%",
+    seconds, rate_a_second = seconds_of(args.out), args.dollars_per_hour / 3600
+    total = sum(seconds.values())
+    cells = [day(Path(args.out) / 'score.json'), args.what, args.target, f"{total / 60:.1f}",
+             f"{total * rate_a_second:.2f}", f"{score['score']:.2f}%",
              f"{score['solved']} of {score['tasks']}",
              "" if meta['val_loss'] is None else f"{meta['val_loss']:.3f}", f"{meta['tokens'] / 1e6:,.1f}M",
              f"{rate / 1e9:,.0f} GFLOP/s" if math.isnan(mfu) else f"{mfu:.1%}", shape(model), card, args.commit]
     add_row(args.board, GPU, cells)
     show(args.board, GPU, cells)
+    paid = [f"{stage} {x:.0f} s {x * rate_a_second:.3f}" for stage, x in seconds.items()]
+    print(f"dollars at {args.dollars_per_hour:.2f} an hour: {', '.join(paid)}")
 
 def plan(args, flags):
     """ print what these settings come to in so many minutes of training at an assumed MFU """

@@ -52,8 +52,12 @@ LEADERBOARD=(python3 bench/leaderboard.py --board "$BOARD" --commit "$(commit | 
 
 child=0
 trap 'kill -TERM $child 2> /dev/null; wait $child || true; exit 143' TERM INT
-trap '[ ! -d "$OUT" ] || [ -f "$OUT/done" ] || echo "call $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"' EXIT
-BEGAN=$SECONDS # installing does not count
+stage() { # the one that ends here took so many seconds; the next is called $1
+    [ ! -d "$OUT" ] || [ -f "$OUT/done" ] || echo "$STAGE $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"
+    STAGE=$1 BEGAN=$SECONDS
+}
+trap 'stage end' EXIT
+STAGE=start BEGAN=$SECONDS # installing does not count
 run() { # a command, for what is left of the slice. SIGTERM lets it save
     if [ "$SLICE" -gt 0 ]; then
         [ $((SLICE - SECONDS)) -gt 0 ] || over
@@ -74,6 +78,7 @@ if [ "${DRY:-0}" = 1 ]; then
         --other_minutes "$(awk "BEGIN {print 0.05 * $MINUTES}")" plan "${FLAGS[@]}"
 fi
 mkdir -p "$OUT"
+stage train
 if began "$OUT"; then
     python3 bench/leaderboard.py trained "$OUT" || run python3 -m nanoarc train --resume "$OUT"
 else
@@ -81,6 +86,7 @@ else
     run python3 -m nanoarc train "${FLAGS[@]}" --minutes "$TRAIN" --out_dir "$OUT"
 fi
 python3 bench/leaderboard.py trained "$OUT" || over
+stage solve
 solved=()
 for k in $(seq 0 $((PARTS - 1))); do # of other views each
     solved+=("$OUT/part$k/candidates.jsonl")
@@ -95,6 +101,7 @@ for k in $(seq 0 $((PARTS - 1))); do # of other views each
     fi
 done
 run python3 -m nanoarc solve --merge "${solved[@]}" --data "$TARGET" --max_pair "${MAX_PAIR:-0}" --out_dir "$OUT/solved"
+stage score
 SCORE="" # over all tasks of the target, what was left out is worth 0
 if [ "${REHEARSAL:-0}" != 0 ]; then
     SCORE="--max_pair=${MAX_PAIR:-0}"
@@ -102,5 +109,6 @@ if [ "${REHEARSAL:-0}" != 0 ]; then
 fi
 python3 -m nanoarc score "$OUT/solved/submission.json" "$TARGET" $SCORE | tail -2 > "$OUT/score.txt"
 tail -1 "$OUT/score.txt" > "$OUT/score.json"
-[ -f "$OUT/done" ] || { echo "call $((SECONDS - BEGAN))" >> "$OUT/seconds.txt"; touch "$OUT/done"; }
+stage end
+touch "$OUT/done"
 "${LEADERBOARD[@]}" gpu "$OUT" "$WHAT"

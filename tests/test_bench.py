@@ -118,6 +118,11 @@ def test_flops_a_token_are_those_of_the_batches():
     one = bench.flops(model, batch.doc) / batch.doc.numel()
     assert leaderboard.per_token(model, ds) == pytest.approx(one, rel=0.05) and 0.9 * weights < one < 1.5 * weights
 
+def test_dollars_are_those_of_the_seconds_of_each_stage(tmp_path):
+    import leaderboard
+    (tmp_path / 'seconds.txt').write_text("start 1\ntrain 200\ntrain 250\nsolve 90\n")
+    assert leaderboard.seconds_of(tmp_path) == {'start': 1, 'train': 450, 'solve': 90}
+
 @pytest.mark.slow
 @pytest.mark.parametrize('minutes', ['2', '10', '30', '60'])
 def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
@@ -259,6 +264,11 @@ def test_a_speedrun_that_is_stopped_in_the_middle_is_the_one_that_was_not(tmp_pa
     assert row['solved'].endswith("of 13") and row['commit'] == 'abc'
     for name in ('minutes', 'dollars', 'val nats'):
         assert re.fullmatch(r"[\d.]+", row[name])
+    import leaderboard
+    seconds = leaderboard.seconds_of(cut) # of all calls
+    assert {'train', 'solve', 'score'} <= seconds.keys() and seconds['train'] > 1
+    assert sum(seconds.values()) / 60 == pytest.approx(float(row['minutes']), abs=0.06)
+    assert "dollars at 2.00 an hour: " in text and f"train {seconds['train']:.0f} s" in text
     before = (cut / 'LEADERBOARD.md').read_bytes() # once more: it is done
     assert "has this row already" in run(cut).communicate()[0] and (cut / 'LEADERBOARD.md').read_bytes() == before
 
