@@ -175,7 +175,7 @@ def chart(curves, width=64, height=8):
 def read_val(run):
     """ the queries of val.png -> list of rich tables: query, answer and what the model answered """
     tables = []
-    with contextlib.suppress(ValueError, OSError): # there are none
+    with contextlib.suppress(ValueError, TypeError, IndexError, OSError): # there are none
         for name, query, answer, attempt in json.loads((Path(run) / 'val.json').read_bytes()):
             how = ("right", 'green') if attempt == answer else ("wrong", 'red')
             table = Table(box=None, padding=(0, 2, 0, 0))

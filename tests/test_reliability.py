@@ -855,6 +855,15 @@ def test_one_two_four_three_ranks_are_one_run(whole, tmp_path):
         assert ranks(world, tmp_path, recorded_run, out, src) == [0] * world
         assert stream_of(out) == stream_of(alone) and largest_gap(alone, out, 'loss') < 1e-5
 
+def test_ranks_that_were_stopped_between_two_rows_end_as_those_that_were_not(whole, tmp_path):
+    src, digests = whole[1], []
+    for name, stops in (('whole', (24,)), ('stopped', (7, 17, 24))): # rows are due after 6, 9, 15, 18
+        out = tmp_path / name
+        for to in stops:
+            assert ranks(2, tmp_path, stopped_run, out, src, to) == [0, 0]
+        digests.append(digest(out))
+    assert digests[0] == digests[1] # each loss to the last bit
+
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
 def test_ranks_end_together_on_any_corpus(tmp_path, world, whole):
     srcs = [write_toy(tmp_path / f"src{n}", n=n) for n in (1, 2, 5, 97)]

@@ -178,6 +178,9 @@ def test_the_screen_of_a_run_says_where_it_stands(tiny_run, tmp_path, capsys):
     (run / 'solve.json').write_text(json.dumps({'data': tiny_run[1], 'leaks': []}))
     cli(['view', str(run)])
     text = capsys.readouterr().out
+    for damaged in ('[1]', '{"a": 1}', '[["a", [[1]], [[77]], [[1]]]]', '['):
+        (run / 'val.json').write_text(damaged)
+        assert view.read_val(run) == []
     assert "2 of 3 tasks" in text and "ab[b]c" in text and "right" in text and "wrong" in text
 
 def test_the_picture_of_losses_has_plain_numbers_and_what_is_solved(tiny_run, tmp_path, monkeypatch):
