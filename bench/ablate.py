@@ -28,14 +28,15 @@ from statistics import mean, median
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, small_tasks
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, permutations, small_tasks
 from nanoarc.grids import ROW
-from nanoarc.model import Model, ModelConfig, width_lr
+from nanoarc.model import Block, Model, ModelConfig, width_lr
 from nanoarc.sources import read_source, read_tasks
 from nanoarc.submission import read_candidates, score
 
@@ -92,6 +93,109 @@ def task_decay(factor):
         model.optimizers = optimizers
     return change
 
+class ConvMLP(nn.Module):
+    """ a SwiGLU whose hidden channels go through a depthwise causal convolution (URM, arxiv 2512.14693) """
+
+    def __init__(self, mlp, width):
+        super().__init__()
+        self.fc, self.proj = mlp.fc, mlp.proj
+        self.conv = nn.Parameter(torch.zeros(width, self.proj.in_features))
+        self.conv[0] = 1 # begins as the SwiGLU alone
+
+    def forward(self, x, shared, cache):
+        gate, value = self.fc(x).chunk(2, -1)
+        h = F.silu(gate) * value
+        last = None if cache is None else getattr(cache, 'hidden', None)
+        K, T = len(self.conv), h.size(1)
+        if last is None:
+            last = h.new_zeros(len(h), K - 1, h.size(2))
+        h = torch.cat([last, h], 1)
+        if cache is not None:
+            cache.hidden = h[:, T:]
+        w = self.conv.to(h.dtype)
+        y = h[:, K - 1 :] * w[0]
+        for k in range(1, K):
+            earlier = h[:, K - 1 - k : K - 1 - k + T]
+            if shared.same is not None:
+                earlier = earlier * shared.same[k]
+            y = y + earlier * w[k]
+        return self.proj(F.silu(y))
+
+class ConvBlock(Block):
+    def forward(self, x, shared, cache=None):
+        x = x + self.mixer(self.norm1(x), shared, cache)
+        return x + self.mlp(self.norm2(x), shared, cache)
+
+def mlp_conv(width=3):
+    """ decoding has to remember the last hidden channels, so the caches are taught to """
+    def change(model):
+        for block in model.blocks:
+            block.mlp = ConvMLP(block.mlp, width)
+            block.__class__ = ConvBlock
+        plain = model.cache
+        def cache():
+            made = plain()
+            for layer in made.layers:
+                layer.keep = keep_hidden(layer, layer.keep)
+            return made
+        model.cache = cache
+    return change
+
+def keep_hidden(layer, keep):
+    def both(rows):
+        keep(rows)
+        layer.hidden = layer.hidden[rows]
+    return both
+
+def last_loops(n):
+    """ of several loops only the last n have a gradient, and each begins with the embedded tokens again (URM) """
+    def change(model):
+        state = {}
+        def embedded(module, _, x):
+            state['x'], state['loop'] = x, 0
+        def begins(block, args):
+            x, *more = args
+            state['loop'] += 1
+            if state['loop'] == 1: # x is more than wte: task, symmetry, tile
+                state['first'] = x
+                return args
+            if model.training and state['loop'] <= model.cfg.loops - n + 1:
+                x = x.detach()
+            return (x + state['first'], *more)
+        model.wte.register_forward_hook(embedded)
+        model.blocks[0].register_forward_pre_hook(begins)
+    return change
+
+PERMUTATIONS = torch.from_numpy(permutations()).long()
+
+class ColorSlots(nn.Module):
+    """ in place of wdih: the symmetry, and what each color became, also as a factor of the task's row (CHARM's CoSE) """
+
+    def __init__(self, wtask, wdih, film):
+        super().__init__()
+        self.wdih = wdih
+        self.slots = nn.Parameter(torch.randn(81, wdih.embedding_dim) * 0.02)
+        self.film = nn.Parameter(torch.randn(81, wdih.embedding_dim) * 0.1) if film else None
+        self.task = None
+        wtask.register_forward_hook(self.keep)
+
+    def keep(self, module, _, x):
+        self.task = x
+
+    def forward(self, code):
+        code = code.long()
+        told = PERMUTATIONS[code // 8] + 9 * torch.arange(9) # (B, T, 9)
+        hot = torch.zeros(*code.shape, 81).scatter_(-1, told, 1.0)
+        x = self.wdih(code % 8) + hot @ self.slots
+        if self.film is not None:
+            x = x + self.task * (hot @ self.film)
+        return x
+
+def color_slots(film=True):
+    def change(model):
+        model.wdih = ColorSlots(model.wtask, model.wdih, film)
+    return change
+
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
@@ -99,6 +203,51 @@ ARMS = {
     'default': {},
     # what the heads of attention see, and what is left of that without its parts
     'frames': dict(frames='tiles', head_size=16),
+    'frames, n2': dict(frames='tiles', head_size=16, n_layer=2),
+    'frames, 2x64 A': dict(frames='tiles', head_size=16, n_layer=2, n_embd=64, mixer='A'),
+    'frames, 3x64 A': dict(frames='tiles', head_size=16, n_layer=3, n_embd=64, mixer='A'),
+    'frames, 3x96': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96),
+    'frames, 2x96': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96),
+    'frames, 2x96 AM': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, mixer='AM'),
+    'f96 slots': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='colors', model=color_slots()),
+    'f96 slots only': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='colors', model=color_slots(False)),
+    'f96 told': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity', p_identity=0.5),
+    'f96 told .2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity'),
+    'f96 told embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity', p_identity=0.5, shots=1, embed=True, loss_on='outputs'),
+    'f96': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96),
+    'f96 de embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, shots=1, embed=True, loss_on='outputs'),
+    'f96 de kept': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, colors='kept'),
+    'f96 de arc2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, more='+arc2/training', drop_overlap=True),
+    'f128 de': dict(frames='tiles', head_size=16, n_layer=2, n_embd=128, model=dropout(0.1), ema=0.998),
+    'f96x3 de': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, model=dropout(0.1), ema=0.998, mixer='AM'),
+    'f96x3 de MA': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, model=dropout(0.1), ema=0.998),
+    'f96 de told': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, told='identity', p_identity=0.5),
+    'f96 de 2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.2), ema=0.998),
+    'f96 de inverse': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, inverse=True),
+    'f96 de scaled': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, scaled=True),
+    'f96 de all': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, loss_on='all'),
+    'f96 de loops': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, loops=2),
+    'f128': dict(frames='tiles', head_size=16, n_layer=2, n_embd=128),
+    'f96x3 AMA': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, mixer='AM'),
+    'f96 drop': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1)),
+    'f96 ema': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, ema=0.998),
+    'f96 arc2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, more='+arc2/training', drop_overlap=True),
+    'f96 decay': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, weight_decay=0.5),
+    'f96 all': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, loss_on='all'),
+    'f96 lr2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, lr_x=2),
+    'f96 8': dict(frames='tiles', head_size=8, n_layer=2, n_embd=96),
+    'f96 kept': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, colors='kept'),
+    'f96 embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, shots=1, embed=True, loss_on='outputs'),
+    'f96 embed 2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, shots=2, embed=True, loss_on='outputs'),
+    'f96 conv': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=mlp_conv()),
+    'f96 drop ema': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998),
+    'f96 inverse': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, repeat=8, inverse=True),
+    'f96 scaled': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, scaled=True),
+    'embed 1': dict(shots=1, embed=True, loss_on='outputs'),
+    'embed 2': dict(shots=2, embed=True, loss_on='outputs'),
+    'kept colors': dict(colors='kept'),
+    'mlp conv': dict(model=mlp_conv()),
+    '2 layers, loops 4, last 2': dict(loops=4, n_layer=2, model=last_loops(2)),
     'frames 32': dict(frames='tiles'),
     'frames, 2x64': dict(frames='tiles', head_size=16, n_layer=2, n_embd=64),
     '2x64': dict(n_layer=2, n_embd=64, head_size=16),
@@ -150,12 +299,17 @@ for depth in (2, 4, 6):
 
 def configs(arm, fold, **more):
     """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
-    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='float32')
+    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='auto')
     change |= ARMS[arm] | more
     inputs, of_model = change.pop('inputs', None), change.pop('model', None)
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
     change['data'] = str(fold / 'rest') + change.pop('more', '')
     change['adapt'] = f"{fold / 'blind'}*{repeat}+arc1/evaluation"
+    if change.pop('inverse', False):
+        change['data'] += f"+{fold / 'inverse_rest'}"
+        change['adapt'] += f"+{fold / 'inverse_blind'}*4"
+    if change.pop('scaled', False):
+        change['extra'] = f"{fold / 'scaled'}*4"
     cfgs = []
     for cls in (train.TrainConfig, ModelConfig, DataConfig):
         names = [f.name for f in fields(cls) if f.name in change]
@@ -195,7 +349,7 @@ def write_folds(out, n, max_pair):
     corpus = read_source('arc1/training')
     corpus = corpus.select(small_tasks(corpus, max_pair))
     tasks = sorted((corpus.task(k) for k in range(len(corpus))), key=lambda task: task.name)
-    folds = [out / f"fold{k}_of_{n}" for k in range(n)]
+    folds = [out / f"fold{k}_of_{n}_{max_pair}" for k in range(n)]
     for k, fold in enumerate(folds):
         for i, task in enumerate(tasks):
             if i % n == k:
@@ -203,6 +357,21 @@ def write_folds(out, n, max_pair):
                 write_task(fold / 'answers', task, True)
             else:
                 write_task(fold / 'rest', task, True)
+        for half in ('blind', 'rest'):
+            for task in tasks:
+                path = fold / half / f"{task.name}.json"
+                if path.is_file():
+                    turned = [{'input': y.tolist(), 'output': x.tolist()} for x, y in task.demos]
+                    data = {'train': turned, 'test': [{'input': [[0]]}]}
+                    checkpoint.write_file(fold / f"inverse_{half}" / f"{task.name}_inverse.json", json.dumps(data).encode())
+                    larger = []
+                    for x, y in task.demos:
+                        x, y = (z.repeat(2, 0).repeat(2, 1) for z in (x, y))
+                        if pair_tokens(*np.array([x.shape, y.shape]).T)[0].max() <= max_pair:
+                            larger.append({'input': x.tolist(), 'output': y.tolist()})
+                    larger *= 2 if len(larger) == 1 else 1
+                    if larger:
+                        checkpoint.write_file(fold / 'scaled' / f"{task.name}.json", json.dumps(larger).encode())
     return folds
 
 # -----------------------------------------------------------------------------
@@ -219,8 +388,8 @@ class Stepper:
         self.optimizers = self.model.optimizers(*self.model.peak_rates(0, 0), 0.1, self.cfg.ns_steps)
 
     def seconds(self, steps):
-        """ of so many steps """
-        start = time.perf_counter()
+        """ of so many steps, of a core: others may be busy beside them """
+        start = time.process_time()
         for _ in range(steps):
             for _ in range(self.cfg.grad_accum):
                 with self.autocast():
@@ -230,13 +399,13 @@ class Stepper:
                 with self.autocast():
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 def measure(arms, fold, path):
     """ seconds a step of the default, and how many times that an arm takes, in turn with it -> dict, kept in a file """
     torch.set_num_threads(1) # as the runs will have
     speed = json.loads(path.read_text()) if path.is_file() else {}
-    for arm in ['default', *arms]:
+    for arm in dict.fromkeys(['default', *arms]):
         if arm in speed:
             continue
         base, mine = Stepper('default', fold), Stepper(arm, fold)
@@ -334,8 +503,8 @@ def shown(x, digits):
     """ (difference, error) or None -> text """
     return "" if x is None else f"{x[0]:+.{digits}f} +- {x[1]:.{digits}f}"
 
-def print_table(arms, speed, found):
-    """ {arm: {(seed, fold): result}} -> a summary of each arm, for json """
+def print_table(arms, base, speed, found):
+    """ {arm: {(seed, fold): result}}, the arm that others are compared with -> a summary of each arm, for json """
     table, summary = Table(), {}
     for name in ('arm', 'solved', 'more', 'found', 'more', 'nats', 'more', 'train nats', 'tokens', 's / step', 'runs'):
         table.add_column(name, justify='left' if name == 'arm' else 'right')
@@ -349,7 +518,7 @@ def print_table(arms, speed, found):
             value = None
             if x:
                 value = mean(x.values()) if measure == 'nats' else sum(x.values())
-            more = difference(results, found['default'], measure) if arm != 'default' else None
+            more = difference(results, found[base], measure) if arm != base else None
             cells += [f"{value:.{digits}f}" if x else "-", shown(more, digits)]
             row |= {measure: value, f"{measure}_more": more, 'queries': len(x) or row.get('queries')}
         tokens = mean(result['tokens'] for result in results.values())
@@ -382,6 +551,7 @@ def main():
     parser.add_argument('--minutes', type=float, default=5.0)
     parser.add_argument('--max_pair', type=int, default=100, help="tokens of a demo of a small task")
     parser.add_argument('--views', type=int, default=8, help="of a query, to solve it by")
+    parser.add_argument('--base', default='default', choices=ARMS, metavar='ARM', help="compared with")
     parser.add_argument('--noise', action='store_true', help="the default alone, seed against seed")
     parser.add_argument('--out', default='out/ablate')
     parser.add_argument('--work', nargs=4, help="one run: ARM SEED FOLD STEPS. for this script itself")
@@ -392,10 +562,10 @@ def main():
         return work(arm, int(seed), fold, int(steps), args.views, out)
     if args.folds < 2:
         parser.error("--folds: want at least 2, what is not asked is trained on")
-    if unknown := set(args.arms) - set(ARMS):
+    if unknown := {*args.arms} - set(ARMS):
         parser.error(f"no arm {', '.join(unknown)}")
-    others = [] if args.noise else [arm for arm in args.arms or ARMS if arm != 'default']
-    arms = ['default', *others]
+    others = [] if args.noise else [arm for arm in args.arms or ARMS if arm != args.base]
+    arms = [args.base, *others]
     folds = write_folds(out, args.folds, args.max_pair)
     speed = measure(arms, folds[0], out / 'speed.json')
     jobs, wanted = [], defaultdict(dict)
@@ -422,9 +592,9 @@ def main():
     found = {}
     for arm in arms:
         found[arm] = {key: json.loads(path.read_text()) for key, path in wanted[arm].items() if path.is_file()}
-    summary = print_table(arms, speed, found)
+    summary = print_table(arms, args.base, speed, found)
     if args.noise:
-        summary['noise'] = print_noise(found['default'])
+        summary['noise'] = print_noise(found[args.base])
     print(json.dumps(summary))
 
 if __name__ == '__main__':

@@ -554,7 +554,7 @@ class Model(nn.Module):
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
-            self.wdih = nn.Embedding(8, cfg.n_embd)
+            self.wdih = nn.Embedding(16, cfg.n_embd)
         if cfg.frames:
             self.wtile = nn.Embedding(17, cfg.n_embd) # tile_number
         self.learns_places = not cfg.attends and len(cfg.rope_bases) == 3 # where no rope tells them
