@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, permutations, small_tasks
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
 from nanoarc.grids import ROW
 from nanoarc.model import Block, Model, ModelConfig, width_lr
 from nanoarc.sources import read_source, read_tasks
@@ -66,17 +66,6 @@ def still(*names):
         for name, p in model.named_parameters():
             if name.endswith(names):
                 p.requires_grad_(False).zero_()
-    return change
-
-def dropout(rate):
-    """ of what each mixer and MLP adds to the residual stream, and of the embedded tokens """
-    def drop(module, _, x):
-        return F.dropout(x, rate, module.training)
-    def change(model):
-        model.wte.register_forward_hook(drop)
-        for block in model.blocks:
-            block.mixer.register_forward_hook(drop)
-            block.mlp.register_forward_hook(drop)
     return change
 
 def task_decay(factor):
@@ -123,8 +112,8 @@ class ConvMLP(nn.Module):
 
 class ConvBlock(Block):
     def forward(self, x, shared, cache=None):
-        x = x + self.mixer(self.norm1(x), shared, cache)
-        return x + self.mlp(self.norm2(x), shared, cache)
+        x = x + self.drop(self.mixer(self.norm1(x), shared, cache))
+        return x + self.drop(self.mlp(self.norm2(x), shared, cache))
 
 def mlp_conv(width=3):
     """ decoding has to remember the last hidden channels, so the caches are taught to """
@@ -152,7 +141,7 @@ def last_loops(n):
     def change(model):
         state = {}
         def embedded(module, _, x):
-            state['x'], state['loop'] = x, 0
+            state['loop'] = 0
         def begins(block, args):
             x, *more = args
             state['loop'] += 1
@@ -166,136 +155,61 @@ def last_loops(n):
         model.blocks[0].register_forward_pre_hook(begins)
     return change
 
-PERMUTATIONS = torch.from_numpy(permutations()).long()
-
-class ColorSlots(nn.Module):
-    """ in place of wdih: the symmetry, and what each color became, also as a factor of the task's row (CHARM's CoSE) """
-
-    def __init__(self, wtask, wdih, film):
-        super().__init__()
-        self.wdih = wdih
-        self.slots = nn.Parameter(torch.randn(81, wdih.embedding_dim) * 0.02)
-        self.film = nn.Parameter(torch.randn(81, wdih.embedding_dim) * 0.1) if film else None
-        self.task = None
-        wtask.register_forward_hook(self.keep)
-
-    def keep(self, module, _, x):
-        self.task = x
-
-    def forward(self, code):
-        code = code.long()
-        told = PERMUTATIONS[code // 8] + 9 * torch.arange(9) # (B, T, 9)
-        hot = torch.zeros(*code.shape, 81).scatter_(-1, told, 1.0)
-        x = self.wdih(code % 8) + hot @ self.slots
-        if self.film is not None:
-            x = x + self.task * (hot @ self.film)
-        return x
-
-def color_slots(film=True):
-    def change(model):
-        model.wdih = ColorSlots(model.wtask, model.wdih, film)
-    return change
-
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
 ARMS = {
     'default': {},
+    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # the default until frames won
     # what the heads of attention see, and what is left of that without its parts
-    'frames': dict(frames='tiles', head_size=16),
-    'frames, n2': dict(frames='tiles', head_size=16, n_layer=2),
-    'frames, 2x64 A': dict(frames='tiles', head_size=16, n_layer=2, n_embd=64, mixer='A'),
-    'frames, 3x64 A': dict(frames='tiles', head_size=16, n_layer=3, n_embd=64, mixer='A'),
-    'frames, 3x96': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96),
-    'frames, 2x96': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96),
-    'frames, 2x96 AM': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, mixer='AM'),
-    'f96 slots': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='colors', model=color_slots()),
-    'f96 slots only': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='colors', model=color_slots(False)),
-    'f96 told': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity', p_identity=0.5),
-    'f96 told .2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity'),
-    'f96 told embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, told='identity', p_identity=0.5, shots=1, embed=True, loss_on='outputs'),
-    'f96': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96),
-    'f96 de embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, shots=1, embed=True, loss_on='outputs'),
-    'f96 de kept': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, colors='kept'),
-    'f96 de arc2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, more='+arc2/training', drop_overlap=True),
-    'f128 de': dict(frames='tiles', head_size=16, n_layer=2, n_embd=128, model=dropout(0.1), ema=0.998),
-    'f96x3 de': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, model=dropout(0.1), ema=0.998, mixer='AM'),
-    'f96x3 de MA': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, model=dropout(0.1), ema=0.998),
-    'f96 de told': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, told='identity', p_identity=0.5),
-    'f96 de 2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.2), ema=0.998),
-    'f96 de inverse': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, inverse=True),
-    'f96 de scaled': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, scaled=True),
-    'f96 de all': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, loss_on='all'),
-    'f96 de loops': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998, loops=2),
-    'f128': dict(frames='tiles', head_size=16, n_layer=2, n_embd=128),
-    'f96x3 AMA': dict(frames='tiles', head_size=16, n_layer=3, n_embd=96, mixer='AM'),
-    'f96 drop': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1)),
-    'f96 ema': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, ema=0.998),
-    'f96 arc2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, more='+arc2/training', drop_overlap=True),
-    'f96 decay': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, weight_decay=0.5),
-    'f96 all': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, loss_on='all'),
-    'f96 lr2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, lr_x=2),
-    'f96 8': dict(frames='tiles', head_size=8, n_layer=2, n_embd=96),
-    'f96 kept': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, colors='kept'),
-    'f96 embed 1': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, shots=1, embed=True, loss_on='outputs'),
-    'f96 embed 2': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, shots=2, embed=True, loss_on='outputs'),
-    'f96 conv': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=mlp_conv()),
-    'f96 drop ema': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, model=dropout(0.1), ema=0.998),
-    'f96 inverse': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, repeat=8, inverse=True),
-    'f96 scaled': dict(frames='tiles', head_size=16, n_layer=2, n_embd=96, scaled=True),
-    'embed 1': dict(shots=1, embed=True, loss_on='outputs'),
-    'embed 2': dict(shots=2, embed=True, loss_on='outputs'),
-    'kept colors': dict(colors='kept'),
-    'mlp conv': dict(model=mlp_conv()),
-    '2 layers, loops 4, last 2': dict(loops=4, n_layer=2, model=last_loops(2)),
-    'frames 32': dict(frames='tiles'),
-    'frames, 2x64': dict(frames='tiles', head_size=16, n_layer=2, n_embd=64),
-    '2x64': dict(n_layer=2, n_embd=64, head_size=16),
-    'plain heads, bias': dict(frames='0', n_head=12, head_size=16, model=still('wtile.weight')),
-    'frames, no bias': dict(frames='tiles', head_size=16, model=still('qkv.bias')),
-    'frames, no tile number': dict(frames='tiles', head_size=16, model=still('wtile.weight')),
-    'tile number': dict(frames='0', n_head=4, model=still('qkv.bias')),
+    'no frames': dict(frames=''),
+    'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
+    'no bias': dict(model=still('qkv.bias')),
+    'no tile number': dict(model=still('wtile.weight')),
+    'no scaling': dict(frames='0 0 0t 1t 2t 3t 4t 5t 6t 7t'),
     # against learning the demos by heart
-    'dropout 0.1': dict(model=dropout(0.1)),
-    'ema 0.998': dict(ema=0.998),
+    'dropout 0': dict(dropout=0.0),
+    'dropout 0.2': dict(dropout=0.2),
+    'ema 0': dict(ema=0.0),
+    'dropout 0, ema 0': dict(dropout=0.0, ema=0.0),
     'weight decay 0.5': dict(weight_decay=0.5),
     'task decay x5': dict(model=task_decay(5)),
     'task decay 0': dict(model=task_decay(0)),
     'loss on all': dict(loss_on='all'),
     # more rules in the same minutes
     'small of arc2': dict(more='+arc2/training', drop_overlap=True),
+    'inverse tasks': dict(inverse=True),
+    'up-scaled pairs': dict(scaled=True),
     # the data
     'colors nonzero': dict(colors='nonzero'),
     'mdlARC positions': dict(inputs=mdlarc_positions),
     'no dihedral embedding': dict(inputs=no_dihedral),
-    '4 x 512 tokens a step': dict(grad_accum=4, batch_tokens=512),
+    '1024 tokens a step': dict(batch_tokens=1024),
     'pack 128': dict(batching='pack', block_size=128),
     'adapt*1': dict(repeat=1),
     'adapt*3': dict(repeat=3),
     # the model
     'A': dict(mixer='A'),
     'M': dict(mixer='M'),
-    'MS': dict(mixer='MS', window=32), # the rows are short
     'AM': dict(mixer='AM'),
-    'MMMA': dict(mixer='MMMA'),
     'zero projections': dict(model=zero_projections),
     '1d rope': dict(rope_bases=(10000.0,)),
     'qk norm': dict(qk_norm=True),
-    'head size 64': dict(head_size=64),
-    'gqa': dict(n_kv_head=1),
     'loops 2': dict(loops=2),
-    '2 layers, loops 2': dict(loops=2, n_layer=2),
+    'loops 4, gradient of 2': dict(loops=4, model=last_loops(2)),
+    'mlp conv': dict(model=mlp_conv()),
     # the optimizer
+    'lr x2': dict(lr_x=2),
+    'lr x0.5': dict(lr_x=0.5),
     'AdamW only': dict(ns_steps=0),
     'AdamW only, lr 2e-3': dict(ns_steps=0, lr=2e-3),
     'Newton-Schulz 3': dict(ns_steps=3),
-    # the dial
-    'depth 2': dict(depth=2),
-    'depth 6': dict(depth=6),
+    # sizes
+    '2x64': dict(n_embd=64),
+    '2x128': dict(n_embd=128),
+    'depth 3': dict(depth=3),
+    'depth 4': dict(depth=4),
 }
-for depth in (2, 4, 6):
-    for x in (0.5, 2):
-        ARMS[f"depth {depth}, lr x{x}"] = dict(depth=depth, lr_x=x)
 
 def configs(arm, fold, **more):
     """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
@@ -344,6 +258,25 @@ def write_task(folder, task, answered):
     data = json.dumps({'train': demos, 'test': queries}).encode()
     checkpoint.write_file(folder / f"{task.name}.json", data)
 
+def write_inverse(folder, task):
+    """ the task that has our outputs as inputs. its query is of no use """
+    demos = [{'input': y.tolist(), 'output': x.tolist()} for x, y in task.demos]
+    data = {'train': demos, 'test': [{'input': [[0]]}]}
+    checkpoint.write_file(folder / f"{task.name}_inverse.json", json.dumps(data).encode())
+
+def write_scaled(folder, task, max_pair):
+    """ the demos with each cell as a block of 2 x 2, as far as they are small then, for --extra """
+    pairs = []
+    for x, y in task.demos:
+        x, y = x.repeat(2, 0).repeat(2, 1), y.repeat(2, 0).repeat(2, 1)
+        h, w = np.array([x.shape, y.shape]).T
+        if pair_tokens(h, w)[0].max() <= max_pair:
+            pairs.append({'input': x.tolist(), 'output': y.tolist()})
+    if len(pairs) == 1: # a list is of two at least
+        pairs *= 2
+    if pairs:
+        checkpoint.write_file(folder / f"{task.name}.json", json.dumps(pairs).encode())
+
 def write_folds(out, n, max_pair):
     """ the small tasks of arc1/training, dealt by their ids -> folders of n folds: blind, its answers, the rest """
     corpus = read_source('arc1/training')
@@ -352,26 +285,13 @@ def write_folds(out, n, max_pair):
     folds = [out / f"fold{k}_of_{n}_{max_pair}" for k in range(n)]
     for k, fold in enumerate(folds):
         for i, task in enumerate(tasks):
+            half = 'rest'
             if i % n == k:
-                write_task(fold / 'blind', task, False)
+                half = 'blind'
                 write_task(fold / 'answers', task, True)
-            else:
-                write_task(fold / 'rest', task, True)
-        for half in ('blind', 'rest'):
-            for task in tasks:
-                path = fold / half / f"{task.name}.json"
-                if path.is_file():
-                    turned = [{'input': y.tolist(), 'output': x.tolist()} for x, y in task.demos]
-                    data = {'train': turned, 'test': [{'input': [[0]]}]}
-                    checkpoint.write_file(fold / f"inverse_{half}" / f"{task.name}_inverse.json", json.dumps(data).encode())
-                    larger = []
-                    for x, y in task.demos:
-                        x, y = (z.repeat(2, 0).repeat(2, 1) for z in (x, y))
-                        if pair_tokens(*np.array([x.shape, y.shape]).T)[0].max() <= max_pair:
-                            larger.append({'input': x.tolist(), 'output': y.tolist()})
-                    larger *= 2 if len(larger) == 1 else 1
-                    if larger:
-                        checkpoint.write_file(fold / 'scaled' / f"{task.name}.json", json.dumps(larger).encode())
+            write_task(fold / half, task, half == 'rest')
+            write_inverse(fold / f"inverse_{half}", task)
+            write_scaled(fold / 'scaled', task, max_pair)
     return folds
 
 # -----------------------------------------------------------------------------

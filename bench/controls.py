@@ -392,12 +392,12 @@ CONTROLS = [
         "a dropout that draws what it drew before", 'train.py',
         "int(hash64(cfg.seed, state.step, run.rank)) >> 1",
         "cfg.seed",
-        "test_reliability.py::test_a_dropout_would_draw_other_masks_on_each_rank_and_the_same_ones_in_a_resumed_run"),
+        "test_reliability.py::test_dropout_draws_other_masks_on_each_rank_and_the_same_ones_in_a_resumed_run"),
     Control(
         "a validation in training mode", 'train.py',
         "    model.eval()\n",
         "",
-        "test_train.py::test_a_dropout_would_be_on_in_steps_alone"),
+        "test_train.py::test_dropout_is_on_in_steps_alone"),
     Control(
         "optimizer state that is not saved", 'checkpoint.py',
         '                tensors[f"optim.{name}.{key}"] = x\n',

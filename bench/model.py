@@ -165,7 +165,7 @@ def grid_cell(args):
     empty = peak_memory(device)
     runs = {}
     for mixer in args.mixers:
-        cfg = ModelConfig(mixer=mixer, head_size=args.head_size, **parse_size(args.sizes[0]))
+        cfg = ModelConfig(mixer=mixer, frames='', head_size=args.head_size, **parse_size(args.sizes[0]))
         runs[mixer] = Run(cfg, device, autocast, on_cuda)
         runs[mixer].step([batch])
     if args.memory:
@@ -398,7 +398,8 @@ def decoding(model, device, autocast, T=256, steps=32):
 
 def packed_row(mixer, args, n_task, batches, device, autocast, peak, top):
     """ a model of this mixer trained on the batches, in turn -> what is measured """
-    cfg = ModelConfig(mixer=mixer, head_size=args.head_size, n_task=n_task, **parse_size(args.sizes[0]))
+    cfg = ModelConfig(mixer=mixer, frames=args.frames, head_size=args.head_size, n_task=n_task,
+                      **parse_size(args.sizes[0]))
     forget_peak()
     start = time.perf_counter()
     run = Run(cfg, device, autocast, device.type == 'cuda')
@@ -441,7 +442,7 @@ def packed(args):
             peak = 1e12 * tflops
     git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
     commit = git.stdout.strip()
-    what = [name, dtype, args.sizes[0], T, args.tokens, args.head_size, commit]
+    what = [name, dtype, args.sizes[0], T, args.tokens, args.head_size, args.frames, commit]
     out = Path(os.environ.get('OUT', 'out')) / 'bench_packed.jsonl'
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {}
@@ -469,6 +470,7 @@ def main():
     parser.add_argument('--lengths', type=int, nargs='+', default=[512, 2048, 8192])
     parser.add_argument('--tokens', type=int, default=8192, help="of a step")
     parser.add_argument('--head_size', type=int, default=32)
+    parser.add_argument('--frames', default='', help="of --packed")
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--device', default='auto')
     parser.add_argument('--quickstart', action='store_true')

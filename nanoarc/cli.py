@@ -41,8 +41,10 @@ def train(args):
         text = read_toml(path).get('text', '')
         if type(text) is not str:
             raise ValueError(f"{path}: text = {repr(text)[:40]}, want a str")
-    data_cfg = TextConfig(text=text) if text else DataConfig()
-    cfg = parse_run(Run(TrainConfig(), ModelConfig(), data_cfg), args, 'train', help_of(train))
+    default = Run(TrainConfig(), ModelConfig(), DataConfig())
+    if text: # there is so much of it that nothing is seen twice
+        default = Run(TrainConfig(ema=0.0), ModelConfig(depth=4, dropout=0.0), TextConfig(text=text))
+    cfg = parse_run(default, args, 'train', help_of(train))
     run(cfg.train, cfg.model, cfg.data)
 
 def finetune(args):
@@ -52,7 +54,7 @@ def finetune(args):
     from nanoarc.lm import LMConfig
     from nanoarc.run import Run, parse_run
     from nanoarc.train import TrainConfig
-    default = Run(TrainConfig(), LMConfig(), DataConfig(shots=-1, loss_on='outputs'))
+    default = Run(TrainConfig(ema=0.0), LMConfig(), DataConfig(shots=-1, loss_on='outputs'))
     cfg = parse_run(default, args, 'finetune', help_of(finetune))
     run(cfg.train, cfg.model, cfg.data)
 

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 LOSS_ON = ('query', 'outputs', 'all')
 BATCHING = ('bucket', 'pack', 'pad')
-COLORS = ('auto', 'domain', 'kept', 'nonzero', 'all', 'none')
+COLORS = ('auto', 'domain', 'nonzero', 'all', 'none')
 
 @dataclass
 class DataConfig:
@@ -52,7 +52,6 @@ class DataConfig:
     extra_pairs: int = 0 # so many extra pairs of a task (and source) an epoch, other ones each time. 0 = all
     # demos before the target: 0 = none (a learned task embedding instead), -1 = all that fit, k = up to k
     shots: int = 0
-    embed: bool = False # with demos before the target, a learned task embedding too
     # leave out tasks with a demo of more tokens than this, in its longer orientation, and generated pairs. 0 = off
     max_pair: int = 0
     block_size: int = 2048 # the most tokens of a document. longer ones lose demos, never cells
@@ -69,7 +68,6 @@ class DataConfig:
     # permuted colors: 'domain' = 1..9 minus the task's output-only ones | 'nonzero' | 'all' | 'none' |
     # 'auto' = domain at shots=0, else nonzero
     colors: str = 'auto'
-    told: str = '' # the model is told whether the colors are as they were, 8 more in `dihedral`
     p_identity: float = 0.2 # share of the documents that keep their colors. they are turned all the same
     # so many tasks of data have their queries held out for the validation loss, at most half of them
     val_tasks: int = 32
@@ -78,11 +76,6 @@ class DataConfig:
     # train on pairs of data that are queries of adapt, and say so in checkpoint and score
     allow_leak: bool = False
     drop_overlap: bool = False # leave out the tasks of data that hold such pairs, of generated pairs these alone
-
-    @property
-    def embeds(self):
-        """ is there a task embedding? """
-        return self.shots == 0 or self.embed
 
     def check(self):
         """ raises ValueError that names the setting """
@@ -229,9 +222,6 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
                     pairs[i, shots] = q
                     room -= tab.need[turned, q]
                     length[i] += tab.tokens[turned, q]
-            if loss_on == 'explained':
-                for k in range(1, shots + 1):
-                    loss_tokens[i] += tab.answer[turned, pairs[i, k]]
             if loss_on == 'outputs':
                 for k in range(1, shots): # not pair `shots`, the first of the document: nothing stands before it
                     loss_tokens[i] += tab.answer[turned, pairs[i, k]]
@@ -274,36 +264,14 @@ def write_document(tab, docs, i, loss_on, ignore, idx, targets, pos, at):
             pos[at, 0], pos[at, 1], pos[at, 2] = pos[at - 1, 0], 1, 2 * k + 1
             at += 1
         targets[begin:at] = ignore
-        if k == 0 or loss_on == 'explained' or (loss_on == 'outputs' and k < shots):
+        if k == 0 or (loss_on == 'outputs' and k < shots):
             targets[out : at - 1] = idx[out + 1 : at] # OUT predicts the first cell, the last ROW predicts END
     if loss_on == 'all':
         targets[start : at - 1] = idx[start + 1 : at]
     return at
 
 @jit
-def is_identity(cmap):
-    for x in range(10):
-        if cmap[x] != x:
-            return False
-    return True
-
-@jit
-def number_of(cmap):
-    n = 0
-    for i in range(1, 10):
-        less = 0
-        for j in range(i + 1, 10):
-            less += cmap[j] < cmap[i]
-        n = n * (10 - i) + less
-    return n
-
-def permutations():
-    """ (9!, 9) uint8: 0..8 in the order of number_of """
-    import itertools
-    return np.array(list(itertools.permutations(range(9))), np.uint8)
-
-@jit
-def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, ignore, told, idx, targets, pos, doc, task, dihedral):
+def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, ignore, idx, targets, pos, doc, task, dihedral):
     """
     rows r0..r1-1 into the (B, T) arrays of a Batch, pos (B, T, 3). row r is the documents
     row_docs[row_start[r] : row_start[r + 1]] one after another. rows of the batch past these stay empty.
@@ -319,12 +287,7 @@ def write_rows(tab, docs, row_start, row_docs, r0, r1, loss_on, ignore, told, id
                 doc[b, start:at] = j - first
                 if task.size > 0:
                     task[b, start:at] = tab.row[tab.pair_task[docs.pairs[i, 0]]]
-                    d = np.int64(docs.dihedral[i])
-                    if told == 'identity' and is_identity(docs.cmap[i]):
-                        d += 8
-                    elif told == 'colors':
-                        d += 8 * number_of(docs.cmap[i])
-                    dihedral[b, start:at] = d
+                    dihedral[b, start:at] = docs.dihedral[i]
         idx[b, at:], targets[b, at:], pos[b, at:], doc[b, at:] = PAD, ignore, 0, -1
         if task.size > 0:
             task[b, at:], dihedral[b, at:] = 0, 0
@@ -435,7 +398,6 @@ class Sampler:
     def __init__(self, corpora, cfg, rows=None):
         cfg.check()
         self.cfg, self.corpora = cfg, corpora
-        self.loss_on = 'explained' if cfg.embed and cfg.loss_on == 'outputs' else cfg.loss_on
         sizes = [len(c) for c in corpora]
         self.part = np.repeat(np.arange(len(sizes)), sizes) # (K,) number of its corpus
         self.hash = self.join('hash') # (P,) corpus.pair_hash: the same for all augments of a pair, 0 = not known
@@ -458,7 +420,7 @@ class Sampler:
         domain = self.color_domains(first)
         if rows is None:
             rows = {}
-            if cfg.embeds:
+            if cfg.shots == 0:
                 for key in dict.fromkeys(self.key.tolist()):
                     rows[key.decode()] = len(rows)
         self.rows = rows
@@ -478,19 +440,16 @@ class Sampler:
         """ (K + 1,) where the pairs of each task begin -> (K,) uint16 sets of the colors that augments may exchange """
         mode = self.cfg.colors
         if mode == 'auto':
-            mode = 'domain' if self.cfg.embeds else 'nonzero'
-        colors = {'none': [], 'all': range(10), 'nonzero': range(1, 10), 'domain': range(1, 10), 'kept': range(1, 10)}[mode]
+            mode = 'domain' if self.cfg.shots == 0 else 'nonzero'
+        colors = {'none': [], 'all': range(10), 'nonzero': range(1, 10), 'domain': range(1, 10)}[mode]
         domain = np.full(len(first) - 1, sum(1 << x for x in colors), np.uint16)
-        if mode in ('domain', 'kept'):
+        if mode == 'domain':
             # mdlARC's rule (src/common.py): a color that only outputs have means something by itself. answers play no
             # part, so that a hidden one cannot change a view, nor do extra pairs
             sets = self.join('colors')
             in_inputs = np.bitwise_or.reduceat(np.where(self.is_extra, 0, sets[::2]), first[:-1])
             in_outputs = np.bitwise_or.reduceat(np.where(self.is_shown, sets[1::2], 0), first[:-1])
             domain &= ~(in_outputs & ~in_inputs)
-            if mode == 'kept': # so does one that every input has
-                in_all = np.bitwise_and.reduceat(np.where(self.is_extra, 1023, sets[::2]), first[:-1])
-                domain &= ~in_all.astype(np.uint16)
         return domain
 
     def grid(self, g):
@@ -512,7 +471,7 @@ class Sampler:
         as_is = np.full(n, as_is, bool)
         target = np.asarray(target, np.int64)
         return plan_documents(self.tables, target, visit, order, as_is, U(seed), float(p_identity),
-                              self.most, self.cfg.block_size, self.loss_on)
+                              self.most, self.cfg.block_size, self.cfg.loss_on)
 
     def lay_out(self, docs, batching, key):
         """ Documents -> Rows. key: the seed of the shuffle of batches, and in 'pack' of rows: neighbours are alike """
@@ -545,14 +504,14 @@ class Sampler:
     def write(self, rows, r0, r1, T, buffers=None, loss_on=None):
         """ rows r0..r1-1 -> Batch, in buffers if given. if there are none: one row of PAD, without loss """
         B = max(r1 - r0, 1)
-        tasked = self.cfg.embeds
+        tasked = self.cfg.shots == 0
         buffers = buffers or Buffers(B * T, tasked)
         batch = buffers.shaped(B, T)
-        task, dihedral = np.empty((0, 0), np.int32), np.empty((0, 0), np.int32)
+        task, dihedral = np.empty((0, 0), np.int32), np.empty((0, 0), np.uint8)
         if tasked:
             task, dihedral = batch.task.numpy(), batch.dihedral.numpy()
-        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, loss_on or self.loss_on,
-                   self.cfg.ignore_index, self.cfg.told, batch.idx.numpy(), batch.targets.numpy(), batch.pos.numpy(),
+        write_rows(self.tables, rows.docs, rows.row_start, rows.row_docs, r0, r1, loss_on or self.cfg.loss_on,
+                   self.cfg.ignore_index, batch.idx.numpy(), batch.targets.numpy(), batch.pos.numpy(),
                    batch.doc.numpy(), task, dihedral)
         return batch
 
@@ -566,7 +525,7 @@ class Buffers:
         self.copied = None # on cuda: an event, that the copy out of here is done
         self.flat = Batch(empty(n, torch.int64, True), empty(n, torch.int64, True),
                           empty((n, 3), torch.uint8, not xy), empty(n, torch.int32, not xy),
-                          empty(n, torch.int32, tasked and not xy), empty(n, torch.int32, tasked and not xy))
+                          empty(n, torch.int32, tasked and not xy), empty(n, torch.uint8, tasked and not xy))
 
     def shaped(self, B, T):
         """ -> Batch of B rows of T """
@@ -678,7 +637,7 @@ class ArcDataset(torch.utils.data.Dataset):
         longest = t.need.max(0) # of upright and turned
         fits = longest <= cfg.block_size
         with_context = with_shown = np.ones(len(longest), bool)
-        if not cfg.embeds:
+        if cfg.shots != 0:
             with_context = has_context(t, t.n_demos, longest, cfg.block_size)
             with_shown = has_context(t, t.n_shown, longest, cfg.block_size) # all that validation puts in front
         can = s.known & (s.is_demo | in_data)
@@ -902,7 +861,7 @@ class ArcLoader:
         buffers = self.ring[turn]
         if buffers is None or buffers.n < max(r1 - r0, 1) * T:
             n = max((r1 - r0) * T, T, self.ds.cfg.batch_tokens // self.world)
-            buffers = self.ring[turn] = Buffers(n, self.ds.cfg.embeds, pin=self.device.type == 'cuda')
+            buffers = self.ring[turn] = Buffers(n, self.ds.cfg.shots == 0, pin=self.device.type == 'cuda')
         if buffers.copied is not None: # on cuda: the copy out of here may still be on its way
             buffers.copied.synchronize()
         return self.ds.sampler.write(rows, r0, r1, T, buffers)

@@ -25,21 +25,23 @@ from nanoarc.settings import check_numbers
 
 @dataclass
 class ModelConfig:
-    depth: int = 4 # the one dial: layers, and with them width, heads and learning rates
+    depth: int = 2 # the one dial: layers, and with them width, heads and learning rates
     # pattern over the layers: A = attention, S = sliding window attention, M = mamba-2, e.g. 'A', 'MS', 'MMMA'
     mixer: str = 'MA'
     n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
-    n_embd: int = 0 # width of the residual stream. 0 = 32 a layer of depth
-    head_size: int = 32 # of attention
+    n_embd: int = 0 # width of the residual stream. 0 = 48 a layer of depth, rounded up to a multiple of 32
+    head_size: int = 0 # of attention. 0 = 16 with frames, 32 without
     n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
-    # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies
-    frames: str = ''
+    # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies.
+    # 'auto' = tiles, where places are of grids and each head has its own keys
+    frames: str = 'auto'
     n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
     qk_norm: bool = False # queries and keys of mean square 1 (arxiv 2010.04245, there of norm 1)
     window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
     # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
     rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0)
+    dropout: float = 0.1 # share of the embedded tokens and of what each mixer and MLP adds, left out while it trains
     loops: int = 1 # times that the stack is run, with the same weights
     d_state: int = 64 # ns, the state size of mamba-2
     d_head: int = 64 # its head size
@@ -67,8 +69,11 @@ class ModelConfig:
         """ a copy in which what is 0 = by the dial has its number. checks it, raises ValueError """
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
-        cfg.n_embd = self.n_embd or 32 * self.depth
-        cfg.n_head = self.n_head or len(read_frames(self.frames)) or max(cfg.n_embd // max(self.head_size, 1), 1)
+        cfg.n_embd = self.n_embd or math.ceil(1.5 * self.depth) * 32
+        if self.frames == 'auto':
+            cfg.frames = 'tiles' if len(self.rope_bases) == 3 and not self.n_kv_head else ''
+        cfg.head_size = self.head_size or (16 if cfg.frames else 32)
+        cfg.n_head = self.n_head or len(read_frames(cfg.frames)) or max(cfg.n_embd // max(cfg.head_size, 1), 1)
         cfg.n_kv_head = self.n_kv_head or cfg.n_head
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
         cfg.check()
@@ -80,7 +85,7 @@ class ModelConfig:
         """ of a resolved config. raises ValueError that names the setting """
         check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, n_kv_head=1, window=1,
                                  n_hidden=1, rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1,
-                                 chunk_size=1, vocab_size=16))
+                                 chunk_size=1, vocab_size=16), dict(dropout=1))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
@@ -534,10 +539,11 @@ class Block(nn.Module):
         self.mixer = Mamba2(cfg) if kind == 'M' else Attention(cfg, kind)
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, shared, cache=None):
-        x = x + self.mixer(self.norm1(x), shared, cache) # (B, T, C)
-        return x + self.mlp(self.norm2(x)) # (B, T, C)
+        x = x + self.drop(self.mixer(self.norm1(x), shared, cache)) # (B, T, C)
+        return x + self.drop(self.mlp(self.norm2(x))) # (B, T, C)
 
 class Model(nn.Module):
     """
@@ -552,9 +558,10 @@ class Model(nn.Module):
         super().__init__()
         self.cfg = cfg = cfg.resolved()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.drop = nn.Dropout(cfg.dropout)
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
-            self.wdih = nn.Embedding(16, cfg.n_embd)
+            self.wdih = nn.Embedding(8, cfg.n_embd)
         if cfg.frames:
             self.wtile = nn.Embedding(17, cfg.n_embd) # tile_number
         self.learns_places = not cfg.attends and len(cfg.rope_bases) == 3 # where no rope tells them
@@ -568,7 +575,7 @@ class Model(nn.Module):
         self.apply(init_weights)
 
     def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
-        x = self.wte(idx) # (B, T, C)
+        x = self.drop(self.wte(idx)) # (B, T, C)
         if self.n_task > 0:
             x = x + self.wtask(task) + self.wdih(dihedral.int())
         if self.learns_places:

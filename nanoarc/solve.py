@@ -23,7 +23,7 @@ from rich.progress import track
 
 from nanoarc import checkpoint
 from nanoarc.corpus import a_few, find_leaks
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_context, hash64, number_of, one_a_row
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, has_context, hash64, one_a_row
 from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
 from nanoarc.run import Signals, get_device, get_ranks, is_first_rank, load_run
@@ -90,7 +90,6 @@ class View:
     row: int # of the task embedding
     idx: np.ndarray # (T,)
     pos: np.ndarray # (T, 3)
-    told: int = 0
 
     def kind(self):
         """ prompts of one kind are equally long, also in a language model's tokens: a few more for each pair """
@@ -104,8 +103,7 @@ def make_views(sampler, pair, n, seed, query):
     assert not sampler.known[pair], "answers are to be closed here"
     k = np.arange(n)
     order = hash64(seed, DEMOS, pair, k)
-    docs = sampler.plan(np.full(n, pair), visit=np.maximum(k - 1, 0), order=order, as_is=k == 0, seed=seed,
-                        p_identity=sampler.cfg.p_identity if sampler.cfg.told == 'identity' else 0.0)
+    docs = sampler.plan(np.full(n, pair), visit=np.maximum(k - 1, 0), order=order, as_is=k == 0, seed=seed)
     batch = sampler.write(one_a_row(docs), 0, n, int(docs.length.max()))
     row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
     views, known = [], set()
@@ -116,12 +114,7 @@ def make_views(sampler, pair, n, seed, query):
         look = d, idx.tobytes()
         if look not in known:
             known.add(look)
-            told = d
-            if sampler.cfg.told == 'identity':
-                told += 8 * (docs.cmap[i] == np.arange(10)).all()
-            if sampler.cfg.told == 'colors':
-                told += 8 * number_of(docs.cmap[i])
-            views.append(View(query, i, d, docs.cmap[i], row, idx, pos, told))
+            views.append(View(query, i, d, docs.cmap[i], row, idx, pos))
     return views
 
 def view_rounds(views, minutes, first):
@@ -192,7 +185,7 @@ class Solver:
             args['doc'] = doc
         if self.model.n_task > 0:
             args['task'] = np.array([x.row for x in views])
-            args['dihedral'] = np.array([x.told for x in views], np.int32)
+            args['dihedral'] = np.array([x.dihedral for x in views], np.uint8)
         return {name: torch.from_numpy(x).to(self.model.device) for name, x in args.items()}
 
     def propose(self, views, deadline=float('inf')):
@@ -276,6 +269,7 @@ def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: Fal
     optimizers = tuned.optimizers(lr, lr, 0.0, TrainConfig.ns_steps)
     schedule = TrainConfig(warmup_iters=1, decay_frac=1.0)
     tuned.train()
+    torch.manual_seed(cfg.seed) # of what is dropped
     for step in range(cfg.ttt_steps):
         if pause():
             break

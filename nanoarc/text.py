@@ -53,7 +53,7 @@ class TextConfig:
 def model_config(cfg, directory):
     """ a ModelConfig -> one for the tokens of a directory: their vocabulary, and places along the row """
     vocab_size = read_manifest(directory)['vocab_size']
-    return replace(cfg, rope_bases=(10000.0,), n_task=0, vocab_size=-(-vocab_size // 64) * 64) # rounded up
+    return replace(cfg, rope_bases=(10000.0,), frames='', n_task=0, vocab_size=-(-vocab_size // 64) * 64) # rounded up
 
 def need(*names):
     """ raises ValueError if one of these packages is not here """

@@ -52,7 +52,7 @@ class TrainConfig:
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
     draw_every: int = 1000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
-    ema: float = 0.0 # decay of averaged weights, which validation and solve use then, e.g. 0.999. 0 = off
+    ema: float = 0.998 # decay of averaged weights, which validation and solve use. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
     # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda and on a cpu that has it, float16 on older

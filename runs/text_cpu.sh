@@ -53,8 +53,8 @@ if began "$OUT/run"; then
     nanoarc train --resume "$OUT/run"
 else
     echo "== training a hybrid on them, 3 minutes"
-    nanoarc train --text "$OUT/shards" --mixer MA --block_size 256 --batch_tokens 2048 --val_tokens 65536 --minutes 3 \
-        --out_dir "$OUT/run"
+    nanoarc train --text "$OUT/shards" --mixer MA --n_layer 4 --n_embd 128 --block_size 256 --batch_tokens 2048 \
+        --val_tokens 65536 --minutes 3 --out_dir "$OUT/run"
 fi
 python - "$OUT" <<'EOF'
 import sys

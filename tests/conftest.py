@@ -61,7 +61,8 @@ def driver():
     driver.quit()
 
 TINY = ['--n_layer=2', '--n_embd=32', '--head_size=16', '--batch_tokens=400', '--minutes=0', '--device=cpu',
-        '--compile=off', '--dtype=float32', '--draw_every=0'] # pictures take longer than all else
+        '--compile=off', '--dtype=float32', '--dropout=0', '--ema=0',
+        '--draw_every=0'] # pictures take longer than all else
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):

@@ -23,7 +23,7 @@ def make(mixer='A', n_task=4, **kwargs):
     torch.manual_seed(1337)
     if mixer == 'frames':
         mixer, kwargs = 'MA', {**SWITCHES['frames'], **kwargs}
-    tiny = dict(n_layer=2, n_embd=32, head_size=16, d_head=16, d_state=8, chunk_size=5, window=7)
+    tiny = dict(n_layer=2, n_embd=32, frames='', head_size=16, d_head=16, d_state=8, chunk_size=5, window=7)
     model = Model(ModelConfig(mixer=mixer, n_task=n_task, **{**tiny, **kwargs})).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -540,27 +540,35 @@ def test_the_stack_run_twice_is_a_stack_of_twice_the_layers():
 
 def test_the_log_tells_parameters_and_how_many_of_them_are_embeddings():
     """ of tokens, tasks and symmetries; the head is a product """
-    cfg = ModelConfig(mixer='A', n_layer=1, n_embd=32, n_task=5)
+    cfg = ModelConfig(mixer='A', n_layer=1, n_embd=32, n_task=5, frames='')
     block = (1 + 1) * 32 + (3 + 1) * 32 * 32 + 3 * 32 * cfg.resolved().n_hidden # norms, qkv and proj, SwiGLU
     n = 32 * (VOCAB_SIZE + 5 + 8)
     assert Model(cfg).about() == f"{block + n + 32 + VOCAB_SIZE * 32:,} parameters, {n:,} of them embeddings, mixer A"
 
 def test_the_dial_sets_width_heads_and_learning_rates():
-    for depth in (2, 4, 6):
-        model = Model(ModelConfig(depth=depth))
-        assert (len(model.blocks), model.cfg.n_embd, model.blocks[1].mixer.nh) == (depth, 32 * depth, depth)
-        assert model.peak_rates(0, 0) == (width_lr(32 * depth), width_lr(32 * depth))
-        assert model.peak_rates(0.1, 0) == (0.1, width_lr(32 * depth))
-        assert model.peak_rates(0, 0.1) == (width_lr(32 * depth), 0.1)
+    for depth, width in ((2, 96), (3, 160), (4, 192), (6, 288)):
+        model = Model(ModelConfig(depth=depth, frames=''))
+        assert (len(model.blocks), model.cfg.n_embd, model.blocks[1].mixer.nh) == (depth, width, width // 32)
+        assert model.peak_rates(0, 0) == (width_lr(width), width_lr(width))
+        assert model.peak_rates(0.1, 0) == (0.1, width_lr(width))
+        assert model.peak_rates(0, 0.1) == (width_lr(width), 0.1)
     assert width_lr(64) > width_lr(128) == 5e-3 > width_lr(256)
     cfg = ModelConfig(depth=6, n_layer=3, n_embd=64).resolved()
     assert (cfg.n_layer, cfg.n_embd, cfg.kinds) == (3, 64, 'MAM') and cfg.resolved() == cfg
 
+def test_heads_have_frames_where_places_are_of_grids():
+    cfg = ModelConfig().resolved()
+    assert (cfg.frames, cfg.n_head, cfg.head_size, cfg.n_kv_head) == ('tiles', 12, 16, 12) and cfg.resolved() == cfg
+    for other in (dict(rope_bases=(10000.0,)), dict(n_kv_head=1), dict(frames='')): # text, shared keys, off
+        cfg = ModelConfig(**other).resolved()
+        assert (cfg.frames, cfg.n_head, cfg.head_size) == ('', 3, 32) and cfg.resolved() == cfg
+    assert ModelConfig(mixer='M').resolved().frames == ''
+
 @pytest.mark.parametrize('wrong', [
     dict(frames='8'), dict(frames='0 x2'), dict(frames='0 1t', n_kv_head=1), dict(n_head=4, frames='0 1 2'),
-    dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=48), dict(head_size=4),
-    dict(n_kv_head=3), dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
-    dict(d_state=0), dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=0), dict(d_conv=1), dict(chunk_size=0),
+    dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=40, frames=''), dict(head_size=4),
+    dict(n_kv_head=2), dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
+    dict(d_state=0), dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0),
     dict(vocab_size=10)])
 def test_a_wrong_setting_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY
 
 from nanoarc import checkpoint, grids, train, view
 from nanoarc.cli import main as cli
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.decode import Answer
-from nanoarc.model import Block, Model, ModelConfig
+from nanoarc.model import Model, ModelConfig
 from nanoarc.run import load_run, read_metrics
 from nanoarc.train import TrainConfig, evaluate, get_lr
 
@@ -133,22 +132,20 @@ def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(toy, tmp_pa
 # -----------------------------------------------------------------------------
 # it goes on where it was
 
-def add_dropout(monkeypatch):
-    """ from now on each block begins with one -> list of (is the model in training? are there gradients?), to fill """
-    modes, forward = [], Block.forward
-    def dropped(self, x, ctx, cache=None):
+def watch_dropout(monkeypatch):
+    """ from now on each dropout tells -> list of (is the model in training? are there gradients?), to fill """
+    modes, forward = [], torch.nn.Dropout.forward
+    def dropped(self, x):
         modes.append((self.training, torch.is_grad_enabled()))
-        return forward(self, F.dropout(x, 0.2, self.training), ctx, cache)
-    monkeypatch.setattr(Block, 'forward', dropped)
+        return forward(self, x)
+    monkeypatch.setattr(torch.nn.Dropout, 'forward', dropped)
     return modes
 
-@pytest.mark.parametrize('mixer, accum, dropout', [('A', 1, False), ('MA', 2, False), ('MA', 2, True)])
-def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, monkeypatch, mixer, accum, dropout):
-    if dropout:
-        add_dropout(monkeypatch)
+@pytest.mark.parametrize('mixer, accum, dropout', [('A', 1, 0.0), ('MA', 2, 0.0), ('MA', 2, 0.2)])
+def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, mixer, accum, dropout):
     out = tmp_path / 'run'
     cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=13', '--save_every=6', '--eval_every=4',
-         '--log_every=5', f"--mixer={mixer}", f"--grad_accum={accum}", *TINY])
+         '--log_every=5', f"--mixer={mixer}", f"--grad_accum={accum}", *TINY, f"--dropout={dropout}"])
     want, before = checkpoint.load(out)[0], losses(out)
     assert len(before) > 8
     for kind in ('sha256', 'safetensors'): # as if killed after step 12 ...
@@ -160,13 +157,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, monkeypatch,
     assert is_same(checkpoint.load(out)[0], want) and losses(out) == before
 
 @pytest.mark.parametrize('ema', [0.0, 0.9])
-def test_a_dropout_would_be_on_in_steps_alone(toy, tmp_path, monkeypatch, ema):
+def test_dropout_is_on_in_steps_alone(toy, tmp_path, monkeypatch, ema):
     """ not in validation, pictures and solving """
-    modes, src, run = add_dropout(monkeypatch), toy(n=4), tmp_path / 'run'
+    modes, src, run = watch_dropout(monkeypatch), toy(n=4), tmp_path / 'run'
     monkeypatch.setattr(view, 'draw_tasks', lambda tasks, out: None)
     monkeypatch.setattr(grids, 'MAX_SIDE', 4) # answers of a model that has learned nothing are as large as they may
     cli(['train', f"--data={src}", f"--out_dir={run}", '--max_iters=6', '--eval_every=2', '--val_tasks=2',
-         f"--ema={ema}", *TINY, '--draw_every=2'])
+         f"--ema={ema}", *TINY, '--draw_every=2', '--dropout=0.2'])
     assert set(modes) == {(True, True), (False, False)}
     modes.clear()
     cli(['solve', '--run', str(run), '--data', src, '--allow_leak', '--ttt_steps=2', '--views=1', '--device=cpu'])
