@@ -24,7 +24,7 @@ if [ "${REHEARSAL:-0}" != 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
 MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
-GPU="--batching=pack --block_size=4096 --head_size=64 --mixer=${MIXER:-MA}"
+GPU="--batching=pack --block_size=4096 --head_size=64 --frames= --mixer=${MIXER:-MA} --ema=0.999"
 GPU="$GPU --save_every=2000 --eval_every=2000 --draw_every=0"
 # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width. what is larger
 # than --max_pair is not solved in so few minutes, and counts as unsolved

@@ -117,8 +117,10 @@ def test_every_choice_of_the_shipped_spaces_is_a_model(name):
 def test_the_first_trial_of_the_small_space_is_the_default():
     _, search, base = read_space(ROOT / 'runs' / 'sweep_small.toml')
     first = first_trial(search, base)
-    assert first == {'n_layer': 4, 'n_embd': 128, 'lr': 5e-3, 'adam_lr': 5e-3, 'weight_decay': 0.1, 'decay_frac': 0.5,
-                     'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.0}
+    lr = 5e-3 * (128 / 96) ** 0.5 # as the width has it
+    assert first == {'n_layer': 2, 'n_embd': 96, 'lr': lr, 'adam_lr': lr, 'weight_decay': 0.1, 'decay_frac': 0.5,
+                     'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.998,
+                     'dropout': 0.1}
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
