@@ -69,7 +69,7 @@ class ModelConfig:
         """ a copy in which what is 0 = by the dial has its number. checks it, raises ValueError """
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
-        cfg.n_embd = self.n_embd or math.ceil(1.5 * self.depth) * 32
+        cfg.n_embd = self.n_embd or (3 * self.depth + 1) // 2 * 32
         if self.frames == 'auto':
             cfg.frames = 'tiles' if len(self.rope_bases) == 3 and not self.n_kv_head else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)

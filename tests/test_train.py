@@ -67,9 +67,10 @@ def test_micro_batches_are_weighed_by_their_loss_tokens(toy, tmp_path, monkeypat
     data_cfg = DataConfig(data=toy(n=4, side=6), batch_tokens=150)
     cfg = TrainConfig(out_dir=str(tmp_path / 'run'), minutes=0, max_iters=1, grad_accum=3, draw_every=0, device='cpu',
                       dtype='float32')
-    train.train(cfg, ModelConfig(n_layer=1, n_embd=32, mixer='A'), data_cfg)
+    model_cfg = ModelConfig(n_layer=1, n_embd=32, mixer='A', dropout=0.0)
+    train.train(cfg, model_cfg, data_cfg)
     torch.manual_seed(cfg.seed)
-    model, loader = Model(ModelConfig(n_layer=1, n_embd=32, mixer='A', n_task=4)), ArcLoader(ArcDataset(data_cfg))
+    model, loader = Model(replace(model_cfg, n_task=4)), ArcLoader(ArcDataset(data_cfg))
     n = []
     for _ in range(3): # the mean over all tokens of the three, taken at once
         batch = loader.next_batch()
@@ -265,7 +266,7 @@ def test_a_picture_of_validation_queries_is_drawn_on_the_way(toy, tmp_path, monk
 def test_batches_are_filled_up_for_a_compiler(toy, mixer):
     """ with empty rows, in small documents, which change nothing """
     ds = ArcDataset(DataConfig(data=toy(n=4), batching='pack', block_size=512, batch_tokens=2048))
-    model, batch = Model(ModelConfig(mixer=mixer, depth=2, n_task=4)), ArcLoader(ds).next_batch()
+    model, batch = Model(ModelConfig(mixer=mixer, depth=2, n_task=4, dropout=0.0)), ArcLoader(ds).next_batch()
     batch = Batch(*(x[:3].clone() for x in batch))
     full = train.fill_rows(batch, 5)
     assert all(len(x) == 5 and torch.equal(x[:3], y) for x, y in zip(full, batch))
