@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanoarc.settings import check_numbers
 
@@ -283,11 +283,11 @@ def tile_number(pos, size):
 
 # masks
 
-BLOCK = 128 # queries that see the same slice of the keys, on cpu
+BLOCK = 128 # queries that see the same slice of the keys, on cpu and in FlexAttention
 
 class Span(NamedTuple):
-    """ queries first:end look at keys first_key:end_key """
-    first: int
+    """ queries begin:end look at keys first_key:end_key """
+    begin: int
     end: int
     first_key: int
     end_key: int
@@ -302,37 +302,47 @@ def make_mask(x, past, doc, window, how):
     queries, without the keys that none of them sees: worth finding on cpu.
     """
     B, T, _ = x.shape
-
-    def see(b, head, i, j):
-        """ does token i of row b see token j? """
-        ok = i >= j
-        if window > 0:
-            ok = ok & (i - j < window)
-        return ok if doc is None else ok & (doc[b, i] == doc[b, j]) # PAD sees PAD
-
+    last = torch.arange(past + T, device=x.device) # each sees the tokens from first to last, itself
+    first = last - place_in_document(doc, 1 if doc is None else B, past + T, x.device)
+    if window > 0:
+        first = torch.maximum(first, last + 1 - window)
+    first, last = first[:, past:], last[past:, None] # (B or 1, T), (T, 1)
     if how == 'flex':
-        n_masks = None if doc is None else B # None = one for all rows
-        return compiled(create_block_mask)(see, n_masks, None, T, T, device=x.device)
+        return block_mask(first.expand(B, T).int())
     spans = []
-    b = torch.arange(B, device=x.device)[:, None, None]
     size = BLOCK if how == 'blocks' else T
-    for first in range(0, T, size):
-        end = min(first + size, T)
+    for begin in range(0, T, size):
+        end = min(begin + size, T)
         first_key, end_key = 0, past + end
-        if how == 'blocks' and doc is not None: # from where the document of its first query begins
-            same = doc[:, :end_key] == doc[:, past + first, None]
-            first_key = int(same.int().argmax(1).min())
-        if window > 0:
-            first_key = max(first_key, past + first + 1 - window)
+        if how == 'blocks':
+            first_key = int(first[:, begin].min())
+        elif window > 0:
+            first_key = max(past + begin + 1 - window, 0)
         bias = None
         if T > 1 or doc is not None: # else it is one more token, which sees all of these
-            i = torch.arange(past + first, past + end, device=x.device)[:, None]
             j = torch.arange(first_key, end_key, device=x.device)
-            ok = see(b, None, i, j) # (B, queries, keys), or (queries, keys) if rows are alike
-            bias = torch.zeros(ok.shape, dtype=x.dtype, device=x.device).masked_fill(~ok, float('-inf'))
-            bias = bias.view(-1, 1, end - first, end_key - first_key)
-        spans.append(Span(first, end, first_key, end_key, bias))
+            ok = (j >= first[:, begin:end, None]) & (j <= last[begin:end]) # (B or 1, queries, keys)
+            bias = torch.zeros(ok.shape, dtype=x.dtype, device=x.device).masked_fill(~ok, float('-inf'))[:, None]
+        spans.append(Span(begin, end, first_key, end_key, bias))
     return spans
+
+def block_mask(first):
+    """
+    first (B, T) int32, never less than before: token i sees those from first[i] to i -> BlockMask. which blocks of keys
+    a block of queries sees follows from its first query and its last one, so nothing of T x T is made
+    """
+    T = first.size(1)
+    q = torch.arange(math.ceil(T / BLOCK), dtype=torch.int32, device=first.device)
+    low = first[:, None, ::BLOCK] // BLOCK # (B, 1, n) the first block that one of them sees, the last is their own
+    high = F.pad(first[:, None], (0, -T % BLOCK), value=T)[..., BLOCK - 1 :: BLOCK] # what the last of them sees
+    full = torch.minimum((high + BLOCK - 1) // BLOCK, q) # from here on all of them see all, but in their own
+    parts = torch.where(q < (full - low)[..., None], low[..., None] + q, q[:, None]) # (B, 1, n, n)
+    wholes = (full[..., None] + q).clamp(max=len(q) - 1)
+
+    def see(b, head, i, j):
+        return (j >= first[b, i]) & (j <= i)
+
+    return BlockMask.from_kv_blocks(full - low + 1, parts, q - full, wholes, BLOCK, see, (T, T))
 
 @functools.cache
 def compiled(f):
@@ -370,16 +380,20 @@ class Attention(nn.Module):
         y = attend(q, k, v, shared.masks[self.kind]) # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
+# of FlexAttention's forward kernel. with torch's own, 4 warps for 128 x 128, it has no room in its registers on Hopper
+FORWARD = {'fwd_BLOCK_M': 128, 'fwd_BLOCK_N': 64, 'fwd_num_warps': 8}
+
 def attend(q, k, v, mask):
     """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: see make_mask """
     group = q.size(1) // k.size(1) # query heads a kv head
     if not isinstance(mask, list):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-        return flex(q, k, v, block_mask=mask, enable_gqa=group > 1)
+        options = FORWARD if q.size(-1) * q.element_size() <= 128 else None # bytes, or small cards have no room
+        return flex(q, k, v, block_mask=mask, enable_gqa=group > 1, kernel_options=options)
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     y = []
-    sizes = [span.end - span.first for span in mask]
+    sizes = [span.end - span.begin for span in mask]
     for span, qs in zip(mask, q.split(sizes, 2)):
         ks = k[:, :, span.first_key : span.end_key]
         vs = v[:, :, span.first_key : span.end_key]

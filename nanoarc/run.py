@@ -83,6 +83,7 @@ def make_fast(device):
     """ settings of this process by which fp32 is faster on a device: on cpu twice as fast, see dev/LOG.md """
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high') # TF32
+        torch.backends.cuda.enable_cudnn_sdp(False) # it plans 40 ms for each new length, decoding has one a step
     if device.type != 'cpu':
         return
     if platform.libc_ver()[0] == 'glibc': # memory that is freed is kept for the next step

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
@@ -200,17 +201,20 @@ def test_attention_sees_what_it_should_on_every_path(T, window, how, flex_on_cpu
             y = attend(q, k, v, make_mask(q[:, 0], 0, doc, window, how))
         assert (y - by_softmax(q, k, v, doc, window)).abs().max() < 1e-12
 
-def test_the_blocks_that_flex_attention_skips_are_those_of_each_row(flex_on_cpu):
-    T = 3 * BLOCK
-    x = torch.zeros(2, T, 8)
-
-    def blocks(doc):
-        return make_mask(x, 0, doc, 0, 'flex').to_dense()[:, 0].sum((1, 2)).tolist()
-
-    one, many = torch.zeros(T, dtype=torch.int64), torch.arange(T) // BLOCK
-    assert blocks(None) == [6] # for all rows
-    assert blocks(torch.stack([one, many])) == [6, 3]
-    assert blocks(torch.stack([many, many])) == [3, 3]
+@pytest.mark.parametrize('T', [BLOCK - 1, 3 * BLOCK, 5 * BLOCK + 3])
+@pytest.mark.parametrize('window', [0, 1, BLOCK, BLOCK + 9])
+def test_flex_attention_skips_the_blocks_that_nobody_sees_and_asks_nothing_where_all_do(T, window):
+    long = torch.arange(T) // (2 * BLOCK + 1)
+    for doc in (row_of_documents(T), torch.stack([torch.zeros(T), long]).int(), torch.arange(T).expand(2, -1), None):
+        mask = make_mask(torch.zeros(2, T, 8), 0, doc, window, 'flex')
+        want = create_block_mask(mask.mask_mod, 2, None, T, T, device='cpu') # looks at all pairs
+        assert torch.equal(mask.to_dense(), want.to_dense())
+        for name in ('kv_num_blocks', 'full_kv_num_blocks', 'q_num_blocks', 'full_q_num_blocks'):
+            assert torch.equal(getattr(mask, name), getattr(want, name)), name
+        ok = create_mask(mask.mask_mod, 2, None, T, T, device='cpu')[:, 0]
+        i, j = torch.arange(T)[:, None], torch.arange(T)
+        same = True if doc is None else doc[:, :, None] == doc[:, None]
+        assert torch.equal(ok, ((j <= i) & ((window == 0) | (i - j < window)) & same).expand(2, -1, -1))
 
 def test_long_rows_take_the_fused_kernel_and_see_the_same():
     T = 9 * BLOCK + 5
