@@ -118,7 +118,6 @@ def fill_rows(batch, n):
         batch.doc[-more:] -= torch.arange(T, dtype=batch.doc.dtype, device=batch.doc.device) // 128
     return batch
 
-@torch.no_grad()
 def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
     """
     mean loss over the held out queries, nats per output token, or None if nothing is held out. rows: of a batch at
@@ -129,9 +128,10 @@ def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
     for batch in ds.val_batches(rank, world):
         batch = Batch(*(x if x is None else x.to(device) for x in batch))
         batch = fill_rows(batch, rows)
-        with autocast():
+        # what is compiled for training has gradients. without them all would be compiled again
+        with autocast(), torch.set_grad_enabled(rows > 0):
             _, loss = model(*batch)
-        total += float(loss) # waits for the device
+        total += loss.item() # waits for the device
         tokens += int((batch.targets >= 0).sum())
     model.train()
     total, tokens = over_ranks(world, 'SUM', total, tokens)

@@ -285,17 +285,22 @@ def test_validation_leaves_the_compiled_blocks_to_training(toy, mixer, monkeypat
     src = toy(n=30, side=9)
     ds = ArcDataset(DataConfig(data=src, batching='pack', block_size=512, batch_tokens=1024, val_tasks=15))
     model = Model(ModelConfig(mixer=mixer, n_layer=4, n_embd=32, head_size=16, n_task=30))
-    calls = []
+    calls, graphs = [], []
     def backend(graph, _):
+        graphs.append(graph)
         def counted(*args):
             calls.append(1)
             return graph(*args)
         return counted
     for block in model.blocks:
         block.compile(backend=backend)
-    evaluate(model, ds, torch.device('cpu'), contextlib.nullcontext)
+    evaluate(model, ds, torch.device('cpu'), contextlib.nullcontext, rows=2)
+    n = len(graphs)
+    assert n > 0
     loader = ArcLoader(ds)
     for _ in range(3):
         calls.clear()
         model(*loader.next_batch())[1].backward()
         assert len(calls) == 4
+    evaluate(model, ds, torch.device('cpu'), contextlib.nullcontext, rows=2)
+    assert len(graphs) == n # validation and training run the same ones
