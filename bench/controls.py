@@ -585,8 +585,8 @@ CONTROLS = [
         "test_train.py::test_what_an_earlier_run_was_trained_on_is_not_forgotten"),
     Control(
         "a search that goes on with nothing", 'decode.py',
-        "        if len(parent) == 0: #",
-        "        if len(parent) == 0 and ended.any(): #",
+        "        if len(live['slot']) == 0: #",
+        "        if len(live['slot']) == 0 and ended.any(): #",
         "test_decode.py::test_a_search_may_end_with_a_branch_that_became_too_improbable"),
     Control(
         "a search that forgets branches", 'decode.py',
@@ -595,9 +595,24 @@ CONTROLS = [
         "test_decode.py::test_the_search_finds_what_brute_force_finds"),
     Control(
         "a cache of other rows", 'decode.py',
-        "            cache.keep(parent) #",
-        "            cache.keep(parent.flip(0)) #",
+        "            cache.keep(source)",
+        "            cache.keep(source.flip(0))",
         "test_decode.py::test_decoding_together_equals_one_by_one"),
+    Control(
+        "a branch without the cache of its parent", 'model.py',
+        "    x[changed] = x[rows[changed]]",
+        "    pass",
+        "test_decode.py::test_decoding_together_equals_one_by_one"),
+    Control(
+        "a row that nobody left given away", 'decode.py',
+        "    free[slot] = False",
+        "    pass",
+        "test_decode.py::test_decoding_together_equals_one_by_one"),
+    Control(
+        "a judge without a deadline", 'solve.py',
+        "        solver.deadline = deadline",
+        "        solver.deadline = float('inf')",
+        "test_solve.py::test_minutes_bound_the_judge_and_what_he_asked_goes_by_all_queries"),
     Control(
         "filler that a prompt sees", 'solve.py',
         "        if doc.min() == 0:",
@@ -780,8 +795,8 @@ CONTROLS = [
         "test_lm.py::test_recomputed_activations_give_the_same_gradients"),
     Control(
         "a judge of views that nobody decoded", 'solve.py',
-        "asked = [x for x in self.seen if",
-        "asked = [x for x in self.views if",
+        "asked = [x for x in self.seen if a",
+        "asked = [x for x in self.views if a",
         "test_solve.py::test_minutes_bound_the_views_and_every_query_gets_one"),
     Control(
         "a base that nobody hashes", 'lm.py',

@@ -44,26 +44,26 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
     """
     B, device = len(idx), idx.device
     cache, logits, told = read_prompts(model, idx, pos, task, dihedral, doc)
-    row, col, z = pos[:, -1].long().unbind(-1)
-    live = { # answers that have not ended, in rows
-        'prompt': torch.arange(B, device=device),
-        'tokens': torch.zeros(B, 0, dtype=torch.int64, device=device),
-        'log_prob': torch.zeros(B, dtype=logits.dtype, device=device),
-        'greedy': torch.ones(B, dtype=torch.bool, device=device),
+    row, col, z = pos[:, -1].cpu().long().unbind(-1)
+    logits = logits.cpu() # where all that follows is thought
+    live = { # answers that have not ended
+        'prompt': torch.arange(B),
+        'slot': torch.arange(B), # its row in the cache
+        'tokens': torch.zeros(B, 0, dtype=torch.int64),
+        'log_prob': torch.zeros(B, dtype=logits.dtype),
+        'greedy': torch.ones(B, dtype=torch.bool),
         'row': row, 'col': col, 'z': z, # the place of its last token
-        'width': torch.zeros(B, dtype=torch.int64, device=device), # of its first row, 0 while that is open
-        **told,
+        'width': torch.zeros(B, dtype=torch.int64), # of its first row, 0 while that is open
     }
-    every_token = torch.arange(VOCAB_SIZE, device=device)
-    found = []
+    every_token = torch.arange(VOCAB_SIZE)
+    found, slots = [], B
     for _ in range(most):
         # each answer goes on by its best token, as long as it is the greedy one, and by all that keep it above p_min
         legal = may_follow(every_token, live['row'][:, None], live['col'][:, None], live['width'][:, None])
         scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1) # (b, 16)
         best = F.one_hot(scores.argmax(-1), VOCAB_SIZE).bool() & live['greedy'][:, None] # (b, 16)
         probable = live['log_prob'][:, None] + scores >= math.log(p_min) # (b, 16)
-        parent, token = (best | probable).nonzero(as_tuple=True) # waits for the device
-        n = len(live['prompt'])
+        parent, token = (best | probable).nonzero(as_tuple=True)
         live = {name: x[parent] for name, x in live.items()}
         live['greedy'] = best[parent, token]
         live['log_prob'] = live['log_prob'] + scores[parent, token]
@@ -74,17 +74,33 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         ended = token == END
         found += to_answers(live, ended)
         live = {name: x[~ended] for name, x in live.items()}
-        parent = parent[~ended]
-        if len(parent) == 0: # or what was open has become too improbable
+        if len(live['slot']) == 0: # or what was open has become too improbable
             return found
-        if len(parent) != n or not torch.equal(parent, torch.arange(n, device=device)):
-            cache.keep(parent) # a copy of all of it, so only if some left or branched
-        told = {name: live[name] for name in told}
-        pos = torch.stack([live['row'], live['col'], live['z']], -1)
-        logits, _ = model(live['tokens'][:, -1:], pos=pos[:, None], **told, cache=cache)
-        logits = logits[:, -1]
+        live['slot'], source = place(live['slot'], slots)
+        if not torch.equal(source, torch.arange(slots)):
+            cache.keep(source)
+            told = {name: x[source] for name, x in told.items()}
+            slots = len(source)
+        step = torch.zeros(slots, 1, 4, dtype=torch.int64)
+        step[live['slot'], 0] = torch.stack([live['row'], live['col'], live['z'], live['tokens'][:, -1]], -1)
+        step = step.to(device)
+        logits, _ = model(step[..., 3], pos=step[..., :3], **told, cache=cache)
+        logits = logits[:, -1].cpu()[live['slot']] # waits for the device, once a step
     # cut short. never at the default of `most`: by then the grammar has forced an END
     return found + to_answers(live, torch.ones_like(live['greedy']))
+
+def place(slot, n):
+    """
+    rows of a cache of n that open answers go on from -> to which row each goes, and for each row which one is to come
+    there. a copy of all is dear: who ended leaves a row behind, a branch takes it
+    """
+    free = torch.ones(n, dtype=torch.bool)
+    free[slot] = False
+    is_branch = F.pad(slot[1:] == slot[:-1], (1, 0)) # of several that go on from a row the first one stays
+    if is_branch.sum() > free.sum() or len(slot) < 0.75 * n: # no room, or too much of it
+        return torch.arange(len(slot)), slot
+    to = slot.masked_scatter(is_branch, free.nonzero())
+    return to, torch.arange(n).index_copy(0, to, slot)
 
 def to_answers(live, which):
     """ the rows of open answers that a (b,) mask names -> list of Answers """
@@ -114,7 +130,7 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     # (row, col) of the token before each one, the first time OUT. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
     place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)
     row, col = place // (width + 1), place % (width + 1)
-    prompt = torch.tensor(prompt, device=idx.device)
+    prompt = torch.tensor(prompt)
     cache.keep(prompt)
     logits = logits[prompt, None]
     told = {name: x[prompt].expand(-1, n - 1) for name, x in told.items()}

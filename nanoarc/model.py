@@ -729,6 +729,14 @@ def orthogonalize(g, steps):
 # -----------------------------------------------------------------------------
 # decode caches: what is remembered of the tokens so far
 
+def keep_rows(x, rows):
+    """ x[rows]. of as many rows as before only those that change are written, in place """
+    if len(rows) != len(x):
+        return x[rows]
+    changed = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    x[changed] = x[rows[changed]]
+    return x
+
 class KVCache:
     """ of attention: keys and values, (B, nkv, room, hs) each, of which the first are in use """
 
@@ -752,7 +760,7 @@ class KVCache:
         return self.k[:, :, :n], self.v[:, :, :n]
 
     def keep(self, rows):
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.k, self.v = keep_rows(self.k, rows), keep_rows(self.v, rows)
 
 class SSMCache:
     """ of mamba-2: the last inputs of the convolution (B, K - 1, mixed), and the state (B, nh, hs, ns) """
@@ -762,7 +770,7 @@ class SSMCache:
         self.state = None
 
     def keep(self, rows):
-        self.inputs, self.state = self.inputs[rows], self.state[rows]
+        self.inputs, self.state = keep_rows(self.inputs, rows), keep_rows(self.state, rows)
 
 class Cache:
     """ of all layers, for a batch of prompts. docs in every call or in none """
@@ -793,7 +801,7 @@ class Cache:
         return size
 
     def keep(self, rows):
-        """ go on with these rows of the batch only, (b,) int64 or bool """
+        """ go on with these rows of the batch only, (b,) int64 """
         if self.size is not None:
             self.size = [x[rows] for x in self.size]
         if self.doc is not None:

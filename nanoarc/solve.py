@@ -43,8 +43,8 @@ class SolveConfig:
     # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
     merge: tuple[str, ...] = ()
     views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
-    # begin no view after so long, shared out evenly over the tasks. of a solve that was stopped and goes on, in all.
-    # 0 = every view
+    # begin nothing after so long but each query's first view, shared out evenly over the tasks. of a solve that was
+    # stopped and goes on, in all. 0 = every view
     minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
@@ -137,6 +137,7 @@ class Solver:
         """ queries: {(task, query) by number: pair of the sampler}. keeper: what is known of them, None = nothing """
         self.cfg, self.model, self.autocast = cfg, model, autocast
         self.pause = keeper.pause if keeper else lambda: False # called between batches: is it to stop?
+        self.deadline = float('inf') # of time.perf_counter. no batch is begun after it, see over
         self.views = []
         self.seen = [] # views that were decoded
         self.candidates = {} # {query: {bytes of a grid: Candidate}}
@@ -153,7 +154,7 @@ class Solver:
         what f made of them), which may end early. what the device has no memory for is tried again in halves.
         """
         views = sorted(views, key=View.kind)
-        while views and not self.pause():
+        while views and not self.pause() and not self.over():
             part = views[:size]
             if not self.model.pads: # it cannot tell filler: one kind at a time
                 part = [x for x in part if x.kind() == views[0].kind()]
@@ -188,8 +189,8 @@ class Solver:
             args['dihedral'] = np.array([x.dihedral for x in views], np.uint8)
         return {name: torch.from_numpy(x).to(self.model.device) for name, x in args.items()}
 
-    def propose(self, views, deadline=float('inf')):
-        """ decode views, their answers become candidates. after the deadline no batch is begun, see over """
+    def propose(self, views):
+        """ decode views, their answers become candidates """
         def decoded(part, args):
             return decode(self.model, **args, p_min=self.cfg.p_min)
         earlier = {(x.query, x.number) for x in self.seen} # what is left are the batches that an earlier start had left
@@ -203,14 +204,12 @@ class Solver:
                 c = self.candidates[view.query].setdefault(grid_bytes(grid), Candidate(grid))
                 c.votes += answer.greedy
                 c.found.append((view.number, round(answer.log_prob, 4)))
-            if self.over(deadline):
-                return
 
-    def over(self, deadline):
-        """ is it past the deadline, of time.perf_counter, and has each query a candidate? """
-        return time.perf_counter() > deadline and all(self.candidates.values())
+    def over(self):
+        """ is it past the deadline, and has each query a candidate? """
+        return time.perf_counter() > self.deadline and all(self.candidates.values())
 
-    def judge(self):
+    def judge(self, rounds=((0, MOST_VIEWS),)):
         """ how probable are the candidates of a query under each of the views so far? a sole one needs no judge """
         best = {}
         for query, candidates in self.candidates.items():
@@ -221,12 +220,13 @@ class Solver:
             for x in part:
                 answers.append([dihedral(x.cmap[c.grid], x.dihedral) for c in best[x.query]])
             return score_answers(self.model, answers=answers, **args)
-        asked = [x for x in self.seen if len(best[x.query]) > 1]
         scores = defaultdict(list) # of each query, a list of log-probabilities a view
-        for part, by_view in self.each(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1), log_probs):
-            for x, log_probs_of_view in zip(part, by_view):
-                scores[x.query].append(log_probs_of_view)
-        if self.pause(): # not all were asked
+        for a, b in rounds:
+            asked = [x for x in self.seen if a <= x.number < b and len(best[x.query]) > 1]
+            for part, by_view in self.each(asked, max(self.cfg.decode_rows // self.cfg.score_most, 1), log_probs):
+                for x, log_probs_of_view in zip(part, by_view):
+                    scores[x.query].append(log_probs_of_view)
+        if self.pause(): # the same command goes on
             return
         for query, by_view in scores.items():
             for c, x in zip(best[query], np.mean(by_view, 0)):
@@ -375,11 +375,15 @@ class Job:
         keeper.solver = solver = Solver(cfg, model, self.autocast, sampler, queries, keeper)
         # on a gpu a step of all views that go together takes hardly longer than one of few
         first = max(cfg.decode_rows // len(queries), 1) if self.device.type == 'cuda' else 1
-        for a, b in view_rounds(cfg.views, cfg.minutes, first):
-            if not solver.over(deadline):
-                solver.propose([x for x in solver.views if a <= x.number < b], deadline)
+        rounds = view_rounds(cfg.views, cfg.minutes, first)
+        now = time.perf_counter()
+        share = 0.7 if cfg.select == 'product' else 1.0 # the rest is the judge's
+        solver.deadline = now + share * (deadline - now)
+        for a, b in rounds:
+            solver.propose([x for x in solver.views if a <= x.number < b])
+        solver.deadline = deadline
         if cfg.select == 'product':
-            solver.judge()
+            solver.judge(rounds)
         keeper.close()
 
 def solve(cfg):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoarc import decode as decoding, grids
-from nanoarc.decode import decode, score_answers
+from nanoarc.decode import decode, place, score_answers
 from nanoarc.grids import END, IN, OUT, PAD, ROW, VOCAB_SIZE, decode_grid, grid_bytes, may_follow, next_place
 from nanoarc.model import Model, ModelConfig
 
@@ -165,6 +165,36 @@ def test_an_answer_scored_is_as_probable_as_an_answer_decoded(mixer, monkeypatch
     scores = score_answers(model, idx[keep], pos[keep], answers, task[keep], dihedral[keep])
     for b, log_probs in zip(keep, scores):
         assert np.allclose(log_probs, [x.log_prob for x in found[b]], atol=1e-9)
+
+def test_answers_go_on_in_the_row_where_they_are_and_branches_where_one_has_ended():
+    rng = np.random.default_rng(0)
+    copies = 0
+    for _ in range(300):
+        n = int(rng.integers(1, 12))
+        go_on = rng.choice([0, 1, 1, 1, 2, 3], n) # answers that go on from each row
+        slot = torch.from_numpy(np.repeat(rng.permutation(n), go_on)) # rows are in any order
+        to, source = place(slot, n)
+        assert len(set(to.tolist())) == len(slot) and torch.equal(source[to], slot) # each finds what it is to know
+        if len(source) == n:
+            assert int((source != torch.arange(n)).sum()) == len(slot) - len(slot.unique()) # branches alone are copied
+        else:
+            copies += 1
+            assert len(slot) > n or len(slot) < 0.75 * n
+    assert 50 < copies < 250
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_written_where_they_change():
+    model, args = sharp_model('MA'), prompts(4, 9)
+    def read():
+        cache = model.cache()
+        model(args[0], pos=args[1], task=args[2][:, None], dihedral=args[3][:, None], cache=cache)
+        return cache, [layer.k if hasattr(layer, 'k') else layer.state for layer in cache.layers]
+    for rows in ([0, 1, 2, 3], [0, 3, 2, 3], [3, 2, 1, 0], [1, 1], [0, 1, 1, 2, 3]):
+        cache, before = read()
+        cache.keep(torch.tensor(rows))
+        after = [layer.k if hasattr(layer, 'k') else layer.state for layer in cache.layers]
+        for x, y, z in zip(before, after, read()[1]):
+            assert torch.equal(y, z[rows]) and (x is y) == (len(rows) == 4)
 
 def test_what_does_not_end_is_cut_short():
     idx, pos, *told = prompts(2, 8)

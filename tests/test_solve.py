@@ -22,6 +22,7 @@ from test_decode import next_scores
 from nanoarc import checkpoint, grids, solve as solving, submission as sub
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig, Sampler
+from nanoarc.decode import score_answers
 from nanoarc.grids import END, IN, OUT, ROW, dihedral, encode_grid, next_place, undo_augment
 from nanoarc.run import load_run
 from nanoarc.solve import SolveConfig, Solver, make_views, solve
@@ -286,6 +287,23 @@ def test_minutes_bound_the_views_and_every_query_gets_one(tiny_run, tmp_path):
     for x in lines:
         assert set(x['views']) == {0}
         assert x['score'] is None or abs(x['score'] - x['log_prob']) < 1e-3 # nor is a candidate judged under others
+
+def test_minutes_bound_the_judge_and_what_he_asked_goes_by_all_queries(tiny_run, tmp_path, monkeypatch, short_answers):
+    now, asked = [0.0], []
+    def slow(*args, answers, **how):
+        now[0] += 25
+        asked.append(len(answers))
+        return score_answers(*args, answers=answers, **how)
+    monkeypatch.setattr(solving, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(solving, 'score_answers', slow)
+    solve(SolveConfig(run=tiny_run[0], data=tiny_run[1], out_dir=str(tmp_path), views=16, minutes=1, p_min=0.01,
+                      decode_rows=64, device='cpu')) # the judge asks 8 views at a time
+    scores = defaultdict(list)
+    for line in (tmp_path / 'candidates.jsonl').read_text().splitlines():
+        x = json.loads(line)
+        scores[x['task'], x['query']].append(x['score'])
+    assert len(asked) == 3 and len(scores) == 8 # at 0, 25 and 50 seconds
+    assert all(len(x) == 1 or any(x) for x in scores.values())
 
 def test_kaggles_files_are_solved_without_a_network(tiny_run, tmp_path):
     """ the challenges as they lie in a notebook, answers nowhere, and every socket is an error """
