@@ -280,8 +280,8 @@ CONTROLS = [
         "test_model.py::test_attention_sees_what_it_should_on_every_path"),
     Control(
         "a window that decoding forgets", 'model.py',
-        "        if window > 0:\n            first =",
-        "        if window > 0 and T > 1:\n            first =",
+        "    if window > 0:\n        first =",
+        "    if window > 0 and T > 1:\n        first =",
         "test_model.py::test_cached_decoding_equals_the_full_forward"),
     Control(
         "documents that see each other", 'model.py',

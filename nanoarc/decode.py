@@ -5,9 +5,9 @@ model remembers of it (model.Cache) is gone on with, a token at a time.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from nanoarc.grids import END, MAX_GRID, PAD, ROW, VOCAB_SIZE, encode_grid, may_follow, next_place
 
@@ -42,9 +42,8 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
     of each prompt the greedy answer, and every other one of at least p_min: what ARChitects' depth-first search finds
     (github.com/da-fr/arc-prize-2024). here all open answers take a step together, at most 1 / p_min of a prompt.
     """
-    B, device = len(idx), idx.device
+    B = len(idx)
     cache, logits, told = read_prompts(model, idx, pos, task, dihedral, doc)
-    row, col, z = pos[:, -1].cpu().long().unbind(-1)
     logits = logits.cpu() # where all that follows is thought
     live = { # answers that have not ended
         'prompt': torch.arange(B),
@@ -52,15 +51,15 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         'tokens': torch.zeros(B, 0, dtype=torch.int64),
         'log_prob': torch.zeros(B, dtype=logits.dtype),
         'greedy': torch.ones(B, dtype=torch.bool),
-        'row': row, 'col': col, 'z': z, # the place of its last token
-        'width': torch.zeros(B, dtype=torch.int64), # of its first row, 0 while that is open
     }
+    for name in ('row', 'col', 'width'): # place of its last token, width of its first row, 0 while that is open
+        live[name] = torch.zeros(B, dtype=torch.int64)
     every_token = torch.arange(VOCAB_SIZE)
-    found, slots = [], B
+    found = []
     for _ in range(most):
         # each answer goes on by its best token, as long as it is the greedy one, and by all that keep it above p_min
         legal = may_follow(every_token, live['row'][:, None], live['col'][:, None], live['width'][:, None])
-        scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1) # (b, 16)
+        scores = logits[live['slot']].masked_fill(~legal, float('-inf')).log_softmax(-1) # (b, 16)
         best = F.one_hot(scores.argmax(-1), VOCAB_SIZE).bool() & live['greedy'][:, None] # (b, 16)
         probable = live['log_prob'][:, None] + scores >= math.log(p_min) # (b, 16)
         parent, token = (best | probable).nonzero(as_tuple=True)
@@ -69,23 +68,22 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         live['log_prob'] = live['log_prob'] + scores[parent, token]
         live['tokens'] = torch.cat([live['tokens'], token[:, None]], 1)
         live['width'] = torch.where((token == ROW) & (live['row'] == 0), live['col'], live['width'])
-        live['row'], live['col'], live['z'] = next_place(live['row'], live['col'], live['z'], token)
+        live['row'], live['col'], _ = next_place(live['row'], live['col'], 1, token)
         # some have ended
         ended = token == END
         found += to_answers(live, ended)
         live = {name: x[~ended] for name, x in live.items()}
         if len(live['slot']) == 0: # or what was open has become too improbable
             return found
-        live['slot'], source = place(live['slot'], slots)
-        if not torch.equal(source, torch.arange(slots)):
+        live['slot'], source = place(live['slot'], len(logits))
+        if not torch.equal(source, torch.arange(len(logits))):
             cache.keep(source)
             told = {name: x[source] for name, x in told.items()}
-            slots = len(source)
-        step = torch.zeros(slots, 1, 4, dtype=torch.int64)
-        step[live['slot'], 0] = torch.stack([live['row'], live['col'], live['z'], live['tokens'][:, -1]], -1)
-        step = step.to(device)
-        logits, _ = model(step[..., 3], pos=step[..., :3], **told, cache=cache)
-        logits = logits[:, -1].cpu()[live['slot']] # waits for the device, once a step
+        step = torch.ones(len(source), 1, 4, dtype=torch.int64) # z = 1
+        step[live['slot'], 0, :3] = torch.stack([token[~ended], live['row'], live['col']], -1)
+        step = step.to(idx.device)
+        logits, _ = model(step[..., 0], pos=step[..., 1:], **told, cache=cache)
+        logits = logits[:, -1].cpu() # waits for the device, once a step
     # cut short. never at the default of `most`: by then the grammar has forced an END
     return found + to_answers(live, torch.ones_like(live['greedy']))
 
@@ -119,13 +117,9 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     for i, grids in enumerate(answers):
         prompt += [i] * len(grids)
         written += [encode_grid(grid) + [END] for grid in grids]
-    first_rows = [tokens.index(ROW) for tokens in written]
-    width = torch.tensor(first_rows, device=idx.device)[:, None] # (b, 1)
-    n = max(len(tokens) for tokens in written)
-    tokens = np.full((len(written), n), PAD)
-    for i, x in enumerate(written):
-        tokens[i, : len(x)] = x
-    tokens = torch.from_numpy(tokens).to(idx.device) # (b, n)
+    width = torch.tensor([tokens.index(ROW) for tokens in written], device=idx.device)[:, None] # (b, 1)
+    tokens = pad_sequence([torch.tensor(x) for x in written], batch_first=True, padding_value=PAD).to(idx.device)
+    n = tokens.size(1) # (b, n)
     filler = tokens == PAD
     # (row, col) of the token before each one, the first time OUT. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
     place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)
@@ -142,9 +136,5 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
     legal = may_follow(every_token, row[..., None], col[..., None], known_width[..., None])
     legal = legal | filler[..., None] # its scores are dropped below
     scores = logits.masked_fill(~legal, float('-inf')).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    sums = scores.masked_fill(filler, 0).sum(1).tolist()
-    found, i = [], 0
-    for grids in answers:
-        found.append(sums[i : i + len(grids)])
-        i += len(grids)
-    return found
+    sums = scores.masked_fill(filler, 0).sum(1)
+    return [x.tolist() for x in sums.split([len(grids) for grids in answers])]

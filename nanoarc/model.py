@@ -286,11 +286,9 @@ def tile_number(pos, size):
 BLOCK = 128 # queries that see the same slice of the keys, on cpu and in FlexAttention
 
 class Span(NamedTuple):
-    """ queries begin:end look at keys first_key:end_key """
-    begin: int
-    end: int
-    first_key: int
-    end_key: int
+    """ the next n queries look at these keys """
+    n: int
+    keys: slice
     bias: torch.Tensor # (B or 1, 1, queries, keys) of 0 and -inf, added to the scores. None = they see all these keys
 
 def make_mask(x, past, doc, window, how):
@@ -313,23 +311,23 @@ def make_mask(x, past, doc, window, how):
     size = BLOCK if how == 'blocks' else T
     for begin in range(0, T, size):
         end = min(begin + size, T)
-        first_key, end_key = 0, past + end
+        start = 0 # the first key
         if how == 'blocks':
-            first_key = int(first[:, begin].min())
+            start = int(first[:, begin].min())
         elif window > 0:
-            first_key = max(past + begin + 1 - window, 0)
+            start = max(past + begin + 1 - window, 0)
         bias = None
         if T > 1 or doc is not None: # else it is one more token, which sees all of these
-            j = torch.arange(first_key, end_key, device=x.device)
+            j = torch.arange(start, past + end, device=x.device)
             ok = (j >= first[:, begin:end, None]) & (j <= last[begin:end]) # (B or 1, queries, keys)
             bias = torch.zeros(ok.shape, dtype=x.dtype, device=x.device).masked_fill(~ok, float('-inf'))[:, None]
-        spans.append(Span(begin, end, first_key, end_key, bias))
+        spans.append(Span(end - begin, slice(start, past + end), bias))
     return spans
 
 def block_mask(first):
     """
-    first (B, T) int32, never less than before: token i sees those from first[i] to i -> BlockMask. which blocks of keys
-    a block of queries sees follows from its first query and its last one, so nothing of T x T is made
+    first (B, T) int32, never less than before: token i sees first[i] to i -> BlockMask. what a block of queries sees
+    follows from its first and its last one, so nothing of T x T is made
     """
     T = first.size(1)
     q = torch.arange(math.ceil(T / BLOCK), dtype=torch.int32, device=first.device)
@@ -380,7 +378,7 @@ class Attention(nn.Module):
         y = attend(q, k, v, shared.masks[self.kind]) # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
-# of FlexAttention's forward kernel. with torch's own, 4 warps for 128 x 128, it has no room in its registers on Hopper
+# of FlexAttention. torch's own forward kernel, 128 x 128 in 4 warps, has no room in the registers of Hopper
 FORWARD = {'fwd_BLOCK_M': 128, 'fwd_BLOCK_N': 64, 'fwd_num_warps': 8}
 
 def attend(q, k, v, mask):
@@ -393,11 +391,8 @@ def attend(q, k, v, mask):
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     y = []
-    sizes = [span.end - span.begin for span in mask]
-    for span, qs in zip(mask, q.split(sizes, 2)):
-        ks = k[:, :, span.first_key : span.end_key]
-        vs = v[:, :, span.first_key : span.end_key]
-        y.append(attend_to_all(qs, ks, vs, span.bias))
+    for span, qs in zip(mask, q.split([span.n for span in mask], 2)):
+        y.append(attend_to_all(qs, k[:, :, span.keys], v[:, :, span.keys], span.bias))
     return torch.cat(y, 2)
 
 def attend_to_all(q, k, v, bias):

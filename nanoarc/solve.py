@@ -137,7 +137,7 @@ class Solver:
         """ queries: {(task, query) by number: pair of the sampler}. keeper: what is known of them, None = nothing """
         self.cfg, self.model, self.autocast = cfg, model, autocast
         self.pause = keeper.pause if keeper else lambda: False # called between batches: is it to stop?
-        self.deadline = float('inf') # of time.perf_counter. no batch is begun after it, see over
+        self.deadline = float('inf') # see over
         self.views = []
         self.seen = [] # views that were decoded
         self.candidates = {} # {query: {bytes of a grid: Candidate}}
@@ -206,7 +206,7 @@ class Solver:
                 c.found.append((view.number, round(answer.log_prob, 4)))
 
     def over(self):
-        """ is it past the deadline, and has each query a candidate? """
+        """ is it past the deadline, of time.perf_counter, and has each query a candidate? then no batch is begun """
         return time.perf_counter() > self.deadline and all(self.candidates.values())
 
     def judge(self, rounds=((0, MOST_VIEWS),)):
