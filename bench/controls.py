@@ -324,6 +324,11 @@ CONTROLS = [
         "FORGET = -9.0",
         "test_model.py::test_ssd_matches_the_recurrence"),
     Control(
+        "a chunk that sees what comes after it", 'model.py',
+        ".tril().exp().tril()",
+        ".tril().exp()",
+        "test_model.py::test_chunks_handed_on_at_once_are_those_of_a_chain"),
+    Control(
         "a state that does not decay", 'model.py',
         "new[:, i] + state * keep[:, i]",
         "new[:, i] + state",

@@ -453,15 +453,26 @@ def hand_on(x, s, Bm, state):
     """ as in ssd, by chunks -> the state before each chunk (B, n, nh, hs, ns), and that after the last one """
     until_end = (s[..., -1:] - s).exp() # decay from each token to the end of its chunk
     x = (x * until_end[..., None]).type_as(x)
-    new = (x.transpose(3, 4) @ Bm[:, :, None]).type_as(s) # (B, n, nh, hs, ns) what each chunk adds
-    keep = s[..., -1, None, None].exp() # (B, n, nh, 1, 1) what is left of a state after a chunk
+    new = x.transpose(3, 4) @ Bm[:, :, None] # (B, n, nh, hs, ns) what each chunk adds
     if state is None:
         state = torch.zeros_like(new[:, 0])
-    before = []
+    if s.is_cuda:
+        return hand_on_at_once(new, s[..., -1], state)
+    keep = s[..., -1, None, None].exp() # (B, n, nh, 1, 1) what is left of a state after a chunk
+    new, before = new.type_as(s), []
+    state = state.type_as(s)
     for i in range(new.size(1)):
         before.append(state)
         state = new[:, i] + state * keep[:, i]
     return torch.stack(before, 1), state
+
+def hand_on_at_once(new, s, state):
+    """ the same as one product. s (B, n, nh) log decay of each chunk. a chain of steps has no room in registers """
+    new = torch.cat([state.type_as(new)[:, None], new], 1).permute(0, 2, 1, 3, 4) # (B, nh, n + 1, hs, ns)
+    s = F.pad(s.transpose(1, 2).cumsum(2), (1, 0)) # (B, nh, n + 1) log decay until each border
+    L = (s[..., :, None] - s[..., None, :]).tril().exp().tril() # (B, nh, n + 1, n + 1)
+    states = (L.type_as(new) @ new.flatten(3)).unflatten(3, new.shape[3:]).transpose(1, 2)
+    return states[:, :-1], states[:, -1].type_as(s)
 
 class Mamba2(nn.Module):
     """ project, short causal convolution, selective state space, gated norm, project """

@@ -16,7 +16,8 @@ from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 from nanoarc.decode import decode
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, decode_grid, dihedral, may_follow, next_place
 from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Mamba2, Model, ModelConfig, Muon, Shared, Span, attend,
-                           frame_places, input_sizes, make_mask, orthogonalize, read_frames, ssd, tile_number, width_lr)
+                           frame_places, hand_on_at_once, input_sizes, make_mask, orthogonalize, read_frames, ssd,
+                           tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
 SWITCHES = {'plain': {}, 'qk_norm': dict(qk_norm=True), 'gqa': dict(n_kv_head=1), 'loops': dict(loops=2),
@@ -118,6 +119,20 @@ def test_ssd_has_the_gradient_of_the_recurrence():
         ((y ** 2).sum() + state.sum()).backward()
         grads.append([v.grad for v in z])
     assert all((p - q).abs().max() < 1e-9 for p, q in zip(*grads))
+
+def test_chunks_handed_on_at_once_are_those_of_a_chain():
+    torch.manual_seed(1337)
+    new, s = torch.randn(2, 6, 3, 4, 5).double(), -3 * torch.rand(2, 6, 3).double()
+    s[:, 3] = FORGET
+    args = [x.requires_grad_() for x in (new, s, torch.randn(2, 3, 4, 5).double())]
+    h, before = args[2], []
+    for i in range(6):
+        before.append(h)
+        h = new[:, i] + h * s[:, i, :, None, None].exp()
+    want, found = (torch.stack(before, 1), h), hand_on_at_once(*args)
+    g = [torch.randn_like(x) for x in want]
+    for x, y in zip(found + torch.autograd.grad(found, args, g), want + torch.autograd.grad(want, args, g)):
+        assert relative(x, y) < 1e-10
 
 def test_gradcheck_of_ssd():
     *inputs, _ = scan_inputs(7, B=1, nh=2, hs=2, ns=3)
