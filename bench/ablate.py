@@ -5,7 +5,7 @@ trains in --minutes on one core: how fast an arm is, is measured first, so later
 evaluation answers may judge nothing here, so small tasks of arc1/training play the evaluation tasks: they are dealt
 into --folds, and in each fold a model is trained on the other small tasks and on the demos of its own, eight times an
 epoch as in the quickstart. the queries of its own are asked afterwards, over all folds each small task once: 81 tasks,
-85 queries. an arm is compared with the default query by query, both with the same seeds; the error is that
+91 queries. an arm is compared with the default query by query, both with the same seeds; the error is that
 of a mean over queries. solved: by the two attempts of `solve` with 8 views. found: among the candidates. nats: per
 output token, over 8 augments of each query.
 

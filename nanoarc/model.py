@@ -559,7 +559,7 @@ class Block(nn.Module):
         self.mixer = Mamba2(cfg) if kind == 'M' else Attention(cfg, kind)
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = nn.Dropout(cfg.dropout) if cfg.dropout > 0 else nn.Identity()
 
     def forward(self, x, shared, cache=None):
         x = x + self.drop(self.mixer(self.norm1(x), shared, cache)) # (B, T, C)
@@ -578,7 +578,7 @@ class Model(nn.Module):
         super().__init__()
         self.cfg = cfg = cfg.resolved()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = nn.Dropout(cfg.dropout) if cfg.dropout > 0 else nn.Identity()
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
             self.wdih = nn.Embedding(8, cfg.n_embd)

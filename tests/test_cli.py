@@ -245,7 +245,7 @@ def test_what_does_not_go_with_resume_says_why(tiny_run, capsys, flag):
     (['--config=no.toml'], "no.toml"), (['--resume=/no/run'], "no checkpoint here"),
     (['--init_from=/no/run'], "no checkpoint here"), (['--colors=blue'], "colors='blue'"),
     (['--loss_on=x'], "loss_on='x'"), (['--shots=-2'], "shots=-2"), (['--grad_accum=0'], "grad_accum"),
-    (['--seed=-1'], "seed=-1"), (['--n_embd=40', '--mixer=A'], "n_embd=40"), (['--head_size=2'], "head_size=2"),
+    (['--seed=-1'], "seed=-1"), (['--n_embd=40', '--frames='], "n_embd=40"), (['--head_size=2'], "head_size=2"),
     (['--device=gpu'], "device='gpu'"), (['--vocab_size=10'], "vocab_size=10"), (['--val_tasks=-1'], "val_tasks=-1"),
     (['--mixer=M', '--d_conv=1'], "d_conv=1"), (['--n_task=9'], "n_task=9"), (['--batch_tokens=0'], "batch_tokens=0"),
 ])

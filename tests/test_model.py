@@ -28,7 +28,8 @@ def make(mixer='A', n_task=4, **kwargs):
     torch.manual_seed(1337)
     if mixer == 'frames':
         mixer, kwargs = 'MA', {**SWITCHES['frames'], **kwargs}
-    tiny = dict(n_layer=2, n_embd=32, frames='', head_size=16, d_head=16, d_state=8, chunk_size=5, window=7)
+    tiny = dict(n_layer=2, n_embd=32, frames='', dropout=0.0, head_size=16, d_head=16, d_state=8, chunk_size=5,
+                window=7)
     model = Model(ModelConfig(mixer=mixer, n_task=n_task, **{**tiny, **kwargs})).double()
     with torch.no_grad():
         for p in model.parameters():

@@ -45,15 +45,15 @@ from nanoarc.train import TrainConfig
 pytestmark = pytest.mark.reliability
 
 SETTINGS = dict(minutes=0, max_iters=24, save_every=4, eval_every=6, draw_every=0, log_every=3, grad_accum=2,
-                device='cpu', dtype='float32', compile='off')
+                ema=0.0, device='cpu', dtype='float32', compile='off')
 MODEL = dict(n_layer=2, n_embd=32, head_size=16, dropout=0.0)
 MODEL_FLAGS = [f"--{name}={x}" for name, x in MODEL.items()]
 
-def run(out, src, resume=False, **kwargs):
+def run(out, src, resume=False, dropout=0.0, **kwargs):
     """ a small training, in this process: 24 steps of some milliseconds each, everything logged -> meta """
     settings = {**SETTINGS, 'resume' if resume else 'out_dir': str(out), **kwargs}
     data_cfg = DataConfig(data=src, batch_tokens=60, val_tasks=2)
-    return train.train(TrainConfig(**settings), ModelConfig(**MODEL), data_cfg)
+    return train.train(TrainConfig(**settings), ModelConfig(**{**MODEL, 'dropout': dropout}), data_cfg)
 
 def go_on(out, src, **kwargs):
     """ whatever there is of a run, to its end """
@@ -982,7 +982,7 @@ def masked_run(rank, out, src, **kwargs):
             masks.append(mask.numpy().tobytes().hex())
         return x * mask
     torch.nn.Dropout.forward = dropped
-    run(out, src, **kwargs)
+    run(out, src, dropout=0.2, **kwargs)
     (out / f"masks-{rank}-{time.time_ns()}.json").write_text(json.dumps(masks))
 
 def masks_of(out, rank):

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from nanoarc import sweep
 from nanoarc.cli import main as cli
 from nanoarc.data import DataConfig
-from nanoarc.model import ModelConfig
+from nanoarc.model import ModelConfig, width_lr
 from nanoarc.run import Run, apply_values, read_metrics, read_toml
 from nanoarc.sweep import SweepConfig, all_values, by_run, first_trial, read_space, to_toml
 from nanoarc.train import TrainConfig, get_lr
@@ -117,10 +117,8 @@ def test_every_choice_of_the_shipped_spaces_is_a_model(name):
 def test_the_first_trial_of_the_small_space_is_the_default():
     _, search, base = read_space(ROOT / 'runs' / 'sweep_small.toml')
     first = first_trial(search, base)
-    lr = 5e-3 * (128 / 96) ** 0.5 # as the width has it
-    assert first == {'n_layer': 2, 'n_embd': 96, 'lr': lr, 'adam_lr': lr, 'weight_decay': 0.1, 'decay_frac': 0.5,
-                     'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.998,
-                     'dropout': 0.1}
+    assert first == {'n_layer': 2, 'n_embd': 96, 'lr': width_lr(96), 'adam_lr': width_lr(96), 'weight_decay': 0.1,
+                     'decay_frac': 0.5, 'batch_tokens': 2048, 'p_identity': 0.2, 'ema': 0.998, 'dropout': 0.1}
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -300,8 +298,8 @@ def test_a_trial_has_its_share_of_the_threads(space, tmp_path, monkeypatch):
             super().__init__(['true'], env=env, **kwargs)
     monkeypatch.setattr(sweep.subprocess, 'Popen', Child)
     monkeypatch.setattr(sweep.torch, 'get_num_threads', lambda: 7)
-    sweep.sweep(SweepConfig(str(space(widths=(64, 128))), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
+    sweep.sweep(SweepConfig(str(space(widths=(64, 96))), out_dir=str(tmp_path / 'out'), trials=1, jobs=2))
     assert seen == ['3']
     trial, = study_of(tmp_path / 'out').trials
-    assert trial.params == {'n_embd': 128, 'lr': 5e-3} # the first one is the default
+    assert trial.params == {'n_embd': 96, 'lr': width_lr(96)} # the first one is the default
     assert trial.user_attrs['error'] == "stopped from outside"

@@ -284,7 +284,7 @@ def test_validation_leaves_the_compiled_blocks_to_training(toy, mixer, monkeypat
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
     src = toy(n=30, side=9)
     ds = ArcDataset(DataConfig(data=src, batching='pack', block_size=512, batch_tokens=1024, val_tasks=15))
-    model = Model(ModelConfig(mixer=mixer, n_layer=4, n_embd=32, head_size=16, n_task=30))
+    model = Model(ModelConfig(mixer=mixer, n_layer=4, n_embd=32, head_size=16, dropout=0.0, n_task=30))
     calls, graphs = [], []
     def backend(graph, _):
         graphs.append(graph)

@@ -207,11 +207,11 @@ def test_the_picture_of_losses_has_plain_numbers_and_what_is_solved(tiny_run, tm
 def live(run):
     """ `nanoarc view RUN --live` in a terminal of its own -> (process, function that waits until it shows words) """
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 90, 0, 0)) # rows, columns
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 200, 0, 0)) # rows, columns
     code = ("import sys; from nanoarc import view; view.watch.__defaults__ = (0.05,); "
             "from nanoarc.cli import main; main(['view', sys.argv[1], '--live'])")
     process = subprocess.Popen([sys.executable, '-c', code, str(run)], stdin=its, stdout=its, stderr=its,
-                               env={**os.environ, 'TERM': 'xterm'})
+                               env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '200'})
     os.close(its)
     text = ""
     def wait_for(words, seconds=60):
