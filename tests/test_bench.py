@@ -34,7 +34,7 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path):
                '--max_pair', '28', '--views', '1', '--out', str(tmp_path)]
     (tmp_path / 'speed.json').write_text('{"default": 0.2}') # as if it had been measured: the arm still is to be
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    blind = list(tmp_path.glob('fold*_of_2/blind/*.json'))
+    blind = list(tmp_path.glob('fold*_of_2_*/blind/*.json'))
     assert len(blind) == 16 and 'failed' not in first
     for path in blind:
         assert not any('output' in query for query in json.loads(path.read_text())['test'])
@@ -112,7 +112,7 @@ def test_flops_a_token_are_those_of_the_batches():
     import model as bench
     cfg = DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512)
     ds = make_dataset(cfg, 1)
-    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32), ds)
+    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32, frames=''), ds)
     batch = ds.loader(0, 1, 'cpu').next_batch()
     weights = 6 * (12 * 32 * 32 // 3 + 3 * 32 * 80 + 16 * 32) # of a token: qkv and proj, SwiGLU, head
     one = bench.flops(model, batch.doc) / batch.doc.numel()
