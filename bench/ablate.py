@@ -36,8 +36,8 @@ from rich.table import Table
 from nanoarc import checkpoint, run, solve, train
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
 from nanoarc.grids import ROW
-from nanoarc.model import Block, Model, ModelConfig, width_lr
-from nanoarc.sources import read_source, read_tasks
+from nanoarc.model import Block, Mamba2, Model, ModelConfig, width_lr
+from nanoarc.sources import read_source, read_tasks, to_json
 from nanoarc.submission import read_candidates, score
 
 def mdlarc_positions(idx, pos, dihedral):
@@ -90,6 +90,7 @@ class ConvMLP(nn.Module):
         self.fc, self.proj = mlp.fc, mlp.proj
         self.conv = nn.Parameter(torch.zeros(width, self.proj.in_features))
         self.conv[0] = 1 # begins as the SwiGLU alone
+        self.register_buffer('conv_bias', torch.zeros(self.proj.in_features)) # Mamba2.convolve asks for one
 
     def forward(self, x, shared, cache):
         gate, value = self.fc(x).chunk(2, -1)
@@ -101,14 +102,7 @@ class ConvMLP(nn.Module):
         h = torch.cat([last, h], 1)
         if cache is not None:
             cache.hidden = h[:, T:]
-        w = self.conv.to(h.dtype)
-        y = h[:, K - 1 :] * w[0]
-        for k in range(1, K):
-            earlier = h[:, K - 1 - k : K - 1 - k + T]
-            if shared.same is not None:
-                earlier = earlier * shared.same[k]
-            y = y + earlier * w[k]
-        return self.proj(F.silu(y))
+        return self.proj(F.silu(Mamba2.convolve(self, h, T, shared.same)))
 
 class ConvBlock(Block):
     def forward(self, x, shared, cache=None):
@@ -250,13 +244,11 @@ def patched(inputs, of_model):
 
 def write_task(folder, task, answered):
     """ a Task as a file of that folder, with or without the answers """
-    demos = [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.demos]
-    queries = [{'input': x.tolist(), 'output': y.tolist()} for x, y in task.queries]
+    data = to_json(task)
     if not answered:
-        for query in queries:
+        for query in data['test']:
             del query['output']
-    data = json.dumps({'train': demos, 'test': queries}).encode()
-    checkpoint.write_file(folder / f"{task.name}.json", data)
+    checkpoint.write_file(folder / f"{task.name}.json", json.dumps(data).encode())
 
 def write_inverse(folder, task):
     """ the task that has our outputs as inputs. its query is of no use """
