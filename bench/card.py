@@ -55,7 +55,7 @@ def attention(doc, heads, rounds):
 def decoding(mixer, size, device, autocast, B=333, T=900):
     """ -> list of results, with cuDNN and without """
     torch.manual_seed(1337)
-    cfg = nano.ModelConfig(mixer=mixer, head_size=64, n_task=2, **parse_size(size))
+    cfg = nano.ModelConfig(mixer=mixer, frames='', head_size=64, n_task=2, **parse_size(size))
     model = nano.Model(cfg).to(device).eval()
     idx, place = torch.randint(0, 10, (B, T), device=device), torch.arange(T, device=device)
     pos = torch.stack([place // 31 % 31, place % 31, 0 * place], -1).to(torch.uint8).repeat(B, 1, 1)
