@@ -75,7 +75,7 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
         live = {name: x[~ended] for name, x in live.items()}
         if len(live['slot']) == 0: # or what was open has become too improbable
             return found
-        live['slot'], source = place(live['slot'], len(logits))
+        live['slot'], source = assign_rows(live['slot'], len(logits))
         if not torch.equal(source, torch.arange(len(logits))):
             cache.keep(source)
             told = {name: x[source] for name, x in told.items()}
@@ -87,7 +87,7 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
     # cut short. never at the default of `most`: by then the grammar has forced an END
     return found + to_answers(live, torch.ones_like(live['greedy']))
 
-def place(slot, n):
+def assign_rows(slot, n):
     """
     rows of a cache of n that open answers go on from -> to which row each goes, and for each row which one is to come
     there. a copy of all is dear: who ended leaves a row behind, a branch takes it

@@ -638,7 +638,7 @@ FIRST = """
   --shots N          demos put before a pair: -1 = all that fit. 0 = each task an embedding
   --max_pair N       leave out tasks with larger demos, e.g. 100 tokens. 0 = none
   --minutes N        how long to train
-  --depth N          size of the model: N layers, 32 N wide
+  --depth N          size of the model: N layers, about 48 N wide
   --mixer PATTERN    what the layers are: A = attention, M = mamba-2, e.g. MA
   --rank N           size of the LoRA adapters, 0 = train all weights
   --batch_tokens N   tokens of a batch

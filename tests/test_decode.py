@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoarc import decode as decoding, grids
-from nanoarc.decode import decode, place, score_answers
+from nanoarc.decode import assign_rows, decode, score_answers
 from nanoarc.grids import END, IN, OUT, PAD, ROW, VOCAB_SIZE, decode_grid, grid_bytes, may_follow, next_place
 from nanoarc.model import Model, ModelConfig
 
@@ -173,7 +173,7 @@ def test_answers_go_on_in_the_row_where_they_are_and_branches_where_one_has_ende
         n = int(rng.integers(1, 12))
         go_on = rng.choice([0, 1, 1, 1, 2, 3], n) # answers that go on from each row
         slot = torch.from_numpy(np.repeat(rng.permutation(n), go_on)) # rows are in any order
-        to, source = place(slot, n)
+        to, source = assign_rows(slot, n)
         assert len(set(to.tolist())) == len(slot) and torch.equal(source[to], slot) # each finds what it is to know
         if len(source) == n:
             assert int((source != torch.arange(n)).sum()) == len(slot) - len(slot.unique()) # branches alone are copied
