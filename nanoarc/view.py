@@ -236,6 +236,7 @@ def watch(run, seconds=1.0):
         while not end_of(run):
             time.sleep(seconds)
             live.update(screen(run), refresh=True)
+        live.update(screen(run), refresh=True) # it may have ended after the one before
 
 def solved_of(run):
     """ "14 of 34" tasks, or "" where nothing was solved or not every answer is known """
@@ -417,8 +418,9 @@ def draw_val(model, ds, out, n=4):
 
 def draw_loss(runs, out):
     """ training and validation loss of one or several run directories -> a png """
+    plt = pyplot() # before anything of matplotlib is imported
     from matplotlib.ticker import LogLocator, NullLocator
-    fig, ax = pyplot().subplots(figsize=(7, 4), layout='constrained')
+    fig, ax = plt.subplots(figsize=(7, 4), layout='constrained')
     for k, run in enumerate(runs):
         rows = need_metrics(run)
         name, color, val_color = f" of {Path(run).name}", f"C{k}", f"C{k}"

@@ -256,6 +256,14 @@ def test_a_run_is_watched_while_rows_are_written_and_until_it_ends(tmp_path):
     wait_for("400 steps, 1,234,567 tokens, 99 s")
     assert process.wait(20) == 0
 
+def test_the_last_screen_was_drawn_after_the_end(monkeypatch, tmp_path):
+    asked = iter(["", "", "400 steps"]) # the end comes between a screen and the question
+    seen = []
+    monkeypatch.setattr(view, 'screen', lambda run: seen.append('screen') or "")
+    monkeypatch.setattr(view, 'end_of', lambda run: seen.append('asked') or next(asked))
+    view.watch(tmp_path, seconds=0)
+    assert seen[-2:] == ['asked', 'screen']
+
 def test_watching_ends_with_ctrl_c(tiny_run, tmp_path):
     run = tmp_path / 'run'
     run.mkdir()
