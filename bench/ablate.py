@@ -149,6 +149,15 @@ def last_loops(n):
         model.blocks[0].register_forward_pre_hook(begins)
     return change
 
+def residual_in_bf16(model):
+    """ what blocks add up is rounded to bf16 after each sum, where autocast is on """
+    def begins(block, args):
+        x, *more = args
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()
+        return (x, *more)
+    model.blocks[0].register_forward_pre_hook(begins)
+
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
@@ -187,6 +196,7 @@ ARMS = {
     'M': dict(mixer='M'),
     'AM': dict(mixer='AM'),
     'zero projections': dict(model=zero_projections),
+    'residual in bf16': dict(model=residual_in_bf16, dtype='bfloat16'),
     '1d rope': dict(rope_bases=(10000.0,)),
     'qk norm': dict(qk_norm=True),
     'loops 2': dict(loops=2),
