@@ -62,6 +62,24 @@ def test_the_model_is_measured(tmp_path, flags):
     mixers = [word for word in flags if word.strip('AMS') == '']
     assert [row['mixer'] for row in json.loads(out.stdout.splitlines()[-1])] == mixers
 
+def test_without_cuda_a_line_says_that_no_gpu_can_be_counted(tmp_path):
+    env = {**ENV, 'CUDA_VISIBLE_DEVICES': '', 'OUT': str(tmp_path / 'out')}
+    done = subprocess.run(['bash', str(BENCH / 'gpu_static.sh')], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stdout == ''
+    assert len(done.stderr.splitlines()) == 1 and 'no CUDA here' in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+def test_a_product_counts_by_its_arithmetic_or_its_bytes_and_a_view_not_at_all():
+    import gpu_static
+    small, large = torch.zeros(2, 3), torch.zeros(2048, 2048)
+    for x, want in ((small, 4 * (3 * 2 + 2 * 3 + 2 * 2) / 4e12), (large, 2 * 2048 ** 3 / 650e12)):
+        with gpu_static.Eager() as eager:
+            x @ x.mT
+        assert eager.seconds == pytest.approx(want)
+    with gpu_static.Eager() as eager:
+        torch._foreach_add_([small, small], 1.0)
+    assert eager.seconds == pytest.approx(2 * 2 * 24 / 4e12) # read and written
+
 # -----------------------------------------------------------------------------
 # the leaderboard and the scripts that add to it
 
