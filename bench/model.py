@@ -420,7 +420,7 @@ def packed_row(mixer, args, n_task, batches, device, autocast, peak, top):
             for batch in batches:
                 run.step([batch])
         show_kernels("a training step", len(batches), steps, device)
-        decoding(run.model, device, autocast)
+        decoding(Model(cfg).to(device), device, autocast) # not compiled, as solve has it: keys grow each step
     return row
 
 def packed(args):
