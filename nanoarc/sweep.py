@@ -382,7 +382,7 @@ def sweep(cfg):
 # -----------------------------------------------------------------------------
 # the report
 
-CSS = ('body{font:14px sans-serif;margin:2em}td{padding:2px 10px}img{max-width:100%}'
+CSS = ('body{padding:0 12px 2em}td{padding:2px 10px}img{max-width:100%}table,pre{display:block;overflow-x:auto}'
        'tr:first-child,tr:nth-child(2){font-weight:bold}') # the names of the columns, and the best trial
 
 def number(x):
@@ -437,7 +437,9 @@ def report(study, out_dir, fixed, search):
         except Exception as e: # there is a report all the same
             print(f"warning: history.png and importance.png: {type(e).__name__}: {e}")
     title = escape(study.study_name)
-    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
+    style = Path(__file__).with_name('style.css').read_text('utf-8') + CSS
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+    page += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     page += f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'
     page += f'<h2>the same in all trials</h2><pre>{escape(to_toml(fixed))}</pre>'
     checkpoint.write_file(out_dir / 'report.html', page.encode())

@@ -285,6 +285,22 @@ def test_a_report_without_pictures_is_a_report(space, tmp_path, monkeypatch, cap
     assert "warning: history.png and importance.png: ValueError: no backend" in capsys.readouterr().out
     assert "2 trials, 2 complete" in (tmp_path / 'out' / 'report.html').read_text()
 
+@pytest.mark.browser
+def test_a_report_fits_a_phone_and_is_dark_in_the_dark(space, tmp_path, monkeypatch, driver):
+    monkeypatch.setattr(sweep.Sweep, 'follow', lambda *_: (0, False))
+    monkeypatch.setattr(sweep, 'read_metrics', lambda _: [{'step': 1, 'val_loss': 0.5, 'done': 1}])
+    cli(['sweep', str(space()), f"--out_dir={tmp_path / 'out'}", '--trials=2'])
+    dark = {'name': 'prefers-color-scheme', 'value': 'dark'}
+    driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [dark]})
+    screen = {'width': 390, 'height': 800, 'deviceScaleFactor': 1, 'mobile': True}
+    driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', screen)
+    driver.get((tmp_path / 'out' / 'report.html').as_uri())
+    assert driver.execute_script("return document.documentElement.scrollWidth") == 390 # the table scrolls by itself
+    color = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert color == 'rgb(22, 22, 22)'
+    driver.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+    driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': []})
+
 def test_a_sweep_without_its_database_is_one_line(space, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         cli(['sweep', str(space()), f"--out_dir={tmp_path / 'out'}", '--storage=nosuch://x'])
