@@ -13,7 +13,7 @@ SMALL="--max_pair=100"
 if began "$OUT"; then
     nanoarc train --resume "$OUT" "$@"
 else
-    echo "== training 5 minutes, into $OUT"
+    echo "== training into $OUT, 5 minutes unless --minutes says another number"
     nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' $SMALL --minutes 5 --out_dir "$OUT" "$@"
 fi
 echo "== solving 34 evaluation tasks, answers unseen"
