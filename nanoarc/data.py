@@ -693,10 +693,14 @@ class ArcDataset(torch.utils.data.Dataset):
     def about(self):
         """ a line of counts: what is here, and what is not """
         tasks, queries = len(self.sampler.key), len(self.val_pairs)
-        text = (f"{tasks} tasks, {len(self)} documents an epoch, {queries} validation queries; left out: "
-                f"{self.num_tasks_out} tasks over max_pair, {self.num_dropped} overlapping, {len(self.bad)} malformed; "
-                f"pairs: {self.num_pairs_out} generated over max_pair, {self.num_pairs_dropped} overlapping, "
-                f"{self.num_held} held out, {self.num_long} too long, {self.num_alone} without context")
+        text = f"{tasks} tasks, {len(self)} documents an epoch, {queries} validation queries"
+        out = {'tasks over max_pair': self.num_tasks_out, 'tasks overlapping': self.num_dropped,
+               'tasks malformed': len(self.bad), 'generated pairs over max_pair': self.num_pairs_out,
+               'generated pairs overlapping': self.num_pairs_dropped, 'pairs held out': self.num_held,
+               'pairs too long': self.num_long, 'pairs without context': self.num_alone}
+        left_out = [f"{n} {what}" for what, n in out.items() if n]
+        if left_out:
+            text += f"; left out: {', '.join(left_out)}"
         if len(self.sources) > 1:
             shares = [f"{x:.1%} {name}" for (name, _), x in zip(self.sources, self.shares)]
             text += f"; targets: {', '.join(shares)}"

@@ -373,7 +373,7 @@ class Log:
         with self.harmless("the progress line"):
             if self.bar:
                 self.bar.start()
-                self.bar.add_task("0/?", total=None)
+                self.bar.add_task("0", total=None)
         return self
 
     def __exit__(self, kind, error, _):
@@ -421,7 +421,7 @@ class Log:
         if self.tracker:
             with self.harmless(self.tracker.__name__):
                 self.tracker.log(values, step=step)
-        text = f"{step}/{max_iters or '?'}"
+        text = f"{step}/{max_iters}" if max_iters else f"{step}" # by the clock nobody knows how many there will be
         shown = {'loss': "loss {:.3f}", 'val_loss': "val {:.3f}", 'lr': "lr {:.0e}", 'tok_s': "{:,.0f} tok/s",
                  'wait': "wait {:.1%}"}
         for name, form in shown.items():

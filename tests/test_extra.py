@@ -69,7 +69,7 @@ def test_small_pairs_of_re_arc_are_more_of_the_small_tasks(re_arc):
     n = int(ds.sampler.is_extra.sum())
     assert ds.rows == without.rows and len(ds.rows) == 81 and ds.num_tasks_out == without.num_tasks_out == 319
     assert len(ds) == len(without) + n and (n, ds.num_pairs_out) == (799, 7301)
-    assert f"pairs: {ds.num_pairs_out} generated over max_pair" in ds.about()
+    assert f"{ds.num_pairs_out} generated pairs over max_pair" in ds.about()
     dealt = ArcDataset(DataConfig(data=re_arc, max_pair=100, val_tasks=0)) # and alone it is not nothing
     long = dealt.sampler.tables.tokens.max(0)
     assert long.max() <= 100 and len(dealt) + dealt.num_pairs_out == 40_000 and len(dealt) > n
