@@ -188,9 +188,11 @@ ARMS = {
     'mdlARC positions': dict(inputs=mdlarc_positions),
     'no dihedral embedding': dict(inputs=no_dihedral),
     '1024 tokens a step': dict(batch_tokens=1024),
+    '4096 tokens a step': dict(batch_tokens=4096),
     'pack 128': dict(batching='pack', block_size=128),
     'adapt*1': dict(repeat=1),
     'adapt*3': dict(repeat=3),
+    'adapt*16': dict(repeat=16),
     # the model
     'A': dict(mixer='A'),
     'M': dict(mixer='M'),
@@ -204,6 +206,7 @@ ARMS = {
     'mlp conv': dict(model=mlp_conv()),
     # the optimizer
     'lr x2': dict(lr_x=2),
+    '4096 tokens a step, lr x1.4': dict(batch_tokens=4096, lr_x=1.4),
     'lr x0.5': dict(lr_x=0.5),
     'AdamW only': dict(ns_steps=0),
     'AdamW only, lr 2e-3': dict(ns_steps=0, lr=2e-3),
