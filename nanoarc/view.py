@@ -47,8 +47,8 @@ def view(cfg):
         raise ValueError(f"--out {cfg.out}: want a .png or .html")
     if cfg.out.endswith('.html'):
         if len(cfg.things) != 1 or not (Path(cfg.things[0]) / 'candidates.jsonl').is_file():
-            raise ValueError(f"--out {cfg.out}: want one directory with a candidates.jsonl, as nanoarc solve writes it; "
-                             "tasks go into a .png")
+            raise ValueError(f"--out {cfg.out}: want one directory with a candidates.jsonl, as solve writes it. "
+                             "a task goes into a .png")
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
     elif cfg.live:
@@ -278,7 +278,7 @@ def draw(cfg):
         task = to_json(find_tasks([cfg.task], cfg.data)[0])
     write_html('draw.html', {'colors': PALETTE, 'name': name, 'task': task}, cfg.out)
     print(f"{cfg.out}: open it in a browser, draw, save {name}.json. then: nanoarc solve --run RUN --data {name}.json "
-          f"--out_dir out/{name}, with --ttt_steps 100 if the run has no demos in context, as the quickstart's has none")
+          f"--out_dir out/{name}, and --ttt_steps 100 if the run has no demos in context, as the quickstart has not")
 
 # what a run solved
 
