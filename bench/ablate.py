@@ -422,7 +422,8 @@ def difference(mine, base, measure):
     if len(delta) < 2:
         return None
     scale = 1 if measure == 'nats' else len(delta)
-    return scale * float(delta.mean()), scale * float(delta.std(ddof=1)) / len(delta) ** 0.5
+    error = scale * float(delta.std(ddof=1)) / len(delta) ** 0.5
+    return round(scale * float(delta.mean()), 6), round(error, 6) # the last bit is another one now and then
 
 def shown(x, digits):
     """ (difference, error) or None -> text """
