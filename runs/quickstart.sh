@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # the main job, end to end: set up, train on the small tasks of ARC-AGI-1 (every demo at most 100 tokens: 81 training
 # and 34 evaluation tasks, of the latter the demos alone), solve the 34 with two attempts each, score.
-# hardware: a laptop, 2 cpu cores. minutes: 6, of which 5 are training. dollars: 0. expect: about 20 of 34 solved
+# hardware: a laptop, 2 cpu cores. minutes: 6, of which 5 are training. dollars: 0. expect: about 18 of 34 solved
 # words are passed to the training: bash runs/quickstart.sh --seed=1. run again after an interruption, it continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +13,8 @@ SMALL="--max_pair=100"
 if began "$OUT"; then
     nanoarc train --resume "$OUT" "$@"
 else
+    echo "== how fast is this machine?"
+    python runs/expect.py "$@" || true
     echo "== training into $OUT, 5 minutes unless --minutes says another number"
     nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' $SMALL --minutes 5 --out_dir "$OUT" "$@"
 fi

@@ -19,7 +19,8 @@ from nanoarc.model import Model, ModelConfig
 from nanoarc.run import make_dataset
 
 BENCH = Path(__file__).parent.parent / 'bench'
-sys.path.insert(0, str(BENCH))
+RUNS = BENCH.parent / 'runs'
+sys.path[:0] = [str(BENCH), str(RUNS)]
 
 def test_flops_of_a_packed_row_are_those_of_its_documents():
     import model as bench
@@ -27,6 +28,22 @@ def test_flops_of_a_packed_row_are_those_of_its_documents():
     doc = torch.tensor([[0, 0, 0, 1, 1, -1]])
     weights = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) + net.head.weight.numel()
     assert bench.flops(net, doc) == 6 * weights * 5 + 3 * 4 * 32 * (6 + 3)
+
+def test_what_one_may_expect_of_the_quickstart_lies_between_what_was_measured():
+    import expect
+    points = list(expect.SOLVED.items())
+    assert points == sorted(points, key=lambda point: point[1]), "more tokens, more solved"
+    assert [expect.expected(tokens) for tokens, _ in points] == [solved for _, solved in points]
+    (a, low), (b, high) = points[:2]
+    assert expect.expected((a * b) ** 0.5) == pytest.approx((low + high) / 2)
+    assert expect.expected(1) == low and expect.expected(1e12) == points[-1][1]
+
+@pytest.mark.slow
+def test_the_quickstart_says_what_to_expect_here():
+    command = [sys.executable, str(RUNS / 'expect.py'), '--minutes=2', '--seed=3']
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=BENCH.parent).stdout
+    speed, tokens = re.match(r"([\d,]+) tokens/s here, ([\d.]+)M in 2 minutes: expect \d+ to \d+ of 34", out).groups()
+    assert float(tokens) == pytest.approx(120 * int(speed.replace(',', '')) / 1e6, abs=0.06)
 
 @pytest.mark.slow
 def test_an_ablation_goes_on_where_it_stopped(tmp_path):
