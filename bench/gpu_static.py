@@ -35,7 +35,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 PRODUCTS, MEMORY, ATTENTION, LAUNCH = 650e12, 4.0e12, 225e12, 2e-6 # FLOP/s, bytes/s, FLOP/s, seconds
-PEAK = 989e12 # for MFU, of an H100 or H200
 OUT = Path(os.environ.get('OUT', 'out/gpu_static'))
 
 def roofline(flops, nbytes):
@@ -149,10 +148,11 @@ def measure(args, folder):
     layers = of_layers(graphs, step.model.cfg.kinds)
     docs = [batch.doc.cpu() for batch in batches]
     parts = estimate(step.model.cfg, layers, docs, eager.seconds, sum(launches.values()))
-    flops = mean(bench.flops(step.model, doc) for doc in docs)
+    seconds = sum(parts.values()) / 1e3
+    mfu = mean(bench.flops(step.model, doc) for doc in docs) / seconds / (1e12 * bench.PEAK['H200'])
     return {'size': args.size, 'mixer': args.mixer, 'launches': launches, 'waits': waits, 'graphs': first,
             'recompiles': compiled['unique_graphs'] - first, 'layers': layers, 'host_ms': median(host),
-            'kernels': kernels(folder / 'triton'), 'parts_ms': parts, 'mfu': flops / sum(parts.values()) / PEAK * 1e3}
+            'kernels': kernels(folder / 'triton'), 'parts_ms': parts, 'mfu': mfu}
 
 def estimate(cfg, layers, docs, not_compiled, launches):
     """ -> milliseconds of a step, by the roofline, of its parts """

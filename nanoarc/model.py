@@ -550,6 +550,10 @@ class MLP(nn.Module):
         gate, value = self.fc(x).chunk(2, -1)
         return self.proj(F.silu(gate) * value)
 
+def make_dropout(share):
+    """ none of 0: compiled blocks have one graph then """
+    return nn.Dropout(share) if share > 0 else nn.Identity()
+
 class Block(nn.Module):
     """ pre-norm residual block around every mixer, mamba-2 too """
 
@@ -559,7 +563,7 @@ class Block(nn.Module):
         self.mixer = Mamba2(cfg) if kind == 'M' else Attention(cfg, kind)
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
-        self.drop = nn.Dropout(cfg.dropout) if cfg.dropout > 0 else nn.Identity()
+        self.drop = make_dropout(cfg.dropout)
 
     def forward(self, x, shared, cache=None):
         x = x + self.drop(self.mixer(self.norm1(x), shared, cache)) # (B, T, C)
@@ -578,7 +582,7 @@ class Model(nn.Module):
         super().__init__()
         self.cfg = cfg = cfg.resolved()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.drop = nn.Dropout(cfg.dropout) if cfg.dropout > 0 else nn.Identity()
+        self.drop = make_dropout(cfg.dropout)
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
             self.wdih = nn.Embedding(8, cfg.n_embd)

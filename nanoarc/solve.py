@@ -247,9 +247,10 @@ class Solver:
 
 def fine_tune(model, lr, corpora, data_cfg, rows, cfg, device, pause=lambda: False):
     """
-    test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of these
-    tasks. each demo is the target, under augments, with the others before it if in context; no answer is looked at.
-    pause() before each step: is it to stop? -> (model, {task key: row}). raises ValueError if weights are not finite
+    test-time training (Akyürek et al., arxiv 2411.07279): a copy of the model after cfg.ttt_steps on the demos of
+    these tasks. each demo is the target, under augments, with the others before it if in context; no answer is looked
+    at. pause() before each step: is it to stop? -> (model, {task key: row}). raises ValueError if weights are not
+    finite
     """
     data_cfg = replace(data_cfg, data='', adapt='', val_tasks=0, max_pair=0, batching='bucket',
                        batch_tokens=cfg.ttt_tokens)

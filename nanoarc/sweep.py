@@ -45,7 +45,7 @@ from nanoarc.run import Run, Signals, apply_values, exit_after, read_metrics, re
 from nanoarc.settings import check_numbers, differences
 from nanoarc.sources import BUNDLED
 from nanoarc.train import TrainConfig
-from nanoarc.view import pyplot
+from nanoarc.view import of_package, pyplot
 
 GRACE = 3 # heartbeats that a worker may miss
 NAME = "trial-{:04d}" # of a trial's directory
@@ -437,7 +437,7 @@ def report(study, out_dir, fixed, search):
         except Exception as e: # there is a report all the same
             print(f"warning: history.png and importance.png: {type(e).__name__}: {e}")
     title = escape(study.study_name)
-    style = Path(__file__).with_name('style.css').read_text('utf-8') + CSS
+    style = of_package('style.css') + CSS
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
     page += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     page += f'<h1>{title}</h1><p>{escape(about)}</p>{pictures}<table>{lines}</table>'

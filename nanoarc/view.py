@@ -251,11 +251,13 @@ def solved_of(run):
 # -----------------------------------------------------------------------------
 # pages for a browser, each one file that asks for no other
 
+def of_package(name):
+    """ the text of a file beside this one: a page, or style.css, which all pages have """
+    return Path(__file__).with_name(name).read_text('utf-8')
+
 def template(name):
     """ a page of the package, with its style, without its data """
-    folder = Path(__file__).parent
-    style = (folder / 'style.css').read_text('utf-8')
-    return (folder / name).read_text('utf-8').replace('STYLE', style, 1)
+    return of_package(name).replace('STYLE', of_package('style.css'), 1)
 
 def write_html(name, data, out):
     """ a page of the package with what it is to show, as json """
