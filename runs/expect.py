@@ -16,7 +16,7 @@ import numpy as np
 from nanoarc import run
 
 # tokens of a whole training -> tasks solved of 34, of finished runs, whose learning rate went down to its end
-SOLVED = {950_000: 1, 2_500_000: 5.5, 5_100_000: 14.5, 6_700_000: 18.3} # 1, 2, 6, 3 runs
+SOLVED = {950_000: 0.5, 2_500_000: 9, 5_100_000: 14.5, 6_700_000: 18.3} # of 2, 1, 6, 3 runs
 SEEDS = 2 # tasks that a run is above or below it, by its seed alone
 
 def tokens_per_second():
