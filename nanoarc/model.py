@@ -224,8 +224,9 @@ def rope_tables(pos, hs, bases):
 
 def rotate(x, cos, sin):
     """ (B, T, nh, hs), each pair (i, i + hs/2) of its channels turned """
-    x1, x2 = x.chunk(2, -1)
-    return (x * cos + torch.cat([x2, x1], -1) * sin).type_as(x)
+    y = x.to(torch.promote_types(x.dtype, cos.dtype)) # once: products of two dtypes are slow on cpu
+    y1, y2 = y.chunk(2, -1)
+    return (y * cos + torch.cat([y2, y1], -1) * sin).type_as(x)
 
 # frames. with rope a head finds "two to the left of my place", a constant distance. it does not find "my place in the
 # mirrored input", "in the input repeated as tiles" or "scaled up by two", which is what many tasks ask for. a frame
@@ -234,10 +235,10 @@ def rotate(x, cos, sin):
 
 def input_sizes(pos, doc):
     """ places (B, T, 3), documents (B, T) or None = one a row -> height and width (B, T) of the input of their pair """
-    row, col, z = pos.long().unbind(-1)
+    row, col, z = pos.int().unbind(-1)
     pair = z // 2 # input and output of a pair are neighbours in z
     if doc is not None:
-        pair = pair + 256 * doc.long()
+        pair = pair + 256 * doc.int()
     number = F.pad(pair[:, 1:] != pair[:, :-1], (1, 0)).long().cumsum(1) # 0.. of the pairs of a row
     size = []
     for x in (row, col): # the end of its last row stands at (height, 0), the last cell of a row in column `width`
@@ -259,7 +260,7 @@ def frame_places(pos, size, frames, n_head):
     places (B, T, 3), input_sizes, a list of (symmetry, unit) that is repeated over the heads
     -> (B, T, 2 n_head, 3) the places of the queries of each head, then of its keys
     """
-    row, col, z = pos.long().unbind(-1)
+    row, col, z = pos.int().unbind(-1)
     is_input = z % 2 == 0
     queries, keys = [], []
     for d, unit in frames:
@@ -276,7 +277,7 @@ def frame_places(pos, size, frames, n_head):
 
 def tile_number(pos, size):
     """ -> (B, T): in which tile of the input's size an output token stands, 1 + 4 * down + right, 0 in an input """
-    row, col, z = pos.long().unbind(-1)
+    row, col, z = pos.int().unbind(-1)
     H, W = size
     number = 1 + 4 * (row // H).clamp(max=3) + (col // W).clamp(max=3)
     return number.masked_fill(z % 2 == 0, 0)
@@ -400,7 +401,7 @@ def attend_to_all(q, k, v, bias):
     if q.is_cpu and k.size(2) <= 8 * BLOCK: # plain products are faster than the fused kernel, and small enough to keep
         att = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3) # (B, nh, queries, keys)
         if bias is not None:
-            att = att + bias
+            att = att + bias.type_as(att)
         return att.softmax(-1).type_as(v) @ v
     if bias is not None:
         bias = bias.type_as(q)
@@ -550,9 +551,21 @@ class MLP(nn.Module):
         gate, value = self.fc(x).chunk(2, -1)
         return self.proj(F.silu(gate) * value)
 
+class Dropout(nn.Dropout):
+    """ torch's own takes a seventh of a step on cpu, most of it for its random numbers. there they are bytes here """
+
+    def forward(self, x):
+        if not self.training or not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
+        cut = min(round(256 * self.p), 255) # smaller bytes are left out
+        n = x.numel()
+        random = torch.empty(n // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n].view(x.shape)
+        kept = (random.to(x.dtype) - (cut - 1)).clamp(0, 1) # 0 or 1
+        return x * (kept * (256 / (256 - cut)))
+
 def make_dropout(share):
     """ none of 0: compiled blocks have one graph then """
-    return nn.Dropout(share) if share > 0 else nn.Identity()
+    return Dropout(share) if share > 0 else nn.Identity()
 
 class Block(nn.Module):
     """ pre-norm residual block around every mixer, mamba-2 too """

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 from nanoarc.decode import decode
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, decode_grid, dihedral, may_follow, next_place
-from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Mamba2, Model, ModelConfig, Muon, Shared, Span, attend,
-                           frame_places, hand_on_at_once, input_sizes, make_mask, orthogonalize, read_frames, ssd,
-                           tile_number, width_lr)
+from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Dropout, Mamba2, Model, ModelConfig, Muon, Shared, Span,
+                           attend, frame_places, hand_on_at_once, input_sizes, make_mask, orthogonalize, read_frames,
+                           ssd, tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
 SWITCHES = {'plain': {}, 'qk_norm': dict(qk_norm=True), 'gqa': dict(n_kv_head=1), 'loops': dict(loops=2),
@@ -685,14 +685,39 @@ def test_in_16_bits_products_alone_are(toy):
         _, loss = model(*batch)
     loss.backward()
     assert ops.seen['mm'] | ops.seen['bmm'] == {torch.bfloat16}
-    # norms, softmax, decays and their sums, steps, the loss
-    for name in ('rsqrt', 'pow', '_softmax', 'cumsum', 'exp', 'softplus', '_log_softmax', 'nll_loss_forward'):
+    # norms, decays and their sums, steps, the loss
+    for name in ('rsqrt', 'pow', 'cumsum', 'exp', 'softplus', '_log_softmax', 'nll_loss_forward'):
         assert ops.seen[name] == {torch.float32}, name
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     for opt in model.optimizers(1e-3, 1e-3, 0.1):
         opt.step()
         for state in opt.state.values():
             assert all(x.dtype == torch.float32 for x in state.values() if x.ndim > 0)
+
+def test_a_softmax_of_16_bits_sums_in_32():
+    torch.manual_seed(0)
+    x = torch.zeros(4, 3000, dtype=torch.bfloat16).requires_grad_() # a sum in 16 bits stops at 256
+    weights, grad = x.softmax(-1), torch.randn(4, 3000).bfloat16()
+    weights.backward(grad)
+    assert (weights.double() * 3000 - 1).abs().max() < 2**-8
+    want = (grad.double() - grad.double().mean(-1, keepdim=True)) / 3000
+    assert relative(x.grad.double(), want) < 2**-8
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_leaves_out_its_share_and_scales_the_rest(dtype):
+    torch.manual_seed(0)
+    x = torch.ones(100, 8, 1001, dtype=dtype, requires_grad=True)
+    drop = Dropout(0.1)
+    y = drop(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) # what is left out has no gradient, the rest is scaled alike
+    scale = torch.tensor(256 / (256 - 26), dtype=dtype)
+    kept = y == scale
+    assert ((y == 0) | kept).all()
+    for lane in kept.flatten().unflatten(0, (-1, 8)).unbind(1): # bytes of one random number
+        assert abs(lane.double().mean().item() - 230 / 256) < 4 * (0.1 * 0.9 / len(lane)) ** 0.5
+    assert not torch.equal(drop(x), y)
+    assert drop.eval()(x) is x
 
 @pytest.mark.slow
 def test_what_a_compiler_makes_of_the_scan_has_products_in_16_bits_and_decays_in_32_both_ways():

@@ -35,7 +35,7 @@ from nanoarc import checkpoint, grids, train
 from nanoarc.cli import Unread, main as cli
 from nanoarc.corpus import Corpus
 from nanoarc.data import ArcLoader, DataConfig, split
-from nanoarc.model import Model, ModelConfig, Muon
+from nanoarc.model import Dropout, Model, ModelConfig, Muon
 from nanoarc.run import read_metrics
 from nanoarc.solve import SolveConfig, solve
 from nanoarc.sources import read_source, read_tasks
@@ -982,7 +982,7 @@ def masked_run(rank, out, src, **kwargs):
         if torch.is_grad_enabled():
             masks.append(mask.numpy().tobytes().hex())
         return x * mask
-    torch.nn.Dropout.forward = dropped
+    Dropout.forward = dropped
     run(out, src, dropout=0.2, **kwargs)
     (out / f"masks-{rank}-{time.time_ns()}.json").write_text(json.dumps(masks))
 

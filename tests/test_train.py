@@ -12,7 +12,7 @@ from nanoarc import checkpoint, grids, train, view
 from nanoarc.cli import main as cli
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.decode import Answer
-from nanoarc.model import Model, ModelConfig
+from nanoarc.model import Dropout, Model, ModelConfig
 from nanoarc.run import load_run, read_metrics
 from nanoarc.train import TrainConfig, evaluate, get_lr
 
@@ -135,11 +135,11 @@ def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(toy, tmp_pa
 
 def watch_dropout(monkeypatch):
     """ from now on each dropout tells -> list of (is the model in training? are there gradients?), to fill """
-    modes, forward = [], torch.nn.Dropout.forward
+    modes, forward = [], Dropout.forward
     def dropped(self, x):
         modes.append((self.training, torch.is_grad_enabled()))
         return forward(self, x)
-    monkeypatch.setattr(torch.nn.Dropout, 'forward', dropped)
+    monkeypatch.setattr(Dropout, 'forward', dropped)
     return modes
 
 @pytest.mark.parametrize('mixer, accum, dropout', [('A', 1, 0.0), ('MA', 2, 0.0), ('MA', 2, 0.2)])
