@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
 from model import PEAK, flops
 from rich.console import Console
@@ -30,6 +31,9 @@ from nanoarc.train import TrainConfig
 ROOT = Path(__file__).parent.parent
 CPU = "## cpu: the small tasks, 2 cores, 5 minutes"
 GPU = "## gpu: all tasks, one card, so many minutes"
+
+# what mdlARC (github.com/mvakde/mdlARC) says of itself: dollars -> % of arc1/evaluation
+MDLARC = {0.125: 31.5, 0.25: 38.3, 0.67: 44.0}
 
 def add_row(board, section, cells):
     """
@@ -149,6 +153,15 @@ def gpu(args):
     paid = [f"{stage} {x:.0f} s {x * rate_a_second:.3f}" for stage, x in seconds.items()]
     print(f"dollars at {args.dollars_per_hour:.2f} an hour: {', '.join(paid)}")
 
+def mdlarc_score(dollars):
+    """ what mdlARC's curve has for so many dollars, by their logarithm -> words """
+    least, most = min(MDLARC), max(MDLARC)
+    if dollars < least:
+        return f"less than {MDLARC[least]:.0f}%"
+    if dollars > most:
+        return f"more than {MDLARC[most]:.0f}%"
+    return f"{np.interp(math.log(dollars), np.log(list(MDLARC)), list(MDLARC.values())):.0f}%"
+
 def plan(args, flags):
     """ print what these settings come to in so many minutes of training at an assumed MFU """
     cfg = parse_run(Run(TrainConfig(), ModelConfig(), DataConfig()), flags, 'train', "")
@@ -163,15 +176,19 @@ def plan(args, flags):
     step = cfg.train.grad_accum * mean(loader.next_batch().idx.numel() for _ in range(8))
     epoch = float(ds.plan(range(min(len(ds), 2**14))).length.mean()) * len(ds)
     minutes = args.train_minutes + args.solve_minutes + args.other_minutes
+    dollars = minutes / 60 * args.dollars_per_hour
     said = {'card': f"{card}, {peak / 1e12:.0f} TFLOP/s of bf16 at most",
             'model': f"{shape(model)}, {parameters / 1e6:.1f}M parameters, {work / 1e6:.0f} MFLOP a token",
             'data': ds.about(),
-            'assumed MFU': f"{args.mfu:.0%}; measured: 7.6% of an H200 with 8x512 MA",
+            'assumed MFU': f"{args.mfu:.0%}; measured: 7.6% of an H200 with 8x512 MA. since then the code is "
+                            "another one, a roofline gives it 22% (dev/LOG.md)",
             'tokens': f"{tokens / 1e6:,.0f}M in {tokens / step:,.0f} steps of {step / 1e3:.1f}k, "
                       f"{tokens / epoch:,.0f} epochs of {epoch / 1e6:.2f}M",
             'minutes': f"{minutes:.1f}: {args.train_minutes:g} to train, {args.solve_minutes:g} to solve, "
                        f"{args.other_minutes:g} to start, compile, save and score",
-            'dollars': f"{minutes / 60 * args.dollars_per_hour:.2f} at {args.dollars_per_hour:.2f} an hour"}
+            'dollars': f"{dollars:.2f} at {args.dollars_per_hour:.2f} an hour"}
+    if args.target == 'arc1/evaluation':
+        said['score'] = f"not measured. mdlARC's curve has {mdlarc_score(dollars)} for these dollars"
     for name, x in said.items():
         print(f"{name + ':':13s} {x}")
 

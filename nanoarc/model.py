@@ -552,20 +552,21 @@ class MLP(nn.Module):
         return self.proj(F.silu(gate) * value)
 
 class Dropout(nn.Dropout):
-    """ torch's own takes a seventh of a step on cpu, most of it for its random numbers. there they are bytes here """
+    """
+    torch's own takes a seventh of a step on cpu, most of it for its random numbers. there they are bytes here, so the
+    share that is left out is a multiple of 1/256
+    """
 
     def forward(self, x):
-        if not self.training or not x.is_cpu or torch.compiler.is_compiling():
+        if self.p == 0 or not self.training: # in this order: at 0 compiled blocks have one graph for both modes
+            return x
+        if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x)
         cut = min(round(256 * self.p), 255) # smaller bytes are left out
         n = x.numel()
         random = torch.empty(n // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n].view(x.shape)
         kept = (random.to(x.dtype) - (cut - 1)).clamp(0, 1) # 0 or 1
         return x * (kept * (256 / (256 - cut)))
-
-def make_dropout(share):
-    """ none of 0: compiled blocks have one graph then """
-    return Dropout(share) if share > 0 else nn.Identity()
 
 class Block(nn.Module):
     """ pre-norm residual block around every mixer, mamba-2 too """
@@ -576,7 +577,7 @@ class Block(nn.Module):
         self.mixer = Mamba2(cfg) if kind == 'M' else Attention(cfg, kind)
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
-        self.drop = make_dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
 
     def forward(self, x, shared, cache=None):
         x = x + self.drop(self.mixer(self.norm1(x), shared, cache)) # (B, T, C)
@@ -595,7 +596,7 @@ class Model(nn.Module):
         super().__init__()
         self.cfg = cfg = cfg.resolved()
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.drop = make_dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
         if cfg.n_task > 0:
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
             self.wdih = nn.Embedding(8, cfg.n_embd)

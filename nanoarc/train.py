@@ -50,7 +50,7 @@ class TrainConfig:
     eval_every: int = 250 # steps between validations, there is always one at the end. 0 = that one alone
     save_every: int = 250 # steps between checkpoints, there is always one at the end. 0 = that one alone
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
-    draw_every: int = 1000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
+    draw_every: int = 2000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
     ema: float = 0.998 # decay of averaged weights, which validation and solve use. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
@@ -209,9 +209,9 @@ class Training:
         gains = self.device.type == 'cuda' and cfg.dtype == 'bfloat16' and batch_rows > 0
         if cfg.compile == 'off' or (cfg.compile == 'auto' and not gains) or len(self.model.blocks) == 0:
             return 0
-        averaged = self.ema.blocks if self.ema else []
-        # blocks of a kind share what is compiled, and around them little is left
-        for block in (*self.model.blocks, *averaged):
+        # blocks of a kind share what is compiled, and around them little is left. averages stay as they are: without
+        # gradients all would be compiled again, for a batch or two
+        for block in self.model.blocks:
             block.compile()
         return -(-batch_rows // self.world) # rounded up
 

@@ -158,6 +158,12 @@ def test_dollars_are_those_of_the_seconds_of_each_stage(tmp_path):
     (tmp_path / 'seconds.txt').write_text("start 1\ntrain 200\ntrain 250\nsolve 90\n")
     assert leaderboard.seconds_of(tmp_path) == {'start': 1, 'train': 450, 'solve': 90}
 
+def test_what_to_hope_for_is_read_off_the_curve_of_mdlarc():
+    from leaderboard import mdlarc_score
+    assert [mdlarc_score(x) for x in (0.125, 0.25, 0.67)] == ['32%', '38%', '44%']
+    assert mdlarc_score((0.25 * 0.67) ** 0.5) == '41%' # halfway, by the logarithm
+    assert (mdlarc_score(0.1), mdlarc_score(1)) == ('less than 32%', 'more than 44%')
+
 @pytest.mark.slow
 @pytest.mark.parametrize('minutes', ['2', '10', '30', '60'])
 def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
@@ -166,6 +172,7 @@ def test_a_dry_speedrun_says_what_it_will_take(tmp_path, minutes):
     assert done.returncode == 0, done.stderr
     said = dict(line.split(':', 1) for line in done.stdout.splitlines())
     assert float(said['minutes'].split(':')[0]) == float(minutes)
+    assert "mdlARC's curve has" in said['score']
     assert '30%' in said['assumed MFU'] and said['card'].strip().startswith('H100')
     tokens, step = re.match(r" *([\d,]+)M in [\d,]+ steps of ([\d.]+)k", said['tokens']).groups()
     work = float(re.search(r"(\d+) MFLOP a token", said['model'])[1])

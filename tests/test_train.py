@@ -304,3 +304,9 @@ def test_validation_leaves_the_compiled_blocks_to_training(toy, mixer, monkeypat
         assert len(calls) == 4
     evaluate(model, ds, torch.device('cpu'), contextlib.nullcontext, rows=2)
     assert len(graphs) == n # validation and training run the same ones
+
+def test_averages_are_not_compiled(toy, tmp_path):
+    cfg = TrainConfig(out_dir=str(tmp_path), compile='on', device='cpu')
+    run = train.Training(cfg, ModelConfig(n_layer=2, n_embd=32), DataConfig(data=toy(n=4)))
+    assert all(block._compiled_call_impl for block in run.model.blocks)
+    assert not any(block._compiled_call_impl for block in run.ema.blocks)
