@@ -59,17 +59,19 @@ stage() { # the one that ends here took so many seconds; the next is called $1
 }
 trap 'stage end' EXIT
 STAGE=start BEGAN=$SECONDS # installing does not count
-run() { # a command, for what is left of the slice. SIGTERM lets it save
+run() { # a command, for what is left of the slice. SIGTERM lets it save, unless it compiles longer than GRACE
     if [ "$SLICE" -gt 0 ]; then
         [ $((SLICE - SECONDS)) -gt 0 ] || over
-        timeout --foreground --signal=TERM --kill-after=60 $((SLICE - SECONDS)) "$@" & child=$!
+        timeout --foreground --signal=TERM --kill-after=${GRACE:-60} $((SLICE - SECONDS)) "$@" & child=$!
     else
         "$@" & child=$!
     fi
     code=0
     wait $child || code=$?
     child=0
-    if [ $code = 124 ]; then over; elif [ $code != 0 ]; then exit $code; fi
+    if [ $code = 124 ]; then over; fi
+    if [ $code = 137 ] && [ "$SLICE" -gt 0 ] && [ $SECONDS -ge "$SLICE" ]; then over; fi # killed by timeout
+    [ $code = 0 ] || exit $code
 }
 over() { echo "== stopped after $SECONDS s, the same command goes on"; exit 75; }
 

@@ -190,6 +190,19 @@ def test_a_speedrun_takes_generated_pairs(tmp_path):
     share, n = re.search(rf"([\d.]+)% {tmp_path}", said['data'])[1], int(re.search(r"(\d+) documents", said['data'])[1])
     assert float(share) == pytest.approx(300 / n, abs=0.05), done.stderr
 
+@pytest.mark.parametrize('trains, want', [
+    ("trap '' TERM; exec sleep 60", 75), # in the compiler it does not hear
+    ("kill -9 $$", 137), # by whom ever, the time was not over
+])
+def test_a_slice_that_had_to_be_killed_goes_on(tmp_path, trains, want):
+    fake = tmp_path / 'python3'
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *"nanoarc train"*) {trains} ;; -c*) exit 0 ;; *) exit 1 ;; esac\n')
+    fake.chmod(0o755)
+    env = {**ENV, 'PATH': f"{tmp_path}:{ENV['PATH']}", 'SLICE': '2', 'GRACE': '1', 'OUT': str(tmp_path / 'out')}
+    done = subprocess.run(['bash', str(RUNS / 'speedrun.sh')], capture_output=True, text=True, env=env, timeout=30)
+    assert done.returncode == want, done.stderr
+    assert ("the same command goes on" in done.stdout) == (want == 75)
+
 # a python of some version on some machine: it answers questions as that one would, and `-m venv` makes another
 FAKE = """#!/bin/sh
 case $1 in
