@@ -250,8 +250,8 @@ CONTROLS = [
         "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input"),
     Control(
         "an input whose size is that of another document", 'model.py',
-        "        pair = pair + 256 * doc.long()",
-        "        pair = pair + 0 * doc.long()",
+        "        pair = pair + 256 * doc.int()",
+        "        pair = pair + 0 * doc.int()",
         "test_model.py::test_a_packed_row_equals_its_documents_alone"),
     Control(
         "a cache that forgets the size of the input", 'model.py',
@@ -398,6 +398,16 @@ CONTROLS = [
         "self.sampler.lay_out(docs, self.cfg.batching, U(0))",
         "self.sampler.lay_out(docs, 'bucket', U(0))",
         "test_train.py::test_validation_leaves_the_compiled_blocks_to_training"),
+    Control(
+        "a dropout whose random bytes are not even", 'model.py',
+        ".random_(-2**63, None)",
+        ".random_()",
+        "test_model.py::test_dropout_leaves_out_its_share_and_scales_the_rest"),
+    Control(
+        "averages that are compiled too", 'train.py',
+        "for block in self.model.blocks:",
+        "for block in (*self.model.blocks, *(self.ema.blocks if self.ema else ())):",
+        "test_train.py::test_averages_are_not_compiled"),
     Control(
         "a dropout that draws what it drew before", 'train.py',
         "int(hash64(cfg.seed, state.step, run.rank)) >> 1",
