@@ -46,9 +46,10 @@ def view(cfg):
     if cfg.out and not cfg.out.endswith(('.png', '.html')):
         raise ValueError(f"--out {cfg.out}: want a .png or .html")
     if cfg.out.endswith('.html'):
-        if len(cfg.things) != 1 or not (Path(cfg.things[0]) / 'candidates.jsonl').is_file():
-            raise ValueError(f"--out {cfg.out}: want one directory with a candidates.jsonl, as solve writes it. "
-                             "a task goes into a .png")
+        if len(cfg.things) != 1 or not Path(cfg.things[0]).is_dir():
+            raise ValueError(f"--out {cfg.out}: want one directory that solve wrote. a task goes into a .png")
+        if not (Path(cfg.things[0]) / 'candidates.jsonl').is_file():
+            raise ValueError(f"--out {cfg.out}: nothing is solved in {cfg.things[0]} yet, want first: nanoarc solve")
         write_page(cfg.things[0], cfg.out)
         print(cfg.out)
     elif cfg.live:
