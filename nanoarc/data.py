@@ -143,7 +143,7 @@ class Tables(NamedTuple):
     pair_task: np.ndarray # (P,) int32
     tokens: np.ndarray # (2, P) int32 tokens of a pair, upright and turned
     answer: np.ndarray # (2, P) int32 those of its output, END among them. 0 = not known
-    need: np.ndarray # (2, P) int32 tokens. where the answer is hidden, with room for the longest output of a prompt
+    need: np.ndarray # (2, P) int32 tokens. a hidden answer counts as the longest output that is shown
     usable: np.ndarray # (P,) bool: a demo that may stand before a target
     domain: np.ndarray # (K,) uint16 set of the colors that augments may exchange, a bit a color
     row: np.ndarray # (K,) int32 row of the task embedding, -1 = none
@@ -183,9 +183,8 @@ def plan_documents(tab, target, visit, order, as_is, seed, p_identity, most, blo
     """
     (n,) target pairs, how often each was visited before, and hashes that order their contexts -> Documents.
     the context is the other demos of the task, in a drawn order: each is taken if it still fits into block_size, `most`
-    at the most, and never more than a prompt has. the first that is taken stands next to the target, so the text has
-    them from last to first.
-    as_is (n,): no augment, and the demos that a prompt has are taken, in the order of the file.
+    at the most, and never more than a prompt has. the first that is taken stands next to the target.
+    as_is (n,): no augment, and the demos that a prompt has are taken, the first of the file nearest to the target.
     """
     n = len(target)
     pairs = np.full((n, 1 + most), -1, np.int32)
@@ -543,9 +542,9 @@ def split(n, rank, world):
 
 class Pools(NamedTuple):
     """
-    what the targets of an epoch are drawn from. pool j is pairs[first[j] :][: size[j]]: the extra pairs that a task has
-    from one source. any other pair is a pool by itself. slots[j] targets of each epoch are from pool j, without
-    replacement until all of it was seen, which may take several epochs
+    what the targets of an epoch are drawn from. pool j, pairs[first[j] :][: size[j]], is the extra pairs that a task
+    has from one source, or any other pair alone. slots[j] targets of each epoch are from pool j, none of them twice
+    before all came once, which may take several epochs
     """
     pairs: np.ndarray # (m,) numbers
     first: np.ndarray # (pools,)
@@ -751,7 +750,7 @@ class ArcDataset(torch.utils.data.Dataset):
         return self.sampler.lay_out(self.plan(t), self.cfg.batching, hash64(self.seed, BATCHES, window))
 
     def val_batches(self, rank=0, world=1):
-        """ the validation set as Batches, the same each time: no augment, demos in order, in rows as in training """
+        """ the validation set as Batches, the same each time: as_is (plan_documents), in rows as in training """
         if len(self.val_pairs) == 0:
             return
         docs = self.sampler.plan(self.val_pairs, 0, 0, True, 0)
@@ -891,8 +890,7 @@ class ArcLoader:
             return batch
         batch = Batch(*(x if x is None else x.to(self.device, non_blocking=True) for x in batch))
         if self.device.type == 'cuda':
-            self.ring[turn].copied = torch.cuda.Event()
-            self.ring[turn].copied.record()
+            self.ring[turn].copied = torch.cuda.current_stream(self.device).record_event()
         return batch
 
     def state_dict(self):
