@@ -404,13 +404,18 @@ CONTROLS = [
         ".random_()",
         "test_model.py::test_dropout_leaves_out_its_share_and_scales_the_rest"),
     Control(
+        "gradients in 16 bits before they are normed", 'model.py',
+        "    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7) #",
+        "    g = g.half()\n    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7) #",
+        "test_model.py::test_muon_sees_small_gradients_in_16_bits_too"),
+    Control(
         "averages that are compiled too", 'train.py',
         "for block in self.model.blocks:",
         "for block in (*self.model.blocks, *(self.ema.blocks if self.ema else ())):",
         "test_train.py::test_averages_are_not_compiled"),
     Control(
         "a dropout that draws what it drew before", 'train.py',
-        "int(hash64(cfg.seed, state.step, run.rank)) >> 1",
+        "int(hash64(cfg.seed, state.step, run.rank))",
         "cfg.seed",
         "test_reliability.py::test_dropout_draws_other_masks_on_each_rank_and_the_same_ones_in_a_resumed_run"),
     Control(

@@ -25,7 +25,7 @@ from nanoarc.settings import check_numbers
 
 @dataclass
 class ModelConfig:
-    depth: int = 2 # the one dial: layers, and with them width, heads and learning rates
+    depth: int = 2 # the one dial: layers, and with them width and learning rates
     # pattern over the layers: A = attention, S = sliding window attention, M = mamba-2, e.g. 'A', 'MS', 'MMMA'
     mixer: str = 'MA'
     n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
@@ -33,7 +33,7 @@ class ModelConfig:
     head_size: int = 0 # of attention. 0 = 16 with frames, 32 without
     n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
     # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies.
-    # 'auto' = tiles, where places are of grids and each head has its own keys
+    # 'auto' = tiles, where places are of grids and n_kv_head is not set
     frames: str = 'auto'
     n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
     qk_norm: bool = False # queries and keys of mean square 1 (arxiv 2010.04245, there of norm 1)
@@ -41,7 +41,7 @@ class ModelConfig:
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
     # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
     rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0)
-    dropout: float = 0.1 # share of the embedded tokens and of what each mixer and MLP adds, left out while it trains
+    dropout: float = 0.1 # share of the numbers of embeddings, mixers and MLPs that training sets to 0
     loops: int = 1 # times that the stack is run, with the same weights
     d_state: int = 64 # ns, the state size of mamba-2
     d_head: int = 64 # its head size
@@ -85,7 +85,7 @@ class ModelConfig:
         """ of a resolved config. raises ValueError that names the setting """
         check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, n_kv_head=1, window=1,
                                  n_hidden=1, rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1,
-                                 chunk_size=1, vocab_size=16), dict(dropout=1))
+                                 chunk_size=1, vocab_size=16), dict(dropout=255 / 256))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
@@ -213,20 +213,19 @@ def rope_shares(hs, axes):
     return [share] * (axes - 1) + [hs // 2 - share * (axes - 1)]
 
 def rope_tables(pos, hs, bases):
-    """ (B, T, heads or 1, axes) places -> cos and signed sin, (B, T, heads or 1, hs) fp32 """
+    """ (B, T, heads or 1, axes) places -> their cos and sin, (B, T, heads or 1, hs/2) fp32 """
     angles = []
     for axis, (n, base) in enumerate(zip(rope_shares(hs, len(bases)), bases)):
         freq = base ** -(torch.arange(n, dtype=torch.float32, device=pos.device) / n)
         angles.append(pos[..., axis, None].float() * freq) # (B, T, heads, n)
     angles = torch.cat(angles, -1) # (B, T, heads, hs/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
     """ (B, T, nh, hs), each pair (i, i + hs/2) of its channels turned """
     y = x.to(torch.promote_types(x.dtype, cos.dtype)) # once: products of two dtypes are slow on cpu
     y1, y2 = y.chunk(2, -1)
-    return (y * cos + torch.cat([y2, y1], -1) * sin).type_as(x)
+    return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin], -1).type_as(x)
 
 # frames. with rope a head finds "two to the left of my place", a constant distance. it does not find "my place in the
 # mirrored input", "in the input repeated as tiles" or "scaled up by two", which is what many tasks ask for. a frame
@@ -332,9 +331,9 @@ def block_mask(first):
     """
     T = first.size(1)
     q = torch.arange(math.ceil(T / BLOCK), dtype=torch.int32, device=first.device)
-    low = first[:, None, ::BLOCK] // BLOCK # (B, 1, n) the first block that one of them sees, the last is their own
+    low = first[:, None, ::BLOCK] // BLOCK # (B, 1, n) the first block that any of them sees, the last is their own
     high = F.pad(first[:, None], (0, -T % BLOCK), value=T)[..., BLOCK - 1 :: BLOCK] # what the last of them sees
-    full = torch.minimum((high + BLOCK - 1) // BLOCK, q) # from here on all of them see all, but in their own
+    full = torch.minimum((high + BLOCK - 1) // BLOCK, q) # the first block that all of them see whole
     parts = torch.where(q < (full - low)[..., None], low[..., None] + q, q[:, None]) # (B, 1, n, n)
     wholes = (full[..., None] + q).clamp(max=len(q) - 1)
 
@@ -553,8 +552,8 @@ class MLP(nn.Module):
 
 class Dropout(nn.Dropout):
     """
-    torch's own takes a seventh of a step on cpu, most of it for its random numbers. there they are bytes here, so the
-    share that is left out is a multiple of 1/256
+    torch's own is slow on cpu, most of it for its random numbers. there they are bytes here, so the share that is left
+    out is a multiple of 1/256
     """
 
     def forward(self, x):
@@ -562,7 +561,7 @@ class Dropout(nn.Dropout):
             return x
         if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x)
-        cut = min(round(256 * self.p), 255) # smaller bytes are left out
+        cut = round(256 * self.p) # smaller bytes are left out
         n = x.numel()
         random = torch.empty(n // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n].view(x.shape)
         kept = (random.to(x.dtype) - (cut - 1)).clamp(0, 1) # 0 or 1
@@ -733,15 +732,14 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(g, steps):
     """ (n, rows, cols) -> about U V^T of each: a quintic iteration pushes all singular values towards 1 """
-    x = g
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7) # first: for fp16 gradients may be too small
     if g.is_cuda:
-        x = g.bfloat16() if is_recent(g.device) else g.half()
+        x = x.bfloat16() if is_recent(g.device) else x.half()
     elif torch.is_autocast_enabled(g.device.type):
-        x = g.to(torch.get_autocast_dtype(g.device.type))
+        x = x.to(torch.get_autocast_dtype(g.device.type))
     is_tall = x.size(1) > x.size(2)
     if is_tall: # work on the smaller side
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps): # x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         A = x @ x.mT
         polynomial = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)

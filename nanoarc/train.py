@@ -2,9 +2,9 @@
 the training loop. `nanoarc train --data arc1/training --minutes 5 --out_dir out/mine` on anything from a laptop to a
 gpu, `torchrun --nproc_per_node=8 -m nanoarc train ...` on several. SIGTERM and ctrl-c finish the step and save.
 
-writes out_dir/{metrics.jsonl, log.txt, loss.png, val.png, trained_on.txt, ckpt/}. each row of metrics.jsonl has `step`
-and what was measured since the last one: loss and val_loss (nats per output token), done (share of the steps, once
-their number is fixed), lr, tok_s, wait (share of the time that was spent waiting for data).
+writes out_dir/{metrics.jsonl, log.txt, loss.png, val.png, val.json, trained_on.txt, ckpt/}. each row of metrics.jsonl
+has `step` and what was measured since the last one: loss and val_loss (nats per output token), done (share of the
+steps, once their number is fixed), lr, tok_s, wait (share of the time that was spent waiting for data).
 """
 import contextlib
 import copy
@@ -58,7 +58,7 @@ class TrainConfig:
     # 'float32' | 'bfloat16' | 'float16' | 'auto' = bfloat16 on recent cuda and on a cpu that has it, float16 on older
     # cuda, else float32
     dtype: str = 'auto'
-    # torch.compile: 'on' | 'off' | 'auto' = on recent cuda where shapes are few, so not with batching='bucket'
+    # torch.compile: 'on' | 'off' | 'auto' = on recent cuda in bfloat16, unless shapes are many (batching='bucket')
     compile: str = 'auto'
 
     def check(self):
@@ -351,9 +351,8 @@ def loop(run, signals):
         factor = get_lr(state.step, state.max_iters, cfg)
         for group in groups:
             group['lr'] = group['peak'] * factor
-        # random numbers of a step (a dropout's) are a function of its number, so there is no state of them to save. a
-        # seed may have 63 bits
-        torch.manual_seed(int(hash64(cfg.seed, state.step, run.rank)) >> 1)
+        # random numbers of a step (a dropout's) are a function of its number, so there is no state of them to save
+        torch.manual_seed(int(hash64(cfg.seed, state.step, run.rank)))
         place = loader.window, loader.batch
         n = loader.loss_tokens(cfg.grad_accum) # of the whole step: micro batches and ranks are weighed by their tokens
         total = 0.0

@@ -617,6 +617,15 @@ def test_muon_orthogonalizes(shape):
     s = torch.linalg.svdvals(orthogonalize(torch.randn(*shape), 5))
     assert 0.5 < s.min() and s.max() < 1.3
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_muon_sees_small_gradients_in_16_bits_too(dtype):
+    torch.manual_seed(1337)
+    g = 1e-7 * torch.randn(2, 24, 8) # below the smallest number of fp16, 6e-8, are most of them
+    want = orthogonalize(g, 5)
+    with torch.autocast('cpu', dtype=dtype):
+        got = orthogonalize(g, 5)
+    assert got.dtype == torch.float32 and relative(got.double(), want.double()) < 0.1
+
 def test_muon_batched_equals_one_at_a_time_and_takes_what_adamw_does_not():
     torch.manual_seed(1337)
     ws = [torch.randn(6, 4) for _ in range(3)]
@@ -718,6 +727,10 @@ def test_dropout_leaves_out_its_share_and_scales_the_rest(dtype):
         assert abs(lane.double().mean().item() - 230 / 256) < 4 * (0.1 * 0.9 / len(lane)) ** 0.5
     assert not torch.equal(drop(x), y)
     assert drop.eval()(x) is x
+
+def test_a_dropout_of_everything_is_refused():
+    with pytest.raises(ValueError, match="dropout=1"):
+        ModelConfig(dropout=1.0).resolved()
 
 @pytest.mark.slow
 def test_what_a_compiler_makes_of_the_scan_has_products_in_16_bits_and_decays_in_32_both_ways():
