@@ -44,7 +44,7 @@ def main():
     tokens = 60 * minutes * speed
     solved = round(expected(tokens))
     print(f"{speed:,.0f} tokens/s here, {tokens / 1e6:.1f}M in {minutes:g} minutes: "
-          f"expect {max(solved - SEEDS, 0)} to {solved + SEEDS} of 34 solved")
+          f"expect {max(solved - SEEDS, 0)} to {solved + SEEDS} of 34 solved by the default settings")
     table = ", ".join(f"{tokens / 1e6:.3g}M {solved:g}" for tokens, solved in SOLVED.items())
     print(f"(tokens and what they solved elsewhere: {table})")
 

@@ -38,6 +38,13 @@ def test_what_one_may_expect_of_the_quickstart_lies_between_what_was_measured():
     assert expect.expected((a * b) ** 0.5) == pytest.approx((low + high) / 2)
     assert expect.expected(1) == low and expect.expected(1e12) == points[-1][1]
 
+@pytest.mark.parametrize('name', ['quickstart.sh', 'speedrun_cpu.sh'])
+def test_flags_of_the_training_do_not_change_what_is_solved_later(name):
+    text = (RUNS / name).read_text().replace("\\\n", " ")
+    line = next(x for x in text.splitlines() if 'train --data arc1/training' in x and 'echo' not in x)
+    first, behind = line.split('"$@"') # the last one of two equal flags counts
+    assert '--max_pair' in behind.replace('$SMALL', '--max_pair') and '--out_dir' in behind and '--minutes' in line
+
 @pytest.mark.slow
 def test_the_quickstart_says_what_to_expect_here():
     command = [sys.executable, str(RUNS / 'expect.py'), '--minutes=2', '--seed=3']
