@@ -13,7 +13,7 @@ bench/model.py has them, bf16, blocks compiled, on packed rows from the loader.
                     2 us a launch. attention: the blocks of 128 x 128 that it touches at 225 TFLOP/s, a guess. what is
                     not compiled counts op by op
 
-$OUT has a .json for each model, --table prints them all.
+$OUT has a .json for each model, --table prints them all. --decode N: a step of decoding, all of it op by op.
 """
 import argparse
 import ctypes
@@ -53,6 +53,8 @@ class Eager(TorchDispatchMode):
             return out
         written = args[0] if out is None else out # in place
         touched = [x for x in tree_leaves((args, kwargs, written)) if isinstance(x, torch.Tensor)]
+        if not any(x.is_cuda for x in touched): # thought on the cpu, as decoding does
+            return out
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
         self.seconds += roofline(flops, sum(x.numel() * x.element_size() for x in touched))
@@ -154,6 +156,36 @@ def measure(args, folder):
             'recompiles': compiled['unique_graphs'] - first, 'layers': layers, 'host_ms': median(host),
             'kernels': kernels(folder / 'triton'), 'parts_ms': parts, 'mfu': mfu}
 
+def measure_decoding(args, prompt=930, steps=60):
+    """ -> of a step that adds a token to each of args.decode answers, after prompts of so many tokens """
+    import model as bench
+
+    from nanoarc import run
+    from nanoarc.decode import decode
+    from nanoarc.grids import OUT as END_OF_PROMPT
+    from nanoarc.model import Model, ModelConfig
+    device, _, autocast = run.get_device('cuda', 'auto')
+    model = Model(ModelConfig(mixer=args.mixer, frames='', head_size=64, n_task=800, **bench.parse_size(args.size)))
+    model = model.to(device).eval()
+    idx = torch.zeros(args.decode, prompt, dtype=torch.int64, device=device)
+    idx[:, -1] = END_OF_PROMPT
+    row = torch.zeros(args.decode, dtype=torch.int64, device=device)
+    pos = torch.zeros(*idx.shape, 3, dtype=torch.uint8, device=device)
+    doc = torch.ones(idx.shape, dtype=torch.int32, device=device)
+    doc[:, :5] = 0 # filler
+    def go(most):
+        with autocast():
+            return decode(model, idx, pos, row, row.to(torch.uint8), doc, most=most)
+    def cost(most):
+        _, launches, waits = count(lambda: go(most))
+        with Eager() as eager:
+            go(most)
+        return launches, waits, eager.seconds
+    go(3) # warms up
+    few, many = cost(3), cost(3 + steps)
+    launches, waits, seconds = ((b - a) / steps for a, b in zip(few, many))
+    return {'launches': launches, 'waits': waits, 'bytes_ms': 1e3 * seconds, 'launches_ms': 1e3 * LAUNCH * launches}
+
 def estimate(cfg, layers, docs, not_compiled, launches):
     """ -> milliseconds of a step, by the roofline, of its parts """
     from nanoarc.model import BLOCK, make_mask
@@ -189,6 +221,7 @@ def main():
     parser.add_argument('--mixer', default='A')
     parser.add_argument('--tokens', type=int, default=32768, help="of a step")
     parser.add_argument('--steps', type=int, default=20)
+    parser.add_argument('--decode', type=int, default=0, metavar='N', help="N answers by a token, in place of a step")
     parser.add_argument('--table', action='store_true', help="of what is in $OUT")
     args = parser.parse_args()
     if args.table:
@@ -197,6 +230,10 @@ def main():
         print("bench/gpu_static.py: no CUDA here. want a torch that is built for it, and a card or a stand-in for its "
               "libraries", file=sys.stderr)
         return 2
+    if args.decode:
+        row = measure_decoding(args)
+        print(f"{args.mixer} {args.size}, {args.decode} answers:", {name: round(x, 2) for name, x in row.items()})
+        return None
     folder = OUT / f"{args.size}.{args.mixer}"
     shutil.rmtree(folder, ignore_errors=True) # what was compiled before is not of this
     os.environ |= {'TRITON_CACHE_DIR': str(folder / 'triton'), 'TORCHINDUCTOR_CACHE_DIR': str(folder / 'inductor')}
