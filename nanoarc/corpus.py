@@ -291,7 +291,7 @@ class Corpus:
         """ what makes two corpora the same: every grid, name and split into tasks, not where the files lie """
         files = self.files or {name: sha256_of_npy(getattr(self, name)) for name in self.ARRAYS}
         follow = 'colors', 'hash', 'input_hash' # from the other arrays
-        if (self.n_own == self.n_demos).all(): # then it is called as before there were extra pairs
+        if (self.n_own == self.n_demos).all(): # then it is the hash of before there were extra pairs
             follow += ('n_own',)
         parts = [files[name] for name in self.ARRAYS if name not in follow]
         return hashlib.sha256(json.dumps([parts, len(self.bad)]).encode()).hexdigest()
@@ -431,7 +431,7 @@ def find_owners(corpora, extra):
     names = np.concatenate([c.name for c in corpora]).tolist()
     keys = np.concatenate([c.key for c in corpora]).tolist()
     n_tasks = Counter(name for name, _ in set(zip(names, keys))) # {id: how many different tasks have it}
-    # the last task of an id gets the pairs: those of adapt come last, and none of them is dropped for a leak
+    # of equal ids the last task gets the pairs: adapt's come last, and no task of adapt is dropped for a leak
     number = {name: k for k, name in enumerate(names)}
     owners, strangers = [], {} # {id: True}, in the order that they come
     for e in extra:

@@ -40,7 +40,8 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
     task and dihedral (B,) or None. doc (B, T) is 1 on a prompt and 0 on the filler before it, None = there is none.
 
     of each prompt the greedy answer, and every other one of at least p_min: what ARChitects' depth-first search finds
-    (github.com/da-fr/arc-prize-2024). here all open answers take a step together, at most 1 / p_min of a prompt.
+    (github.com/da-fr/arc-prize-2024). here all open answers take a step together, of a prompt
+    at most 1 / p_min and the greedy one.
     """
     B = len(idx)
     cache, logits, told = read_prompts(model, idx, pos, task, dihedral, doc)
@@ -89,8 +90,8 @@ def decode(model, idx, pos, task=None, dihedral=None, doc=None, p_min=1.0, most=
 
 def assign_rows(slot, n):
     """
-    rows of a cache of n that open answers go on from -> to which row each goes, and for each row which one is to come
-    there. a copy of all is dear: who ended leaves a row behind, a branch takes it
+    slot (b,): the row of a cache of n that each open answer goes on from -> its new row, and of each new row the old
+    one. a copy of all is dear: a branch takes the row of an answer that ended
     """
     free = torch.ones(n, dtype=torch.bool)
     free[slot] = False
@@ -118,8 +119,8 @@ def score_answers(model, idx, pos, answers, task=None, dihedral=None, doc=None):
         prompt += [i] * len(grids)
         written += [encode_grid(grid) + [END] for grid in grids]
     width = torch.tensor([tokens.index(ROW) for tokens in written], device=idx.device)[:, None] # (b, 1)
-    tokens = pad_sequence([torch.tensor(x) for x in written], batch_first=True, padding_value=PAD).to(idx.device)
-    n = tokens.size(1) # (b, n)
+    tokens = pad_sequence([torch.tensor(x) for x in written], batch_first=True, padding_value=PAD) # (b, n)
+    tokens, n = tokens.to(idx.device), tokens.size(1)
     filler = tokens == PAD
     # (row, col) of the token before each one, the first time OUT. of 2 columns: (0, 0) (0, 1) (0, 2) (1, 0) ...
     place = torch.arange(n, device=idx.device).masked_fill(filler, 0) # (b, n)

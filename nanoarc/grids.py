@@ -8,7 +8,7 @@ inputs whose answer is asked for. a grid is a (H, W) uint8 array of colors 0..9.
 each row of a grid is closed by ROW, so that the shape of the grid survives. this file is the definition, in plain
 python; data.py does the same to millions of pairs with compiled loops.
 
-the json keys "train" (the demos) and "test" (the queries) appear here and in sources.py only.
+the json keys "train" (the demos) and "test" (the queries) appear here and in sources.py alone, of all python.
 """
 import hashlib
 from dataclasses import dataclass, field

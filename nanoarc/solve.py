@@ -43,8 +43,8 @@ class SolveConfig:
     # candidates.jsonl of other runs: their candidates and, if there is one, those of this run, together
     merge: tuple[str, ...] = ()
     views: int = 16 # augments of each query that are decoded. view 0 is the query as it is
-    # begin nothing after so long but each query's first view, shared out evenly over the tasks. of a solve that was
-    # stopped and goes on, in all. 0 = every view
+    # no batch begins after so long, but each query's first view. shared evenly over the tasks, summed over starts of
+    # the same solve. 0 = every view
     minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
@@ -59,7 +59,7 @@ class SolveConfig:
     together: int = 8 # tasks in a group, which is solved together and, with ttt_steps, trained on together
     # solve only tasks whose demos have at most so many tokens, in the longer orientation. 0 = all
     max_pair: int = 0
-    decode_rows: int = 128 # answers decoded together
+    decode_rows: int = 128 # views decoded together, answers judged together
     # solve queries that the run was trained on, with their answers, and say so in the score
     allow_leak: bool = False
     seed: int = 1337 # of the views and test-time training
