@@ -145,8 +145,8 @@ CONTROLS = [
         "test_sources.py::test_no_link_is_left_out_in_silence"),
     Control(
         "data left out by its name", 'sources.py',
-        "(*READERS, *ARCHIVES, *UNREAD)",
-        "READERS",
+        "{*READERS, *ARCHIVES, *UNREAD}",
+        "{*READERS}",
         "test_sources.py::test_what_looks_like_data_and_is_not_read_is_named"),
     Control(
         "a bundled source that hides a folder", 'sources.py',
@@ -350,8 +350,8 @@ CONTROLS = [
         "test_model.py::test_mamba_equals_that_of_transformers_with_the_same_weights"),
     Control(
         "a norm before the gate", 'model.py',
-        "self.norm((y * F.silu(gate)).type_as(x))",
-        "self.norm(y.type_as(x)) * F.silu(gate)",
+        "self.norm(y * F.silu(gate))",
+        "self.norm(y) * F.silu(gate)",
         "test_model.py::test_mamba_equals_that_of_transformers_with_the_same_weights"),
     Control(
         "no skip", 'model.py',

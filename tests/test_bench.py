@@ -97,10 +97,10 @@ def test_a_product_counts_by_its_arithmetic_or_its_bytes_and_a_view_not_at_all()
     import gpu_static
     small, large = torch.zeros(2, 3), torch.zeros(2048, 2048)
     for x, want in ((small, 4 * (3 * 2 + 2 * 3 + 2 * 2) / 4e12), (large, 2 * 2048 ** 3 / 650e12)):
-        with gpu_static.Eager() as eager:
+        with gpu_static.Eager('cpu') as eager:
             x @ x.mT
         assert eager.seconds == pytest.approx(want)
-    with gpu_static.Eager() as eager:
+    with gpu_static.Eager('cpu') as eager:
         torch._foreach_add_([small, small], 1.0)
     assert eager.seconds == pytest.approx(2 * 2 * 24 / 4e12) # read and written
 

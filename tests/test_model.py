@@ -527,7 +527,7 @@ def test_each_block_is_a_pre_norm_residual(mixer):
     block.mlp.register_forward_hook(lambda m, args, out: seen.update(u=args[0], v=out))
 
     class Ctx:
-        rope = torch.ones(1, 6, 1, 16), torch.zeros(1, 6, 1, 16)
+        rope = torch.ones(1, 6, 1, 8), torch.zeros(1, 6, 1, 8)
         masks = {'A': [Span(6, slice(6), None)]}
         same = None
 
@@ -727,6 +727,23 @@ def test_dropout_leaves_out_its_share_and_scales_the_rest(dtype):
         assert abs(lane.double().mean().item() - 230 / 256) < 4 * (0.1 * 0.9 / len(lane)) ** 0.5
     assert not torch.equal(drop(x), y)
     assert drop.eval()(x) is x
+
+def test_on_a_recent_gpu_blocks_add_up_in_bf16_unless_they_decode(monkeypatch):
+    model = make('MA', n_task=0).float().eval()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, x: seen.append(x.dtype))
+    idx = torch.randint(0, 10, (2, 30))
+    places = torch.zeros(2, 30, 3, dtype=torch.uint8)
+    want, _ = model(idx, pos=places)
+    monkeypatch.setattr('nanoarc.model.is_recent', lambda device: True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        got, _ = model(idx, pos=places)
+        model(idx, pos=places, cache=model.cache())
+    model(idx, pos=places)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert seen == [fp32] * 2 + [bf16] * 2 + [fp32] * 2 + [fp32] * 2 # the last ones: without autocast
+    assert got.dtype == fp32 and 0 < relative(got.double(), want.double()) < 0.05
 
 def test_a_dropout_of_everything_is_refused():
     with pytest.raises(ValueError, match="dropout=1"):
