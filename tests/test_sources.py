@@ -3,6 +3,7 @@ import gzip
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import zipfile
 
@@ -231,7 +232,8 @@ def test_whatever_looks_like_data_is_read(tmp_path):
         assert sorted(t.name for t in read_tasks(str(source))) == sorted(names)
 
 NOT_READ = ['x.tar', 'x.tar.gz', 'x.tgz', 'x.csv', 'x.CSV', 'x.csv.gz', 'x.pickle', 'x.pkl', 'x.npz', 'x.json.xz',
-            'x.jsonl.zst', 'x.json.bz2', 'x.7z', 'x.arrow', 'in/x.gz']
+            'x.jsonl.zst', 'x.json.bz2', 'x.7z', 'x.arrow', 'in/x.gz', 'x.json.txt', 'x.JSON.bak', 'x.pq',
+            'x.jsonlines', 'x.json5', 'x.jsonc', '__x.csv']
 
 @pytest.mark.parametrize('name', NOT_READ)
 def test_what_looks_like_data_and_is_not_read_is_named(name, toy, tmp_path, capsys):
@@ -253,7 +255,8 @@ def test_what_looks_like_data_and_is_not_read_is_named(name, toy, tmp_path, caps
 def test_what_lies_beside_data_is_no_error(toy, tmp_path):
     want = plain(read_source(toy()))
     beside = ['README.md', 'LICENSE', 'a.txt', 'b.png', 'c.py', 'x.json.sha256', '.git/x.csv', '__MACOSX/._x.zip',
-              '.DS_Store', '.x.tar', 'sample_submission.json', '.ipynb_checkpoints/x.json', 'empty/']
+              '.DS_Store', '.x.tar', 'sample_submission.json', '.ipynb_checkpoints/x.json', 'empty/', 'x.json.md',
+              'x.json.png', 'json.py']
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
         for path in sorted((tmp_path / 'toy').glob('*')):
             z.write(path, path.name)
@@ -266,6 +269,30 @@ def test_what_lies_beside_data_is_no_error(toy, tmp_path):
     os.mkfifo(tmp_path / 'toy' / 'pipe')
     for source in (tmp_path / 'toy', tmp_path / 'x.zip'):
         assert plain(read_source(str(source))) == want
+
+def test_a_file_without_a_task_is_named(toy, tmp_path, capsys):
+    src = toy()
+    files = {'a.jsonl': b"", 'b.jsonl': b"\n \n", 'c.jsonl.gz': gzip.compress(b""), 'd.parquet': None, 'e.zip': None}
+    for name, data in files.items():
+        path = tmp_path / 'toy' / name
+        if data is None:
+            write_any(path, 'x', task())
+        if name == 'd.parquet':
+            pl.read_parquet(path).clear().write_parquet(path)
+        elif name == 'e.zip':
+            with zipfile.ZipFile(path, 'w') as z:
+                z.writestr('README.md', "x")
+        else:
+            path.write_bytes(data)
+        assert f"{path}: no " in refusal(capsys, 'data', 'check', src)
+        c = read_source(src, on_bad='quarantine')
+        assert len(c) == 3 and [name in error for error in c.bad] == [True]
+        path.unlink()
+
+def test_a_name_of_two_underlines_is_read(toy, tmp_path):
+    src = toy()
+    write_any(tmp_path / 'toy' / '__in' / '__b.json', 'b', task())
+    assert len(read_source(src)) == 4
 
 def test_a_pipe_is_no_file_and_nobody_waits_for_it(toy, tmp_path, capsys):
     src = toy()
@@ -344,6 +371,16 @@ def test_a_name_that_can_be_one_source_alone_is_that(tmp_path, monkeypatch):
         'arc2x': [(1, 1)], './arc1/mine+./b*2': [(1, 1), (1, 2)], 'arc1/training*2': [(400, 2)],
     }
 
+@pytest.mark.parametrize('n', ["1000001", "100000000000", "9" * 5000])
+def test_a_source_is_repeated_a_million_times_at_most(n, toy, capsys, monkeypatch):
+    src = toy()
+    with monkeypatch.context() as m:
+        m.setattr('nanoarc.sources.read_source', None) # it is not read for that
+        with pytest.raises(ValueError, match=f"{n}: want at most 1,000,000 times"):
+            read_sources(f"{src}*{n}")
+    monkeypatch.setattr('nanoarc.data.MAX_EPOCH', 1000)
+    assert "12,000 targets an epoch, want at most 1,000" in refusal(capsys, 'data', 'stats', f"{src}*1000")
+
 # -----------------------------------------------------------------------------
 # trees
 
@@ -372,6 +409,26 @@ def test_a_directory_its_zip_and_their_urls_are_one_corpus(tmp_path):
     assert {x.decode() for x in got[urls[1]].name} == {'B', 'a', 'x', 'y', 'z'}
     names = {url: c.name.tolist() for url, c in got.items()}
     assert len({c.sha256 for c in got.values()}) == 1, names # where it lies does not matter
+
+def test_one_zip_is_open_at_a_time(tmp_path):
+    for k in range(30):
+        write_any(tmp_path / 'd' / f"{k}.zip", f"t{k}", task([[k % 10]]))
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 15, hard))
+    try:
+        assert len(read_source(str(tmp_path / 'd'))) == 30
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+def test_a_zip_may_have_paths_with_backslashes(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
+        z.writestr('dir\\', b"")
+        z.writestr('dir\\x_challenges.json', json.dumps({'a': {**task(), 'test': [{'input': GRID}]}}))
+        z.writestr('dir\\x_solutions.json', json.dumps({'a': [GRID]}))
+        z.writestr('dir\\.git\\b.json', "junk")
+    assert answers_of(read_tasks(str(tmp_path / 'x.zip'))) == [GRID]
 
 def test_kaggle_files_find_each_other_inside_a_zip(tmp_path):
     asked, solutions = as_kaggle(toy_tasks(n=3, queries=2))
@@ -507,6 +564,16 @@ def test_a_malformed_line_is_named_by_its_number(line, tmp_path, capsys):
     assert f"x.jsonl: line 4: {BAD_LINES[line]}" in err, err
     c = read_source(str(tmp_path / 'x.jsonl'), on_bad='quarantine')
     assert c.name.tolist() == [b'good'] and BAD_LINES[line] in c.bad[0]
+
+@pytest.mark.parametrize('name, text, want', [
+    ('x.json', f"{json.dumps(task())}\n{json.dumps(task())}", "extra data at line 2 column 1, is it .jsonl?"),
+    ('x.jsonl', json.dumps(task(), indent=1), "line 1: not a record, is it .json?"),
+    ('x.jsonl', json.dumps([task()], indent=1), "line 1: not a record, is it .json?"),
+    ('x.json', json.dumps([{'id': "a", **task()}]), "a list of tasks, want an object of tasks by id, or .jsonl"),
+])
+def test_a_file_that_is_called_by_the_wrong_name_is_told_the_right_one(name, text, want, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert want in refusal(capsys, 'data', 'check', tmp_path / name)
 
 @pytest.mark.parametrize('name', [{'a': 1}, [], True])
 def test_an_id_is_text_or_a_number(name, tmp_path):
@@ -654,6 +721,11 @@ def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
     write_table(tmp_path / 'x.parquet', [{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': queries}])
     assert answers_of(read_tasks(str(tmp_path / 'x.parquet'))) == [GRID, None]
 
+def test_a_null_answer_is_not_known_in_each_format(tmp_path):
+    obj = {**task(), 'test': [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]}
+    for path in write_in_each_format(tmp_path / 'd', obj):
+        assert answers_of(read_tasks(str(path))) == [GRID, None], path
+
 def by_column(pairs):
     """ list of pairs -> the layout that `datasets` stores a sequence of them in """
     return {key: [pair.get(key) for pair in pairs] for key in ('input', 'output')}
@@ -748,6 +820,12 @@ def test_what_is_wrong_behind_a_url_is_one_line(memory, tmp_path, capsys, monkey
     find = importlib.util.find_spec
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'fsspec' else find(name))
     assert "memory://d: to read URLs, pip install fsspec" in refusal(capsys, 'data', 'check', 'memory://d')
+
+def test_a_host_that_is_not_there_is_no_missing_file(capsys):
+    pytest.importorskip('fsspec')
+    pytest.importorskip('aiohttp')
+    err = refusal(capsys, 'data', 'check', 'http://127.0.0.1:1/x.json')
+    assert "127.0.0.1:1/x.json: ClientConnectorError: " in err and "Cannot connect to host 127.0.0.1:1" in err
 
 def test_what_to_install_for_a_url_is_said_in_whole(memory, capsys, monkeypatch):
     for sentence in ('HTTPFileSystem requires "requests" and "aiohttp" to be installed',
@@ -866,7 +944,8 @@ def test_a_broken_file_alone_is_no_quarantine(tmp_path):
 def test_a_file_without_a_task_is_no_quarantine_either(tmp_path, capsys):
     (tmp_path / 'x.jsonl').write_text("\n")
     err = refusal(capsys, 'data', 'check', tmp_path / 'x.jsonl', '--on_bad', 'quarantine')
-    assert err.endswith("x.jsonl: not one whole task, 0 in quarantine\n")
+    assert err.endswith("x.jsonl: not one whole task, 1 in quarantine, the first: "
+                        f"{tmp_path}/x.jsonl: no line in it\n")
 
 def test_a_corpus_in_quarantine_may_move(toy, tmp_path, monkeypatch):
     for name in ('here', 'there'):
@@ -913,7 +992,7 @@ MALFORMED = {
     'a pair is a list': ({**task(), 'train': [[GRID, GRID]]},
                          "bad.json: task bad, demo 0: want an object with input and output"),
     'typo of a part': (task(tests=[]), "bad.json: task bad: unknown key 'tests', a typo of 'test'?"),
-    'a list': ([task(), task()], "bad.json: task bad, pair 0: no key 'input'"),
+    'a list': ([task(), task()], "bad.json: a list of tasks, want"),
     'a float': (task([[1.0]]), f"{IN_GRID}, row 0, col 0: {COLOR} 1.0 (float)"),
     'overflow': (json.dumps(task([["@"]])).replace('"@"', "1e400"), f"{IN_GRID}, row 0, col 0: {COLOR} inf (float)"),
     'NaN': (task([[float('nan')]]), f"{IN_GRID}, row 0, col 0: {COLOR} nan (float)"),
@@ -925,7 +1004,8 @@ MALFORMED = {
     'a NUL': ('\x00', "bad.json: not json, "),
     'latin-1': (b'{"train": "\xe9"}', "bad.json: not UTF-8 at byte 11"),
     'deep': ('[' * 200_000, "bad.json: nested too deeply"),
-    '5000 digits': ('{"a": ' + '9' * 5000 + '}', "bad.json: Exceeds the limit"),
+    '5000 digits': (json.dumps(task([[1, "@"]])).replace('"@"', '-' + '9' * 5000),
+                    f"{IN_GRID}, row 0, col 1: color -9999999"),
     'control characters in an id': ({'a\n\x1b[31m': task()}, "bad.json: want a task id of 1..200 printable"),
     'demos by name': ({'abc': {'train': {'a': 1}, 'test': {}}}, "bad.json: task abc: want a list in 'train'"),
     'control characters': (task([["\x1b[31m" + "x" * 99]]), f"{IN_GRID}, row 0, col 0: {COLOR} '\\x1b[31mxxx"),
@@ -1019,6 +1099,38 @@ def test_two_different_tasks_of_one_name_are_refused(tmp_path):
     (tmp_path / '1' / 'x.json').write_text(json.dumps(task))
     with pytest.raises(ValueError, match="two different tasks are named x"): # but not with another answer
         read_tasks(str(tmp_path))
+
+@pytest.mark.parametrize('there', ['a.json', 'b.jsonl', 'b.parquet', 'b.zip', 'list.jsonl'])
+def test_of_two_tasks_of_one_name_both_places_are_named_and_the_first_is_kept(there, tmp_path, capsys):
+    a, b = {'id': "t", **task()}, {'id': "t", **task([[5]])}
+    if there == 'list.jsonl': # t.0 and t.1 twice
+        a, b = ({'id': "t", 'examples': make_list(6, seed)} for seed in range(2))
+    path = tmp_path / there
+    places = [f"{path}: line 1", f"{path}: line 3"]
+    if there == 'a.json': # and another file
+        path.write_text(json.dumps({'t': a}))
+        (tmp_path / 'b.jsonl').write_text(json.dumps(b))
+        places = [str(path), f"{tmp_path}/b.jsonl: line 1"]
+    elif there == 'b.parquet':
+        write_table(path, [a, b])
+        places = [f"{path}: row 0", f"{path}: row 1"]
+    elif there == 'b.zip':
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr('x/t.json', json.dumps(a))
+            z.writestr('y/t.json', json.dumps(b))
+        places = [f"{path}: x/t.json", f"{path}: y/t.json"]
+    else:
+        path.write_text(f"{json.dumps(a)}\n\n{json.dumps(b)}")
+    name = "t"
+    if there == 'list.jsonl':
+        name, places = "t.0", [f"{place}: task t" for place in places]
+    way_out = "rename one, or join their files or folders with +" if there == 'a.json' else "rename one"
+    want = f"{places[1]}: two different tasks are named {name}, the other in {places[0]}: {way_out}"
+    assert refusal(capsys, 'data', 'check', tmp_path) == f"nanoarc: {want}\n"
+    c = read_source(str(tmp_path), on_bad='quarantine', n_demos=2)
+    assert c.bad == [want] and len(c) == (2 if there == 'list.jsonl' else 1)
+    first = [pair['input'] for pair in a.get('train', a.get('examples'))]
+    assert all(rows(x) in first for t in all_tasks(c) for x, _ in t.demos)
 
 def test_an_empty_directory_and_a_giant_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no .json, .jsonl, .ndjson, .parquet file in it"):
