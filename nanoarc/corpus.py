@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,19 +49,26 @@ def parse_json(data, where, strict=True):
                 raise ValueError(f"duplicate key {show(twice[0])}")
             obj.update(dict.fromkeys(twice, DuplicateKey()))
         return obj
+    load = partial(json.loads, object_pairs_hook=to_dict, parse_float=to_float, parse_constant=to_float)
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{where}: over {MAX_JSON_BYTES // 2**20} MiB, no json of tasks is that large: "
                          "use .jsonl or a packed corpus")
     try:
         text = data.decode('utf-8-sig')
-        return json.loads(text, object_pairs_hook=to_dict, parse_float=to_float, parse_constant=to_float)
+        try:
+            return load(text)
+        except ValueError as e:
+            if 'integer string conversion' not in str(e):
+                raise
+            return load(text, parse_int=lambda s: int(s[:600])) # no color either, of digits that python converts
     except UnicodeDecodeError as e:
         raise ValueError(f"{where}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: not json, {e.msg.lower()} at line {e.lineno} column {e.colno}") from None
+        hint = ", is it .jsonl?" if e.msg == "Extra data" and e.lineno > 1 else ""
+        raise ValueError(f"{where}: not json, {e.msg.lower()} at line {e.lineno} column {e.colno}{hint}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply to be tasks") from None
-    except ValueError as e: # from the two hooks above, or an integer of thousands of digits
+    except ValueError as e: # from the two hooks above
         raise ValueError(f"{where}: {e}") from None
 
 def read_json(path, strict=True):
@@ -307,11 +314,22 @@ class Corpus:
         return same.all() and (inputs == self.input_hash[p]).all() and (colors == self.colors[g]).all()
 
     def save(self, out_dir):
-        """ write a packed corpus: an .npy file an array and manifest.json, which is written last. raises ValueError """
+        """ write a packed corpus: an .npy file an array and manifest.json, all or nothing. raises ValueError """
         out_dir = Path(out_dir)
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             raise ValueError(f"{out_dir}: exists and is not empty, choose another --out")
         out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.write(out_dir)
+        except BaseException as e: # ctrl-c too
+            for file in out_dir.iterdir():
+                file.unlink()
+            if isinstance(e, OSError): # numpy has no reason to give when a file stays short
+                raise ValueError(f"{out_dir}: {e.strerror or f'{e}, is the disk full?'}") from None
+            raise
+
+    def write(self, out_dir):
+        """ see save. the manifest comes last: without it nothing is whole """
         files = {}
         for name in self.ARRAYS:
             np.save(out_dir / f"{name}.npy", getattr(self, name), allow_pickle=False)
@@ -327,6 +345,8 @@ class Corpus:
         """ a packed corpus, memory-mapped. every file is hashed first (2 GB/s): none is damaged. raises ValueError """
         path = Path(path)
         where = path / 'manifest.json'
+        if not where.is_file():
+            raise ValueError(f"{path}: not a whole packed corpus (no manifest.json), pack it anew")
         manifest = read_json(where)
         check_keys(manifest, ('nanoarc', 'format', 'source', 'tasks', 'pairs', 'bad', 'sha256'), (), where)
         hashes, bad = manifest['sha256'], manifest['bad']
@@ -391,9 +411,10 @@ def fit_together(cells, h, w, colors, hash, input_hash, first, n_demos, name, ke
     return is_text and all(names) and len(set(names)) == K
 
 def is_packed(path):
-    """ is this the directory of a packed corpus? """
-    path = Path(path) / 'manifest.json'
-    return os.path.isfile(path) and b'"packed corpus"' in path.read_bytes()[:100]
+    """ is this the directory of a packed corpus, perhaps of a half one? """
+    manifest = Path(path) / 'manifest.json'
+    has_one = os.path.isfile(manifest) and b'"packed corpus"' in manifest.read_bytes()[:100]
+    return has_one or os.path.isfile(Path(path) / 'cells.npy')
 
 def sha256_of_npy(x):
     """ an array -> what hash_file says of it as an .npy file """
@@ -568,8 +589,8 @@ def guard(data, adapt, drop_overlap, allow_leak):
 
 def trained_lines(corpora, trained):
     """
-    list of Corpus, (pairs of all,) bool -> the text of trained_on.txt: of each trained pair a line of two hashes, of it
-    and of its input, its task and source
+    list of Corpus, (pairs of all,) bool -> text, of each trained pair a line: two hashes, of it and of its input, its
+    task and source
     """
     lines, ends = "", np.cumsum([len(c.hash) for c in corpora])
     for c, mine in zip(corpora, np.split(trained, ends)):
@@ -579,13 +600,25 @@ def trained_lines(corpora, trained):
     return lines
 
 def with_earlier(text, runs):
-    """ the text of trained_on.txt and that of runs which went before ('' = none) -> every line of them, once """
+    """
+    trained_lines of a run, and those that went before it ('' = none) -> the text of trained_on.txt: every line of them,
+    once, and a sha256
+    """
     found = set(text.splitlines(True))
     for run in runs:
-        path = Path(run) / 'trained_on.txt'
-        if run and path.is_file():
-            found.update(path.read_text('utf-8').splitlines(True))
-    return "".join(sorted(found))
+        if run and (Path(run) / 'trained_on.txt').is_file():
+            found.update(read_trained_on(run))
+    text = "".join(sorted(found))
+    return f"{text}sha256 {hashlib.sha256(text.encode()).hexdigest()}\n"
+
+def read_trained_on(run):
+    """ -> list of its lines. raises ValueError if any is missing, or the guard would be off without a word """
+    path = Path(run) / 'trained_on.txt'
+    text, _, last = path.read_bytes().rpartition(b"sha256 ")
+    if last.decode('ascii', 'replace') != hashlib.sha256(text).hexdigest() + "\n":
+        raise ValueError(f"{path}: damaged, or of an older version: its last line is not the sha256 of the others. "
+                         f"remove it, and nanoarc train --resume {run} writes it anew")
+    return text.decode().splitlines(True)
 
 def find_leaks(run, corpora):
     """ queries of corpora that the run was trained on with their answers -> list of texts that name both tasks """
@@ -595,8 +628,8 @@ def find_leaks(run, corpora):
         return []
     by_input = defaultdict(list) # {hash of the input: [(pair_hash, label of the task), ...]}
     task_pairs = defaultdict(set) # {label of the task: pair_hash of its pairs}
-    for line in path.read_text('utf-8').splitlines():
-        pair, x, label = line.split(" ", 2)
+    for line in read_trained_on(run):
+        pair, x, label = line.rstrip("\n").split(" ", 2)
         by_input[int(x, 16)].append((int(pair, 16), label))
         task_pairs[label].add(int(pair, 16))
     found = {}

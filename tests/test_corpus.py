@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -165,9 +166,12 @@ def test_a_manifest_of_another_format_is_refused_by_what_is_wrong_in_it(packed, 
                  whole[:-20]):
         (path / 'manifest.json').write_text(text)
         assert f"{path}/manifest.json: " in refusal(capsys, 'data', 'check', path), text
-    for text in ('{"nanoarc": "something else"}', ''): # then it is a folder like any other
+    for text in ('{"nanoarc": "something else"}', '', whole[:9]):
         (path / 'manifest.json').write_text(text)
-        assert f"{path}/cells.npy: nothing here reads .npy" in refusal(capsys, 'data', 'check', path), text
+        assert f"{path}/manifest.json: " in refusal(capsys, 'data', 'check', path), text
+    (path / 'manifest.json').unlink()
+    want = f"{path}: not a whole packed corpus (no manifest.json), pack it anew"
+    assert want in refusal(capsys, 'data', 'check', path)
 
 def test_a_corpus_that_was_packed_before_there_were_extra_pairs_opens(packed):
     path = packed.write(format=1)
@@ -336,6 +340,26 @@ def test_pack_takes_one_source_and_an_empty_directory(toy, tmp_path, capsys):
     (out / 'x').unlink()
     pack(capsys, src, out)
     assert f"{out}: exists and is not empty" in refusal(capsys, 'data', 'pack', src, '--out', out)
+
+@pytest.mark.parametrize('side, limit, why', [(30, 9000, "is the disk full?"), (4, 500, "File too large")])
+def test_a_pack_that_fails_says_why_and_leaves_nothing(side, limit, why, toy, tmp_path, capsys):
+    src, out = toy(n=8, side=side), tmp_path / 'out'
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)) # as if the disk were full
+    try:
+        err = refusal(capsys, 'data', 'pack', src, '--out', out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"nanoarc: {out}: " in err and why in err and list(out.iterdir()) == []
+    pack(capsys, src, out)
+
+def test_a_pack_that_is_interrupted_leaves_nothing(toy, tmp_path, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+    monkeypatch.setattr('nanoarc.corpus.hash_file', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read_source(toy()).save(tmp_path / 'out')
+    assert list((tmp_path / 'out').iterdir()) == []
 
 # -----------------------------------------------------------------------------
 # closed, selected
