@@ -28,8 +28,8 @@ from nanoarc.decode import decode, score_answers
 from nanoarc.grids import IN, PAD, decode_grid, dihedral, grid_bytes, undo_augment
 from nanoarc.run import Signals, get_device, get_ranks, is_first_rank, load_run
 from nanoarc.settings import MAX_SEED, check_numbers
-from nanoarc.submission import (Candidate, Keeper, Known, hold, rank_candidates, read_candidates, read_fitting,
-                                read_leaks, write_results)
+from nanoarc.submission import (Candidate, Keeper, Known, hold, keep_answers, rank_candidates, read_candidates,
+                                read_fitting, read_leaks, write_results)
 from nanoarc.train import TrainConfig, get_lr
 
 MOST_VIEWS = 2**16 # of a query
@@ -409,6 +409,7 @@ def solve_into(out_dir, cfg, signals):
     if device.type == 'cpu': # 'highest' is MKL. oneDNN compiles each shape of a product, and here none comes twice
         torch.set_float32_matmul_precision('highest')
     corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=False)
+    keep_answers(out_dir, tasks)
     parts = [read_candidates(path, tasks) for path in cfg.merge] # of each run {(task, query): list of Candidates}
     leaks = set() # queries that were trained on, also by the runs that are merged
     for path in cfg.merge:

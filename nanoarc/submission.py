@@ -3,6 +3,8 @@ candidates, ranked; submission.json in Kaggle's shape and candidates.jsonl, writ
 submission. answers are opened by the score alone.
 """
 import contextlib
+import hashlib
+import io
 import json
 import math
 import re
@@ -116,6 +118,10 @@ def rank_candidates(parts, select):
 # -----------------------------------------------------------------------------
 # files
 
+def input_hash(task, i):
+    """ of query i of a Task. in candidates.jsonl, so that they are not merged for another task of that name """
+    return hashlib.sha256(grid_bytes(task.queries[i][0])).hexdigest()[:12]
+
 def write_results(out_dir, tasks, ranked):
     """
     ranked: {(task number, query number): rank_candidates(...)} -> submission.json, {id: [{"attempt_1": rows,
@@ -129,13 +135,25 @@ def write_results(out_dir, tasks, ranked):
             grids = [c.grid.tolist() for c, _ in best[:2]] or [[[0]]]
             entries.append({'attempt_1': grids[0], 'attempt_2': grids[-1]}) # a copy only if there is no other
             for c, belief in best:
-                line = {'task': task.name, 'query': i, 'belief': round(belief, 6), 'votes': c.votes,
-                        'log_prob': c.log_prob, 'score': c.score, 'views': sorted(view for view, _ in c.found),
-                        'grid': c.grid.tolist()}
+                line = {'task': task.name, 'query': i, 'input': input_hash(task, i), 'belief': round(belief, 6),
+                        'votes': c.votes, 'log_prob': c.log_prob, 'score': c.score,
+                        'views': sorted(view for view, _ in c.found), 'grid': c.grid.tolist()}
                 lines.append(json.dumps(line) + "\n")
         submission[task.name] = entries
     checkpoint.write_file(Path(out_dir) / 'candidates.jsonl', "".join(lines).encode())
     checkpoint.write_file(Path(out_dir) / 'submission.json', json.dumps(submission).encode())
+
+def keep_answers(out_dir, tasks):
+    """ raises ValueError if a submission.json lies there with answers that a new one for these tasks would not have """
+    path = Path(out_dir) / 'submission.json'
+    try:
+        there = read_submission(path).keys()
+    except ValueError: # there is none
+        return
+    lost = [show(name) for name in sorted(there - {task.name for task in tasks})]
+    if lost:
+        raise ValueError(f"{path} has answers to tasks that are not asked now, {a_few(lost, 3, ', ')}: choose another "
+                         "--out_dir")
 
 def read_candidates(path, tasks):
     """
@@ -162,6 +180,9 @@ def read_candidates(path, tasks):
         if type(i) is not int or not 0 <= i < len(tasks[k].queries):
             raise ValueError(f"{where}: task {name} has no query {show(i)}")
         where = f"{where}: task {name}, query {i}"
+        mine = input_hash(tasks[k], i)
+        if x.get('input', mine) != mine: # none in files of an older version
+            raise ValueError(f"{where}: of another task with that name, its input is not the one that is asked")
         numbers = votes, log_prob, 0 if score is None else score
         are_numbers = all(type(value) in (int, float) and abs(value) < 2**53 for value in numbers) # nan is not
         are_views = type(views) is list and all(type(view) is int for view in views)
@@ -302,6 +323,8 @@ def hold(out_dir):
 
 def read_submission(path):
     """ a submission.json -> {task id: what it has there}. raises ValueError """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a directory or a pipe, want the file submission.json")
     submission = read_json(path, strict=False) # what others write beside the grids may be floats
     if type(submission) is not dict:
         raise ValueError(f"{path}: want an object of attempts by task id, got {type(submission).__name__}")
@@ -374,6 +397,7 @@ def is_misordered(task, attempts):
 ODD = {'misordered': "tasks have the right answers of their queries in another order",
        'misshapen': 'entries are not [{"attempt_1": rows, "attempt_2": rows}, one a query], what is missing is worth 0',
        'remarks': "things that Kaggle does not know",
+       'unanswered': "queries have [[0]] twice, which solve writes where it has no answer",
        'missing': "tasks not in the submission, worth 0",
        'unknown': "tasks not in the source, ignored"}
 
@@ -397,11 +421,15 @@ def score(submission, tasks):
         rows = score_task(task, attempts)
         if is_misordered(task, attempts):
             odd['misordered'].append(task.name)
+        for tried, row in zip(attempts, rows):
+            grids = [grid.tolist() for grid in tried.values()]
+            if grids == [[[0]], [[0]]] and not row['right']:
+                odd['unanswered'].append(f"{task.name} {row['query']}")
         n_right = sum(row['right'] for row in rows)
         per_query += rows
         per_task[task.name] = [n_right, n]
         total += 100 * n_right / n
-    odd['unknown'] = [name for name in submission if name not in per_task]
+    odd['unknown'] = [ascii(name)[1:-1][:40] for name in submission if name not in per_task]
     right, n = sum(row['right'] for row in per_query), len(per_query)
     return {'score': round(total / len(tasks), 2), 'kaggle': round(100 * right / n, 2),
             'solved': sum(right == n for right, n in per_task.values()), 'tasks': len(tasks), 'right': right,
@@ -430,18 +458,10 @@ def score_file(cfg):
     submission = read_submission(cfg.submission)
     corpora, tasks = read_fitting(cfg.data, cfg.max_pair, opened=True)
     result, leaks = score(submission, tasks), read_leaks(cfg.submission)
+    if any(Path(cfg.submission).parent.glob('solving-[0-9]*.json')):
+        print("the solve that writes it has not ended, the same command goes on")
     result['leaks'] = len(leaks)
     per_query, per_task = result.pop('per_query'), result.pop('per_task')
-    if cfg.out:
-        import polars as pl
-        faults = {}
-        for c in corpora:
-            faults.update(known_faults(c))
-        frame = pl.DataFrame([{**row, 'fault': faults.get(row['task'], "")} for row in per_query])
-        if cfg.out.endswith('.csv'):
-            frame.write_csv(cfg.out)
-        else:
-            frame.write_parquet(cfg.out)
     for key, what in ODD.items():
         found = result.pop(key)
         if found:
@@ -451,4 +471,15 @@ def score_file(cfg):
     print(f"solved: {' '.join(solved) or 'none'}" + (f"; in part: {', '.join(partly)}" if partly else ""))
     print(verdict(result, leaks))
     print(json.dumps(result))
+    if cfg.out:
+        import polars as pl
+        faults, data = {}, io.BytesIO()
+        for c in corpora:
+            faults.update(known_faults(c))
+        frame = pl.DataFrame([{**row, 'fault': faults.get(row['task'], "")} for row in per_query])
+        if cfg.out.endswith('.csv'):
+            frame.write_csv(data)
+        else:
+            frame.write_parquet(data)
+        checkpoint.write_file(cfg.out, data.getvalue())
     return result

@@ -211,6 +211,24 @@ def test_a_run_knows_what_it_was_trained_on_though_the_asked_file_has_no_answers
         cli(['solve', '--run', run, '--data', blind, '--views=1', '--device=cpu'])
     assert "was trained on 3 of these queries" in capsys.readouterr().err
 
+@pytest.mark.parametrize('damage', ['empty', 'a line less', 'half a line', 'not utf-8', 'a line more'])
+def test_what_a_run_was_trained_on_is_not_half_known(toy, tmp_path, capsys, damage):
+    src, run = toy(n=3, side=9), str(tmp_path / 'run')
+    cli(['train', f"--data={src}", '--shots=-1', f"--out_dir={run}", '--max_iters=1', '--val_tasks=0', *TINY])
+    path = tmp_path / 'run' / 'trained_on.txt'
+    whole = path.read_bytes()
+    lines = whole.splitlines(True)
+    cut = len(b"".join(lines[:5]))
+    path.write_bytes({'empty': b"", 'a line less': whole[:cut], 'half a line': whole[: cut - 9],
+                      'not utf-8': b"\xff" + whole, 'a line more': lines[0] + whole}[damage])
+    with pytest.raises(SystemExit):
+        cli(['solve', '--run', run, '--data', src, '--views=1', '--device=cpu'])
+    err = capsys.readouterr().err
+    assert f"{path}: damaged" in err and "--resume" in err and err.count("\n") == 1
+    path.unlink()
+    cli(['train', f"--resume={run}", '--max_iters=2'])
+    assert path.read_bytes() == whole
+
 # -----------------------------------------------------------------------------
 # the command
 
@@ -278,6 +296,17 @@ def test_runs_are_merged(tiny_run, tmp_path):
     assert votes(one) + votes(two) == votes(both)
     with pytest.raises(ValueError, match="want the --run"):
         solve(SolveConfig(merge=paths, data=src))
+
+def test_answers_to_other_tasks_are_not_overwritten(tiny_run, toy, tmp_path, short_answers):
+    run, src = tiny_run
+    work = dict(WORK, run=run, out_dir=str(tmp_path / 'out'), ttt_steps=1, ttt_tokens=200)
+    path = solve(SolveConfig(**work, data=src))
+    before = path.read_bytes()
+    solve(SolveConfig(**{**work, 'seed': 2}, data=src)) # the same tasks again
+    path.write_bytes(before)
+    with pytest.raises(ValueError, match=r"has answers to tasks that are not asked now, .*: choose another --out_dir"):
+        solve(SolveConfig(**work, data=toy('others', n=1, seed=9)))
+    assert path.read_bytes() == before
 
 def test_minutes_bound_the_views_and_every_query_gets_one(tiny_run, tmp_path):
     run, src = tiny_run

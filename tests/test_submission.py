@@ -1,6 +1,7 @@
 """ python -m pytest tests/test_submission.py """
 import json
 import math
+import os
 import random
 import re
 
@@ -200,6 +201,32 @@ def test_attempts_differ_and_every_query_has_an_entry_in_order(tmp_path):
     assert [c.grid[0, 0] for c in again[0, 1]] == [1, 2, 3]
     assert [c.grid[0, 0] for c in again[1, 0]] == [3]
 
+def test_candidates_of_another_task_with_that_name_are_refused(tmp_path):
+    one = Task('a', 'toy', [], [(np.array([[1, 2]], np.uint8), None)])
+    other = Task('a', 'toy', [], [(np.array([[1], [2]], np.uint8), None)])
+    sub.write_results(tmp_path, [one], {(0, 0): [(candidate([[1]], 1, -1.0), 1.0)]})
+    path = tmp_path / 'candidates.jsonl'
+    assert sub.read_candidates(path, [one])
+    with pytest.raises(ValueError, match="line 1: task a, query 0: of another task with that name"):
+        sub.read_candidates(path, [other])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: x for k, x in line.items() if k != 'input'}) + "\n" for line in lines))
+    assert sub.read_candidates(path, [other]) # of an older version: nobody knows
+
+def test_the_score_says_what_was_never_answered_and_that_the_solve_goes_on(tmp_path, capsys):
+    answers = {}
+    for task in read_tasks('arc2/evaluation'):
+        answers[task.name] = [{'attempt_1': [[0]], 'attempt_2': [[0]]} for _ in task.queries]
+    path = tmp_path / 'submission.json'
+    path.write_text(json.dumps(answers))
+    cli(['score', str(path), 'arc2/evaluation'])
+    out = capsys.readouterr().out
+    assert "167 queries have [[0]] twice, which solve writes where it has no answer: 0934a4d8 0; " in out
+    assert "has not ended" not in out
+    (tmp_path / 'solving-0.json').touch()
+    cli(['score', str(path), 'arc2/evaluation'])
+    assert "the solve that writes it has not ended" in capsys.readouterr().out
+
 LINE = '{"task": "a", "query": 0, "votes": 1, "log_prob": -1, "score": null, "views": []}'
 
 @pytest.mark.parametrize('line, want', [
@@ -327,3 +354,39 @@ def test_the_score_names_what_is_short_or_out_of_order_and_writes_a_table(tmp_pa
     assert marked.keys() == {'53fb4810', '7ed72f31', '88e364bc', 'a6f40cea'} and "#57" in marked['7ed72f31']
     with pytest.raises(SystemExit):
         cli(['score', str(path), 'arc2/evaluation', '--out=x.txt'])
+
+def test_a_key_of_a_submission_cannot_write_to_the_terminal(tmp_path, capsys):
+    path, src = tmp_path / 'submission.json', tmp_path / 'src.json'
+    path.write_text(json.dumps({"p\n\x1b[31mq": 1, "\u2028": 5, "x" * 999: 1}))
+    src.write_text(json.dumps(toy_tasks(n=1)))
+    cli(['score', str(path), str(src)])
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable() and f"ignored: p\\n\\x1b[31mq; \\u2028; {'x' * 40}\n" in out
+
+@pytest.mark.parametrize('kind', ['directory', 'pipe', 'nothing'])
+def test_what_is_no_file_is_no_submission_and_one_is_asked_for(kind, tmp_path):
+    path = tmp_path / 'x'
+    if kind == 'directory':
+        path.mkdir()
+    elif kind == 'pipe':
+        os.mkfifo(path)
+    want = "no such file" if kind == 'nothing' else "pipe, want the file submission.json"
+    with pytest.raises(ValueError, match=want):
+        sub.read_submission(path)
+
+@pytest.mark.parametrize('name', ['o.csv', 'o.parquet'])
+def test_a_table_that_does_not_fit_costs_no_score_and_is_named(name, tmp_path, capsys, monkeypatch):
+    path, src, out = tmp_path / 'submission.json', tmp_path / 'src.json', tmp_path / 'new' / name
+    path.write_text("{}")
+    src.write_text(json.dumps(toy_tasks(n=1)))
+    cli(['score', str(path), str(src), f"--out={out}"])
+    before = out.read_bytes()
+    capsys.readouterr()
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, 'fsync', full_disk)
+    with pytest.raises(SystemExit) as e:
+        cli(['score', str(path), str(src), f"--out={out}"])
+    said = capsys.readouterr()
+    assert e.value.code == 2 and f"No space left on device: '{out}'" in said.err
+    assert json.loads(said.out.splitlines()[-1])['score'] == 0 and out.read_bytes() == before
