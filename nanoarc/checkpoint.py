@@ -25,9 +25,9 @@ FORMAT = 3 # 2 had other defaults of the model
 KEEP = 2 # checkpoints on disk
 # what write_file puts into the directory of a run, by way of .NAME.tmp
 WRITTEN = ('metrics.jsonl', 'val.json', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl',
-           'solve.json')
+           'solve.json', 'loss.png', 'val.png')
 # what else is written there
-OPENED = 'ckpt', 'lock', 'solving.lock', 'log.txt', 'loss.png', 'val.png', 'output.txt', 'study.db', 'wandb'
+OPENED = 'ckpt', 'lock', 'solving.lock', 'log.txt', 'output.txt', 'study.db', 'wandb'
 
 def write_file(path, data):
     """ bytes to a file, all or nothing, also when the machine dies """
@@ -66,7 +66,10 @@ def lock(out_dir, name='lock'):
     names the process that holds it, or a link. by another name it is another lock: to solve while somebody trains
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e: # it is a file
+        raise ValueError(f"{out_dir}: cannot write here, {e.strerror}. choose another --out_dir") from None
     refuse_links(out_dir)
     with open(out_dir / name, 'a+', encoding='utf-8') as f:
         try:
@@ -94,8 +97,8 @@ def file(out_dir, step, kind='safetensors'):
 
 def steps(out_dir, kind='sha256'):
     """ the steps of which there is a checkpoint, newest first. files that are called otherwise are not ours """
-    found = []
-    for path in (Path(out_dir) / 'ckpt').glob(f"step-*.{kind}"):
+    found, ckpt = [], Path(out_dir) / 'ckpt'
+    for path in ckpt.iterdir() if ckpt.is_dir() else (): # not glob: it finds nothing where it may not look
         number = path.stem.removeprefix('step-')
         if number.isdecimal() and path == file(out_dir, int(number), kind) and path.is_file():
             found.append(int(number))
@@ -169,7 +172,7 @@ def load(out_dir):
     for step in some_steps(out_dir):
         path = file(out_dir, step)
         try:
-            data, want = path.read_bytes(), file(out_dir, step, 'sha256').read_bytes()
+            data, want = path.read_bytes(), file(out_dir, step, 'sha256').read_bytes().replace(b"\r\n", b"\n")
         except OSError as e: # perhaps of a disk that cannot read it
             errors.append(f"{path}: {e.strerror if path.exists() else 'missing'}")
             continue
@@ -178,8 +181,7 @@ def load(out_dir):
             for error in errors:
                 print(f"warning: {error}, going back to {path}")
             return parse(data, path)
-        want = want[:12].decode('ascii', 'backslashreplace')
-        errors.append(f"{path}: damaged, its sha256 is {found[:12].decode()}, want {want}")
+        errors.append(f"{path}: damaged, its sha256 is {found}, want {want[:99]}")
     raise ValueError("no whole checkpoint: " + "; ".join(errors))
 
 def parse(data, path):
@@ -188,12 +190,14 @@ def parse(data, path):
         n = int.from_bytes(data[:8], 'little')
         header = json.loads(data[8 : 8 + n])
         meta = json.loads(header['__metadata__']['nanoarc'])
-        found = meta['format']
+        found, step = meta['format'], meta['step']
         tensors = parse_tensors(data)
     except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: no checkpoint of nanoarc: {type(e).__name__} {e}") from None
     if found != FORMAT:
         raise ValueError(f"{path}: format differs (saved {found}, this version reads {FORMAT})")
+    if path.stem != f"step-{step!s:0>6}":
+        raise ValueError(f"{path}: renamed, it is of step {step}")
     return tensors, meta
 
 def eval_part(meta):

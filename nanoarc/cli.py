@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 # in reading order, the others from the ground up: a file imports only files above it
 CORE = ['grids.py', 'data.py', 'model.py', 'train.py', 'decode.py', 'solve.py', 'checkpoint.py']
 REST = ['settings.py', 'jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py',
@@ -90,6 +88,8 @@ def draw(args):
 
 def data(args):
     """ check, describe or pack a source: data check | stats | pack SRC """
+    import tyro # late, for it is slow
+
     from nanoarc.data import DataConfig
     from nanoarc.settings import check_numbers
 
@@ -291,16 +291,16 @@ class Unread:
 
 def main(args=None):
     """ a command: list of strings, None = those of this process. exits with 2 after what a user can mend """
-    if importlib.util.find_spec('fcntl') is None: # by which a run is locked
-        print("nanoarc: want Linux or macOS, on Windows inside WSL (wsl --install)", file=sys.stderr)
-        sys.exit(2)
-    if isinstance(sys.stdout, io.TextIOWrapper): # a locale may not have the letters of a name
-        sys.stdout.reconfigure(errors='backslashreplace')
-    set_threads()
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is getattr(sys, f"__{name}__"): # otherwise a notebook or a test has put its own there
-            setattr(sys, name, Unread(getattr(sys, name)))
     try:
+        if importlib.util.find_spec('fcntl') is None: # by which a run is locked
+            print("nanoarc: want Linux or macOS, on Windows inside WSL (wsl --install)", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(sys.stdout, io.TextIOWrapper): # a locale may not have the letters of a name
+            sys.stdout.reconfigure(errors='backslashreplace')
+        set_threads()
+        for name in ('stdout', 'stderr'):
+            if getattr(sys, name) is getattr(sys, f"__{name}__"): # or a notebook or a test has put its own there
+                setattr(sys, name, Unread(getattr(sys, name)))
         run_command(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
         if getattr(sys.stdout, 'error', None): # found out here at the latest: the work is done, what it said is lost
@@ -313,6 +313,16 @@ def main(args=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+# flags that name a path and may not be empty
+PATHS = 'config', 'resume', 'init_from', 'run', 'out_dir', 'out', 'text', 'model', 'submission', 'png'
+
+def refuse_empty(args):
+    """ raises ValueError on `--resume ""` or `--resume=`: without the flag something else would begin """
+    for x, value in zip(args, [*args[1:], None]):
+        name, equals, text = x.replace('-', '_').partition('=')
+        if name[:2] == '__' and name[2:] in PATHS and (text if equals else value) == "":
+            raise ValueError(f"--{name[2:]} is empty: an unset variable?")
 
 def run_command(args):
     """ the first word says which. exits with 0 after --help, with 2 if there is no such command """
@@ -327,6 +337,7 @@ def run_command(args):
     if os.environ.pop('NANOARC_ENDS_WITH_STDIN', ''): # we are a trial of a sweep
         from nanoarc.run import end_with_stdin
         end_with_stdin()
+    refuse_empty(args)
     COMMANDS[name](args[1:])
 
 if __name__ == '__main__': # python -m nanoarc.cli, which without this would do nothing and say nothing

@@ -104,13 +104,19 @@ def threads():
             words.append(f"{name}={os.environ[name]}")
     return " ".join(words)
 
+def has_ranks():
+    """ are there several of us, as under torchrun? RANK alone may be of anything """
+    return 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1
+
 def is_first_rank():
-    """ is this the process that writes? under torchrun there are several of us """
-    return os.environ.get('RANK', '0') == '0'
+    """ is this the process that writes? """
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not has_ranks() or os.environ['RANK'] == '0'
 
 def get_ranks(device):
     """ -> (rank, number of ranks), (0, 1) unless torchrun started us. they talk by gloo on cpu, nccl on cuda """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ and not dist.is_initialized():
+    if has_ranks() and not dist.is_initialized():
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, timeout=timedelta(hours=12)) # a rank may wait for one that solves longer
     if not dist.is_initialized():
@@ -325,7 +331,6 @@ class Log:
         self.bar = self.tracker = None
         if out_dir is None:
             return
-        self.begin_rows(step)
         settings = {}
         for cfg in cfgs:
             settings.update(asdict(cfg))
@@ -334,6 +339,8 @@ class Log:
             for path in sorted(Path(__file__).parent.glob('*.py')):
                 code = path.read_text(encoding='utf-8')
                 self.append('log.txt', f"# {'=' * 77}\n# nanoarc/{path.name}\n# {'=' * 77}\n{code}")
+        with self.harmless('metrics.jsonl'):
+            self.begin_rows(step)
         with self.harmless(settings['log']):
             self.begin_tracker(settings, name)
         with self.harmless("the progress line"):
@@ -391,9 +398,10 @@ class Log:
 
     def sync(self):
         """ what is logged reaches the disk, before a checkpoint that counts on it """
-        if self.out_dir is not None:
-            with open(self.out_dir / 'metrics.jsonl', 'ab') as f:
-                os.fsync(f.fileno())
+        if self.out_dir is None:
+            return
+        with self.harmless('metrics.jsonl'), open(self.out_dir / 'metrics.jsonl', 'ab') as f:
+            os.fsync(f.fileno())
 
     def append(self, name, text):
         """ a line to a file of the run """
@@ -601,7 +609,7 @@ def flag(args, name):
 def read_toml(path):
     """ -> {key: value}. raises ValueError """
     try:
-        return tomllib.loads(Path(path).read_bytes().decode())
+        return tomllib.loads(Path(path).read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as e: # or not UTF-8, or too deep
         raise ValueError(f"{path}: {e}") from None
 

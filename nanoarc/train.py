@@ -67,7 +67,8 @@ class TrainConfig:
             raise ValueError(f"compile={self.compile!r}: want on, off or auto")
         if self.log and (self.log not in ('wandb', 'trackio') or not importlib.util.find_spec(self.log)):
             raise ValueError(f"log={self.log!r}: want wandb or trackio, and it installed: pip install 'nanoarc[log]'")
-        check_numbers(self, dict(grad_accum=1), dict(ema=1, decay_frac=1, warmup_frac=1, seed=MAX_SEED))
+        check_numbers(self, dict(grad_accum=1), dict(ema=1, decay_frac=1, warmup_frac=1, seed=MAX_SEED,
+                                                     grad_accum=2**16, ns_steps=100))
         if self.ema == 1:
             raise ValueError("ema=1: want less than 1")
         if self.warmup_frac > 0 and self.max_iters == 0 and not self.resume:

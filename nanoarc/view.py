@@ -2,6 +2,7 @@
 tasks, sources, runs and results for the eye: in the terminal, as a png by matplotlib, as a page.
 """
 import contextlib
+import io
 import json
 import os
 import re
@@ -55,16 +56,20 @@ def view(cfg):
     elif cfg.live:
         watch(cfg.things[0])
     elif all(Path(x).is_dir() for x in cfg.things):
-        out = cfg.out
-        if not out:
+        out = said = cfg.out or f"{cfg.things[0]}/loss.png"
+        if not cfg.out:
             checkpoint.refuse_links(cfg.things[0])
-            out = f"{cfg.things[0]}/loss.png"
-        draw_loss(cfg.things, out)
+        try:
+            draw_loss(cfg.things, out)
+        except OSError as e: # perhaps nobody may write there
+            if cfg.out:
+                raise
+            said = f"{out}: not written, {e.strerror}. --out x.png goes elsewhere"
         if len(cfg.things) == 1:
             Console().print(screen(cfg.things[0], solved_of(cfg.things[0])))
         else:
             print_table("runs", [run_row(run, need_metrics(run)) for run in cfg.things])
-        print(out)
+        print(said)
     else:
         view_tasks(cfg)
 
@@ -74,8 +79,11 @@ def find_tasks(names, data):
     for task in read_tasks(data):
         known.setdefault(task.name, task)
     missing = [x for x in names if x not in known]
+    nowhere = [x for x in missing if not Path(x).is_dir()]
+    if nowhere:
+        raise ValueError(f"no task and no directory named {', '.join(nowhere)} in {data}")
     if missing:
-        raise ValueError(f"no task and no directory named {', '.join(missing)} in {data}")
+        raise ValueError(f"{missing[0]} is a directory: want tasks alone or runs alone")
     return [known[name] for name in names]
 
 def view_tasks(cfg):
@@ -218,7 +226,7 @@ def screen(run, solved=""):
     if about['val_loss'] is not None:
         best = f"{about['best val_loss']:.3f} at step {about['at step']:,}"
         facts.add_row(Text("validation loss", 'dark_orange'), f"{about['val_loss']:.3f}, the lowest was {best}")
-    if about['tok_s'] is not None:
+    if None not in (about['tok_s'], about['wait']):
         facts.add_row("speed", f"{about['tok_s']:,.0f} tokens/s, {about['wait']:.1%} of the time waiting for data")
     if solved:
         facts.add_row("solved", f"{solved} tasks")
@@ -263,8 +271,7 @@ def template(name):
 def write_html(name, data, out):
     """ a page of the package with what it is to show, as json """
     data = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c') # no name may end the script
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(template(name).replace('DATA', data, 1), 'utf-8')
+    checkpoint.write_file(out, template(name).replace('DATA', data, 1).encode())
 
 @dataclass
 class DrawConfig:
@@ -350,11 +357,12 @@ PLAIN = {'parse_math': False, 'usetex': False} # names are no formulas, whatever
 
 def save_figure(fig, out):
     """ a figure to a file, and away with it """
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
     try:
-        fig.savefig(out, dpi=110)
+        fig.savefig(data, format=Path(out).suffix[1:] or 'png', dpi=110)
     finally:
         pyplot().close(fig)
+    checkpoint.write_file(out, data.getvalue())
 
 def draw_grid(ax, grid, title):
     """ one grid into a matplotlib axis """
@@ -443,13 +451,13 @@ def draw_loss(runs, out):
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.3)
-    for text in ax.legend().get_texts():
+    for text in ax.legend(handles=ax.lines).get_texts():
         text.set(**PLAIN)
     save_figure(fig, out)
 
 def curve(rows, key):
-    """ rows of metrics -> (steps, values) of those that have the key """
-    rows = [row for row in rows if key in row]
+    """ rows of metrics -> (steps, values) of those that have the key, and no nan or nonsense there """
+    rows = [row for row in rows if key in row and max(abs(row[key]), abs(row['step'])) < 2**53]
     return [row['step'] for row in rows], [row[key] for row in rows]
 
 def need_metrics(run):
@@ -461,14 +469,13 @@ def need_metrics(run):
 
 def run_row(run, rows):
     """ a run directory and its metrics -> a row of a table: its steps, losses in nats per output token, speed """
-    last = {}
-    for row in rows:
-        last.update(row)
+    _, loss = curve(rows, 'loss')
     steps, val = curve(rows, 'val_loss')
     best = min(val, default=None)
     _, speed = curve(rows, 'tok_s')
     _, wait = curve(rows, 'wait')
-    return {'run': str(run), 'step': last['step'], 'loss': last.get('loss'), 'val_loss': last.get('val_loss'),
+    return {'run': str(run), 'step': rows[-1]['step'], 'loss': loss[-1] if loss else None,
+            'val_loss': val[-1] if val else None,
             'best val_loss': best, 'at step': steps[val.index(best)] if val else None,
             'tok_s': np.median(speed) if speed else None, 'wait': np.mean(wait) if wait else None}
 

@@ -1,5 +1,6 @@
 """ python -m pytest tests/test_checkpoint.py: what is saved. under kills and damage: test_reliability.py """
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,40 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, capsys):
     checkpoint.file(tmp_path, 3).unlink()
     with pytest.raises(ValueError, match="no whole checkpoint.*damaged.*missing"):
         checkpoint.load(tmp_path)
+
+def test_a_hash_with_the_line_ends_of_windows_is_the_same(tmp_path, capsys):
+    save(tmp_path, 3, 6)
+    path = checkpoint.file(tmp_path, 6, 'sha256')
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert checkpoint.load(tmp_path)[1]['step'] == 6 and capsys.readouterr().out == ""
+
+@pytest.mark.parametrize('signs', [False, True])
+def test_a_checkpoint_under_another_number_is_not_loaded_and_the_reason_is_seen(tmp_path, signs):
+    save(tmp_path, 10)
+    for kind in ('safetensors', 'sha256'):
+        checkpoint.file(tmp_path, 10, kind).rename(checkpoint.file(tmp_path, 5, kind))
+    path, want = checkpoint.file(tmp_path, 5), "5.safetensors.n', want b'.*10.safetensors.n'"
+    if signs:
+        path.with_suffix('.sha256').write_bytes(checkpoint.signed(path.read_bytes(), path))
+        want = "step-000005.safetensors: renamed, it is of step 10"
+    with pytest.raises(ValueError, match=want):
+        checkpoint.load(tmp_path)
+
+def test_checkpoints_that_may_not_be_seen_are_not_taken_for_none(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, 'iterdir', forbidden)
+    with pytest.raises(PermissionError, match="ckpt"):
+        checkpoint.steps(tmp_path)
+    assert checkpoint.steps(tmp_path / 'elsewhere') == []
+
+@pytest.mark.parametrize('name', ['file', 'file/run'])
+def test_a_file_in_place_of_a_run_is_refused_by_name(tmp_path, name):
+    (tmp_path / 'file').write_text("precious")
+    with pytest.raises(ValueError, match=f"{name}: cannot write here, .*choose another --out_dir"):
+        with checkpoint.lock(tmp_path / name):
+            pass
 
 def test_checkpoints_are_pruned_to_two(tmp_path):
     save(tmp_path, 2, 4, 6, 8, 9)

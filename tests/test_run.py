@@ -49,6 +49,19 @@ def test_a_process_ends_when_its_stdin_does():
     process.stdin.close() # as when the process that holds the other end is killed
     assert process.wait(30) == -signal.SIGTERM
 
+@pytest.mark.parametrize('env, is_first', [
+    (dict(RANK='1'), True), (dict(RANK='x'), True), (dict(RANK='1', WORLD_SIZE='1'), True), (dict(), True),
+    (dict(WORLD_SIZE='2'), True), (dict(RANK='0', WORLD_SIZE='2'), True), (dict(RANK='1', WORLD_SIZE='2'), False),
+])
+def test_a_rank_alone_in_the_environment_is_no_rank_of_ours(env, is_first, monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    for name, x in env.items():
+        monkeypatch.setenv(name, x)
+    assert run.is_first_rank() == is_first
+    if len(env) < 2 or env['WORLD_SIZE'] == '1':
+        assert run.get_ranks(torch.device('cpu')) == (0, 1)
+
 @pytest.mark.parametrize('theirs, want', [
     ({}, "GOMP_SPINCOUNT=3000"),
     ({'OMP_WAIT_POLICY': 'ACTIVE'}, "OMP_WAIT_POLICY=ACTIVE"), # who has set something keeps it
@@ -162,6 +175,20 @@ def test_a_log_that_cannot_be_written_ends_no_run_and_is_said_once(toy, tmp_path
     assert checkpoint.load(out)[1]['step'] == 4
     assert capsys.readouterr().out.count(f"warning: {name}: OSError: [Errno 28] No space left on device") == 1
 
+def test_a_log_that_becomes_a_directory_ends_no_run_nor_its_resume(toy, tmp_path, capsys):
+    out = tmp_path / 'run'
+    args = ['--max_iters=4', '--save_every=1', '--log_every=1', *TINY]
+    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", *args])
+    (out / 'metrics.jsonl').unlink()
+    (out / 'metrics.jsonl').mkdir()
+    for step in (6, 8): # the rows cannot be read, not written and not synced
+        capsys.readouterr()
+        cli(['train', '--resume', str(out), f"--max_iters={step}", '--draw_every=0'])
+        assert checkpoint.load(out)[1]['step'] == step
+        assert capsys.readouterr().out.count("warning: metrics.jsonl: IsADirectoryError: ") == 1
+    about, _ = json.JSONDecoder().raw_decode((out / 'log.txt').read_text()) # a warning is not before it
+    assert about['settings']['max_iters'] == 4
+
 @pytest.mark.parametrize('error', [ValueError("no such font"), MemoryError(), OSError(13, "Permission denied")])
 def test_a_picture_that_fails_ends_no_run_and_is_said_once(toy, tmp_path, monkeypatch, capsys, error):
     def fail(*_):
@@ -242,6 +269,10 @@ def test_a_setting_that_is_newer_than_a_run_has_its_default_and_the_run_goes_on(
     (tensors, meta), (want, want_meta) = checkpoint.load(old), checkpoint.load(same)
     assert tensors.keys() == want.keys() and all(torch.equal(x, want[name]) for name, x in tensors.items())
     assert meta['stream'] == want_meta['stream'] and meta['model'] == want_meta['model']
+
+def test_a_toml_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'x.toml').write_bytes(b"\xef\xbb\xbflr = 0.5")
+    assert run.read_toml(tmp_path / 'x.toml') == {'lr': 0.5}
 
 @pytest.mark.parametrize('part', ['train', 'model', 'data'])
 def test_a_saved_setting_that_nobody_knows_is_named(tiny_run, tmp_path, part, capsys):

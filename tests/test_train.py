@@ -310,3 +310,9 @@ def test_averages_are_not_compiled(toy, tmp_path):
     run = train.Training(cfg, ModelConfig(n_layer=2, n_embd=32), DataConfig(data=toy(n=4)))
     assert all(block._compiled_call_impl for block in run.model.blocks)
     assert not any(block._compiled_call_impl for block in run.ema.blocks)
+
+@pytest.mark.parametrize('name, most', [('grad_accum', 2**16), ('ns_steps', 100)])
+def test_counts_that_no_step_could_do_are_refused(name, most):
+    TrainConfig(**{name: most}).check()
+    with pytest.raises(ValueError, match=f"{name}={most + 1}: want . to {most}"):
+        TrainConfig(**{name: most + 1}).check()

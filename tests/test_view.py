@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -56,12 +57,14 @@ def test_loss_curves_of_runs_are_drawn(tiny_run, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, want', [
     (['nosuch'], "no task and no directory named nosuch"),
+    (['RUN', 'nosuch'], "no task and no directory named nosuch in"),
+    (['RUN', '007bbfb7'], "is a directory: want tasks alone or runs alone"),
     ([], "name a task id"),
     (['007bbfb7', '--out=x.pdf'], "want a .png"),
 ])
-def test_what_cannot_be_shown_is_said(args, want, capsys):
+def test_what_cannot_be_shown_is_said(args, want, capsys, tmp_path):
     with pytest.raises(SystemExit) as e:
-        cli(['view', *args])
+        cli(['view', *(x.replace('RUN', str(tmp_path)) for x in args)])
     assert e.value.code == 2 and want in capsys.readouterr().err
 
 @pytest.mark.parametrize('text, want', [
@@ -138,6 +141,35 @@ def test_two_runs_are_overlaid(tiny_run, tmp_path, capsys):
     losses = [x['loss'] for x in read_metrics(tiny_run[0]) if 'loss' in x]
     assert row['step'] == 30 and row['loss'] == losses[-1]
 
+@pytest.mark.parametrize('is_full', [False, True])
+def test_a_run_that_nobody_may_write_to_is_shown(tiny_run, tmp_path, capsys, monkeypatch, is_full):
+    run = tmp_path / 'run'
+    shutil.copytree(tiny_run[0], run)
+    if is_full:
+        monkeypatch.setattr(os, 'fsync', full_disk)
+    else:
+        (run / 'loss.png').mkdir()
+    cli(['view', str(run)])
+    out = capsys.readouterr().out
+    assert "30 of 30" in out and re.search(r"run/loss.png: not written, (No space|Is a dir).* --out x.png", out)
+    with pytest.raises(SystemExit): # what is asked for is another thing
+        cli(['view', str(run), f"--out={run if is_full else run / 'loss.png'}{'/x.png' if is_full else ''}"])
+
+def full_disk(_):
+    raise OSError(28, "No space left on device")
+
+@pytest.mark.parametrize('args, out', [
+    ('view 007bbfb7', 'x.png'), ('view RUN RUN', 'x.png'), ('draw', 'x.html'), ('data stats SRC', 'x.png')])
+def test_a_picture_that_does_not_fit_is_named_and_the_old_one_stays(args, out, tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, 'fsync', full_disk)
+    path = tmp_path / out
+    path.write_text("older")
+    words = args.replace('RUN', tiny_run[0]).replace('SRC', tiny_run[1]).split()
+    with pytest.raises(SystemExit) as e:
+        cli([*words, f"--{'png' if words[0] == 'data' else 'out'}={path}"])
+    assert e.value.code == 2 and f"No space left on device: '{path}'" in capsys.readouterr().err
+    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [(out, "older")]
+
 # -----------------------------------------------------------------------------
 # a run in the terminal, and while it runs
 
@@ -182,6 +214,23 @@ def test_the_screen_of_a_run_says_where_it_stands(tiny_run, tmp_path, capsys):
         (run / 'val.json').write_text(damaged)
         assert view.read_val(run) == []
     assert "2 of 3 tasks" in text and "ab[b]c" in text and "right" in text and "wrong" in text
+
+BIG = 10**31
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('rows, losses', [
+    ('{"step": 1, "loss": NaN}', []), ('{"step": 1, "loss": 1e400}', []), (f'{{"step": 1, "loss": {BIG}}}', []),
+    ('{"step": 1, "loss": 1%s}' % ("0" * 400), []), (f'{{"step": {BIG}, "loss": 2.5}}', []),
+    ('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": -Infinity, "val_loss": NaN, "tok_s": 5, "wait": NaN}', [2.5]),
+])
+def test_what_is_no_finite_number_is_left_out_of_the_curves(rows, losses, tmp_path, capsys):
+    (tmp_path / 'metrics.jsonl').write_text(rows)
+    for args in ([], [f"--out={tmp_path / 'x.png'}"], [str(tmp_path)]):
+        cli(['view', str(tmp_path), *args])
+        out = capsys.readouterr().out
+        assert "nan" not in out and ("2.500" in out) == (losses != [])
+    assert view.curve(read_metrics(tmp_path), 'loss')[1] == losses
+    assert shown(view.screen(tmp_path)) # as --live draws it
 
 def test_the_picture_of_losses_has_plain_numbers_and_what_is_solved(tiny_run, tmp_path, monkeypatch):
     labels = []
