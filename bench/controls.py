@@ -409,6 +409,21 @@ CONTROLS = [
         "    g = g.half()\n    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7) #",
         "test_model.py::test_muon_sees_small_gradients_in_16_bits_too"),
     Control(
+        "a leak guard that believes half a list", 'corpus.py',
+        "    if last.decode('ascii', 'replace') !=",
+        "    if False and last !=",
+        "test_solve.py::test_what_a_run_was_trained_on_is_not_half_known"),
+    Control(
+        "answers to other tasks are overwritten", 'solve.py',
+        "    keep_answers(out_dir, tasks)\n",
+        "",
+        "test_solve.py::test_answers_to_other_tasks_are_not_overwritten"),
+    Control(
+        "candidates go by the name of a task alone", 'submission.py',
+        "        if x.get('input', mine) != mine:",
+        "        if False:",
+        "test_submission.py::test_candidates_of_another_task_with_that_name_are_refused"),
+    Control(
         "averages that are compiled too", 'train.py',
         "for block in self.model.blocks:",
         "for block in (*self.model.blocks, *(self.ema.blocks if self.ema else ())):",

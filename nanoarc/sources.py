@@ -288,12 +288,6 @@ class Reading:
 
     def add_task(self, obj, name, where, solutions=None):
         """ a json object that should be a task """
-        test = as_pairs(obj.get('test')) if type(obj) is dict else None
-        if type(test) is list:
-            obj['test'] = test
-            for pair in test:
-                if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
-                    del pair['output']
         self.add(to_task(obj, name, self.source, where, self.opened, solutions), where)
 
     def add(self, task, where):
@@ -434,6 +428,11 @@ def read_parquet_file(reading, file):
     ids = [name for name in IDS if name in table.columns]
     stem = Path(file.name).stem
     for n, row in enumerate(table.select(used + ids).iter_rows(named=True)):
+        test = row['test'] = as_pairs(row.get('test'))
+        pairs = test if type(test) is list else []
+        for pair in pairs:
+            if type(pair) is dict and pair.get('output', 0) is None: # a table has no other word for "not known"
+                del pair['output']
         with reading.may_fail():
             add_record(reading, row, f"{stem}.{n}", f"{file.path}: row {n}")
 

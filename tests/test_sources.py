@@ -721,11 +721,6 @@ def test_a_table_may_mix_known_and_unknown_answers(tmp_path):
     write_table(tmp_path / 'x.parquet', [{'id': "a", 'train': [{'input': GRID, 'output': GRID}], 'test': queries}])
     assert answers_of(read_tasks(str(tmp_path / 'x.parquet'))) == [GRID, None]
 
-def test_a_null_answer_is_not_known_in_each_format(tmp_path):
-    obj = {**task(), 'test': [{'input': GRID, 'output': GRID}, {'input': [[5]], 'output': None}]}
-    for path in write_in_each_format(tmp_path / 'd', obj):
-        assert answers_of(read_tasks(str(path))) == [GRID, None], path
-
 def by_column(pairs):
     """ list of pairs -> the layout that `datasets` stores a sequence of them in """
     return {key: [pair.get(key) for pair in pairs] for key in ('input', 'output')}
