@@ -149,20 +149,14 @@ def last_loops(n):
         model.blocks[0].register_forward_pre_hook(begins)
     return change
 
-class RoundedBlock(Block):
-    """ what it adds to the residual stream is rounded to bf16 after each sum, and so is the gradient of that """
-
-    def forward(self, x, shared, cache=None):
-        x = rounded(x + self.drop(self.mixer(self.norm1(x), shared, cache)))
-        return rounded(x + self.drop(self.mlp(self.norm2(x))))
-
-def rounded(x):
-    """ still fp32: torch's norm of bf16 with weights of fp32 is 8 times as slow on cpu as the whole step """
-    return x.bfloat16().float()
-
 def residual_in_bf16(model):
-    for block in model.blocks:
-        block.__class__ = RoundedBlock
+    """ what blocks add up is bf16, where autocast is on: the model does so itself on recent gpus alone """
+    def begins(block, args):
+        x, *more = args
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()
+        return (x, *more)
+    model.blocks[0].register_forward_pre_hook(begins)
 
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
@@ -220,6 +214,9 @@ ARMS = {
     'Newton-Schulz 3': dict(ns_steps=3),
     # sizes
     '2x64': dict(n_embd=64),
+    'n_hidden 160': dict(n_hidden=160),
+    'expand 1': dict(expand=1, d_head=32),
+    'expand 1, n_hidden 160': dict(expand=1, d_head=32, n_hidden=160),
     '2x128': dict(n_embd=128),
     'depth 3': dict(depth=3),
     'depth 4': dict(depth=4),

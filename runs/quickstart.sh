@@ -34,6 +34,7 @@ from nanoarc import checkpoint
 score = json.loads(open(f"{sys.argv[1]}/score.txt").read().splitlines()[-1])
 meta = checkpoint.load(sys.argv[1])[1]
 keys = 'solved', 'tasks', 'outputs', 'score'
-print(json.dumps({**{key: score[key] for key in keys}, 'val_nats': meta['val_loss'] and round(meta['val_loss'], 4), 'tokens': meta['tokens'],
+val = meta['val_loss'] # None where nothing was held out
+print(json.dumps({**{key: score[key] for key in keys}, 'val_nats': val and round(val, 4), 'tokens': meta['tokens'],
                   'train_seconds': round(meta['seconds']), 'total_seconds': int(sys.argv[2])}))
 EOF
