@@ -36,7 +36,8 @@ from rich.table import Table
 from nanoarc import checkpoint, run, solve, train
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
 from nanoarc.grids import ROW
-from nanoarc.model import Block, Mamba2, Model, ModelConfig, width_lr
+from nanoarc.model import (Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate,
+                           width_lr)
 from nanoarc.sources import read_source, read_tasks, to_json
 from nanoarc.submission import read_candidates, score
 
@@ -130,6 +131,48 @@ def keep_hidden(layer, keep):
         layer.hidden = layer.hidden[rows]
     return both
 
+class Pointer(Attention):
+    """
+    also hands on which tokens it looks at, and a gate adds these to the logits (pointer networks, arxiv 1506.03134).
+    alone: these are all that it hands on
+    """
+    def forward(self, x, shared, cache=None):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.hs)
+        qk, v = qkv.split([2 * self.nh, qkv.size(2) - 2 * self.nh], 2)
+        q, k = rotate(qk, *shared.rope).transpose(1, 2).split(self.nh, 1)
+        model = self.__dict__['model'][0]
+        v = v.transpose(1, 2)
+        tokens = F.one_hot(model.__dict__['idx'].long(), 16).type_as(v)[:, None].expand(-1, self.nh, -1, -1)
+        v = torch.cat([v, tokens], -1) if v.size(1) else tokens
+        if cache is not None:
+            k, v = cache.append(k, v, shared.past)
+        y = attend(q, k, v, shared.masks[self.kind]).transpose(1, 2) # (B, T, nh, 16 or hs + 16)
+        model.__dict__['copied'] = (10 * self.gate(x)[..., None] * y[..., -16:]).sum(2)
+        width = self.proj.in_features // self.nh
+        return self.proj(y[..., :width].reshape(B, T, -1))
+
+class CopyHead(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.__dict__['model'][0].__dict__.pop('copied')
+
+def pointer(alone):
+    """ the last block's attention is a Pointer. what modules know of the model is hidden from torch, and deep-copied """
+    def change(model):
+        mixer, C = model.blocks[-1].mixer, model.cfg.n_embd
+        if alone:
+            mixer.qkv = nn.Linear(C, 2 * mixer.nh * mixer.hs)
+            mixer.proj = nn.Linear(16 * mixer.nh, C, bias=False)
+            init_weights(mixer.qkv)
+            init_weights(mixer.proj)
+        mixer.gate = nn.Linear(C, mixer.nh)
+        nn.init.zeros_(mixer.gate.weight)
+        nn.init.zeros_(mixer.gate.bias)
+        mixer.__class__, model.head.__class__ = Pointer, CopyHead
+        for module in (mixer, model.head):
+            module.__dict__['model'] = [model]
+    return change
+
 def last_loops(n):
     """ of several loops only the last n have a gradient, and each begins with the embedded tokens again (URM) """
     def change(model):
@@ -163,7 +206,8 @@ def residual_in_bf16(model):
 # rates; more, sources that are trained on as well
 ARMS = {
     'default': {},
-    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # the default until frames won
+    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0, focus=0.0), # the default until frames won
+    'as wide as before': dict(expand=2, d_head=64, d_state=64, n_hidden=256, focus=0.0), # until --focus
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
     'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
@@ -179,6 +223,10 @@ ARMS = {
     'task decay x5': dict(model=task_decay(5)),
     'task decay 0': dict(model=task_decay(0)),
     'loss on all': dict(loss_on='all'),
+    # less of what is learned
+    'focus 0': dict(focus=0.0),
+    'focus 0.15': dict(focus=0.15),
+    'focus 0.8': dict(focus=0.8),
     # more rules in the same minutes
     'small of arc2': dict(more='+arc2/training', drop_overlap=True),
     'inverse tasks': dict(inverse=True),
@@ -205,6 +253,8 @@ ARMS = {
     'loops 2': dict(loops=2),
     'loops 4, gradient of 2': dict(loops=4, model=last_loops(2)),
     'mlp conv': dict(model=mlp_conv()),
+    'pointer': dict(model=pointer(alone=False)),
+    'pointer alone': dict(model=pointer(alone=True)),
     # the optimizer
     'lr x2': dict(lr_x=2),
     '4096 tokens a step, lr x1.4': dict(batch_tokens=4096, lr_x=1.4),
@@ -214,9 +264,9 @@ ARMS = {
     'Newton-Schulz 3': dict(ns_steps=3),
     # sizes
     '2x64': dict(n_embd=64),
-    'n_hidden 160': dict(n_hidden=160),
-    'expand 1': dict(expand=1, d_head=32),
-    'expand 1, n_hidden 160': dict(expand=1, d_head=32, n_hidden=160),
+    'n_hidden 256': dict(n_hidden=256),
+    'expand 2': dict(expand=2),
+    'd_state 64': dict(d_state=64),
     '2x128': dict(n_embd=128),
     'depth 3': dict(depth=3),
     'depth 4': dict(depth=4),
@@ -254,6 +304,7 @@ def patched(inputs, of_model):
                     of_model(self)
 
         def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
+            self.__dict__['idx'] = idx # for Pointer
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
             return super().forward(idx, targets, pos, doc, task, dihedral, cache)
