@@ -807,7 +807,7 @@ class ArcLoader:
         self.ds, self.rank, self.world = dataset, rank, world
         self.device, self.prefetch = torch.device(device), prefetch
         self.window, self.batch = 0, 0 # the place of the batch that comes next
-        self.shares = {} # {window: see keep}, of those that are planned or will be next
+        self.shares = {} # {window: see keep}, of the windows around this place. None = all
         self.plan_window = lru_cache(maxsize=2)(self.plan_window)
         self.start()
 
@@ -830,16 +830,14 @@ class ArcLoader:
         of the window after this one keep that share of the documents of each row of the task embedding, (rows,) from
         above 0 to 1. no effect if it is planned already
         """
+        self.check_process()
         with self.lock:
-            self.shares = {window: x for window, x in self.shares.items() if window >= self.window}
             self.shares.setdefault(self.window + 1, shares)
 
     def plan_window(self, window):
         """ window number -> Rows """
-        shares = self.shares.setdefault(window, None)
-        if shares is None: # all of them
-            return self.ds.plan_window(window)
-        return self.ds.plan_window(window, shares)
+        self.shares = {k: x for k, x in self.shares.items() if k >= self.window - 1}
+        return self.ds.plan_window(window, self.shares.setdefault(window, None))
 
     def rows(self, window):
         """ window number -> Rows. two threads ask, one plans """
@@ -923,10 +921,10 @@ class ArcLoader:
         """ all there is to resume by, a dict of json values: the place, and what must be the same for it to be one """
         state = {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed}
         state['corpus_sha256'] = self.ds.corpus_sha256
-        state['shares'] = {}
-        for window, x in self.shares.items():
-            if window >= self.window and x is not None:
-                state['shares'][str(window)] = x.tolist()
+        self.check_process()
+        with self.lock: # the thread may plan
+            kept = {window: x for window, x in self.shares.items() if window >= self.window and x is not None}
+        state['shares'] = {str(window): x.tolist() for window, x in kept.items()}
         for name, x in asdict(self.ds.cfg).items():
             # files may move, corpus_sha256 may not change. what is ignored may be called otherwise
             if name not in ('data', 'adapt', 'extra', 'on_bad', 'ignore_index'):

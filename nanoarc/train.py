@@ -148,14 +148,15 @@ def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
 class Focus:
     """
     what is learned is trained on less. of each task the loader keeps a share of the documents: its loss over `nats`,
-    at least 0.15, at most all. what is measured in one window of the stream counts from the next but one on. selecting
-    by loss is online batch selection (arxiv 1511.06343)
+    at least LEAST, at most all. what one window of the stream shows counts in the next but one. to select by the loss
+    is online batch selection (Loshchilov and Hutter, arxiv 1511.06343)
     """
     LEAST = 0.15
 
     def __init__(self, n_task, nats, device):
         self.nats = nats
-        self.loss = np.full(n_task, 99.0) # nats per output token, a mean over windows, the last one counts half
+        # nats per output token, a mean over windows of which the last one counts half. inf = not seen yet
+        self.loss = np.full(n_task, np.inf)
         self.sums = torch.zeros(2, n_task, device=device) # of this window and rank: nats, output tokens
 
     @torch.no_grad()
@@ -172,10 +173,11 @@ class Focus:
     def shares(self, world):
         """ a window is over -> (n_task,) what is to be kept of the next but one """
         nats, tokens = self.totals(world)
-        mean = nats / np.maximum(tokens, 1)
-        mean = np.where(self.loss < 99, (mean + self.loss) / 2, mean)
-        self.loss = np.where(tokens > 0, mean, self.loss)
         self.sums.zero_()
+        mean = nats / np.maximum(tokens, 1)
+        mean = np.where(np.isinf(self.loss), mean, (mean + self.loss) / 2)
+        seen = (tokens > 0) & np.isfinite(nats)
+        self.loss = np.where(seen, mean, self.loss)
         return np.clip(self.loss / self.nats, self.LEAST, 1)
 
     def state_dict(self, rank, world):

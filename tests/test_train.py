@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -185,9 +186,11 @@ def test_the_share_of_a_task_is_its_loss_over_the_threshold():
         seen.append([float(p[0, 1, 3] + p[0, 2, 4]) / 2, float(p[1, 2, 5])])
         shares = focus.shares(1)
     want = [(a + b) / 2 for a, b in zip(*seen)]
-    assert focus.loss[[0, 2]] == pytest.approx(want, rel=1e-5) and (focus.loss[[1, 3]] == 99).all()
-    focus.loss[:] = 0.25, 0.01, 3.0, 99
-    assert focus.shares(1).tolist() == [0.5, 0.15, 1, 1] and (focus.sums == 0).all()
+    assert focus.loss[[0, 2]] == pytest.approx(want, rel=1e-5) and np.isinf(focus.loss[[1, 3]]).all()
+    focus.loss[:] = 0.25, 0.01, 3.0, np.inf
+    focus.sums[:] = torch.tensor([[1.0, 0, float('inf'), 0], [2.0, 0, 9.0, 0]]) # a step that overflowed is not seen
+    assert focus.shares(1).tolist() == [0.75, 0.15, 1, 1] and (focus.sums == 0).all()
+    assert focus.loss[2] == 3
 
 def test_of_several_ranks_the_first_one_goes_on_with_the_sums_of_all(monkeypatch):
     monkeypatch.setattr(train, 'over_ranks', lambda world, op, *x: [2 * value for value in x])
