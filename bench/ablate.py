@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
+from nanoarc.data import (BATCHES, DEMOS, WINDOW, ArcDataset, ArcLoader, DataConfig, Documents, Sampler, hash64,
+                          pair_tokens, small_tasks)
 from nanoarc.grids import ROW
 from nanoarc.model import (Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate,
                            width_lr)
@@ -157,7 +158,7 @@ class CopyHead(nn.Linear):
         return super().forward(x) + self.__dict__['model'][0].__dict__.pop('copied')
 
 def pointer(alone):
-    """ the last block's attention is a Pointer. what modules know of the model is hidden from torch, and deep-copied """
+    """ the last block's attention is a Pointer. modules know the model behind torch's back, copies of them the copy """
     def change(model):
         mixer, C = model.blocks[-1].mixer, model.cfg.n_embd
         if alone:
@@ -172,6 +173,36 @@ def pointer(alone):
         for module in (mixer, model.head):
             module.__dict__['model'] = [model]
     return change
+
+class Focused:
+    """
+    what is learned is trained on less, a kind of online batch selection (arxiv 1511.06343): a task whose loss is below
+    `nats` gives fewer of its documents, in proportion, at least a share of `least`. the loss of a task is a mean of
+    about its last 20 documents. patches ArcDataset for the rest of the process; a run cannot be resumed
+    """
+    def __init__(self, nats, least=0.15):
+        self.nats, self.least, self.loss = nats, least, None
+        focused = self
+        def plan_window(ds, window):
+            t = np.uint64(window) * np.uint64(WINDOW) + np.arange(WINDOW, dtype=np.uint64)
+            docs = ds.plan(t)
+            if focused.loss is not None:
+                tables = ds.sampler.tables
+                shares = np.clip(focused.loss / nats, least, 1)[tables.row[tables.pair_task[docs.pairs[:, 0]]]]
+                kept = np.random.default_rng(window).random(WINDOW) < shares
+                docs = Documents(*(x[kept] for x in docs))
+            return ds.sampler.lay_out(docs, ds.cfg.batching, hash64(ds.seed, BATCHES, window))
+        ArcDataset.plan_window = plan_window
+
+    def look(self, n_task, task, targets, logits):
+        """ what came out of a step, a document a row """
+        if self.loss is None:
+            self.loss = np.full(n_task, np.inf)
+        targets = targets.clamp(min=-1)
+        nats = F.cross_entropy(logits.detach().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
+        means = nats.view(targets.shape).sum(1) / (targets >= 0).sum(1)
+        for row, x in zip(task[:, 0].tolist(), means.tolist()):
+            self.loss[row] = x if np.isinf(self.loss[row]) else 0.95 * self.loss[row] + 0.05 * x
 
 def last_loops(n):
     """ of several loops only the last n have a gradient, and each begins with the embedded tokens again (URM) """
@@ -201,13 +232,14 @@ def residual_in_bf16(model):
         return (x, *more)
     model.blocks[0].register_forward_pre_hook(begins)
 
+SLIM = dict(expand=1, d_head=32, d_state=32, n_hidden=160) # 1.3 times the tokens
+
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
-# the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
-# rates; more, sources that are trained on as well
+# the model that was built; focus, see Focused; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor
+# of the learning rates; more, sources that are trained on as well
 ARMS = {
     'default': {},
-    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0, focus=0.0), # the default until frames won
-    'as wide as before': dict(expand=2, d_head=64, d_state=64, n_hidden=256, focus=0.0), # until --focus
+    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # the default until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
     'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
@@ -224,9 +256,8 @@ ARMS = {
     'task decay 0': dict(model=task_decay(0)),
     'loss on all': dict(loss_on='all'),
     # less of what is learned
-    'focus 0': dict(focus=0.0),
-    'focus 0.15': dict(focus=0.15),
-    'focus 0.8': dict(focus=0.8),
+    'focus': dict(focus=0.3),
+    'slim, focus': dict(**SLIM, focus=0.3),
     # more rules in the same minutes
     'small of arc2': dict(more='+arc2/training', drop_overlap=True),
     'inverse tasks': dict(inverse=True),
@@ -264,19 +295,20 @@ ARMS = {
     'Newton-Schulz 3': dict(ns_steps=3),
     # sizes
     '2x64': dict(n_embd=64),
-    'n_hidden 256': dict(n_hidden=256),
-    'expand 2': dict(expand=2),
-    'd_state 64': dict(d_state=64),
+    'n_hidden 160': dict(n_hidden=160),
+    'expand 1': dict(expand=1, d_head=32),
+    'expand 1, n_hidden 160': dict(expand=1, d_head=32, n_hidden=160),
+    'slim': SLIM,
     '2x128': dict(n_embd=128),
     'depth 3': dict(depth=3),
     'depth 4': dict(depth=4),
 }
 
 def configs(arm, fold, **more):
-    """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
+    """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its three changes """
     change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='auto')
     change |= ARMS[arm] | more
-    inputs, of_model = change.pop('inputs', None), change.pop('model', None)
+    changes = [change.pop(name, None) for name in ('inputs', 'model', 'focus')]
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
     change['data'] = str(fold / 'rest') + change.pop('more', '')
     change['adapt'] = f"{fold / 'blind'}*{repeat}+arc1/evaluation"
@@ -292,10 +324,11 @@ def configs(arm, fold, **more):
     assert not change, change
     if lr_x != 1:
         cfgs[0].lr = cfgs[0].adam_lr = lr_x * width_lr(cfgs[1].resolved().n_embd)
-    return *cfgs, inputs, of_model
+    return *cfgs, *changes
 
-def patched(inputs, of_model):
-    """ Model, its inputs and itself changed """
+def patched(inputs, of_model, focus=None):
+    """ Model, its inputs and itself changed. focus: a threshold in nats """
+    focused = Focused(focus) if focus else None
     class Patched(Model):
         def __init__(self, cfg):
             super().__init__(cfg)
@@ -307,7 +340,10 @@ def patched(inputs, of_model):
             self.__dict__['idx'] = idx # for Pointer
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
-            return super().forward(idx, targets, pos, doc, task, dihedral, cache)
+            logits, loss = super().forward(idx, targets, pos, doc, task, dihedral, cache)
+            if focused and self.training and targets is not None:
+                focused.look(self.n_task, task, targets, logits)
+            return logits, loss
     return Patched
 
 def write_task(folder, task, answered):
@@ -364,7 +400,7 @@ class Stepper:
         _, _, self.autocast = run.get_device('cpu', self.cfg.dtype) # and settings by which the cpu is fast
         ds = ArcDataset(data_cfg)
         self.loader = ArcLoader(ds)
-        self.model = patched(*changes)(run.fit_to_data(model_cfg, ds))
+        self.model = patched(*changes[:2])(run.fit_to_data(model_cfg, ds)) # focus takes no time, and patches for good
         self.optimizers = self.model.optimizers(*self.model.peak_rates(0, 0), 0.1, self.cfg.ns_steps)
 
     def seconds(self, steps):
@@ -425,9 +461,9 @@ def work(arm, seed, fold, steps, views, out):
     """ one run, or the rest of it, and its result """
     out_dir = run_dir(out, arm, seed, fold, steps)
     log_every = max(steps // 20, 1)
-    cfg, model_cfg, data_cfg, inputs, of_model = configs(arm, out / fold, max_iters=steps, seed=seed,
-                                                         log_every=log_every, out_dir=str(out_dir))
-    run.Model = patched(inputs, of_model) # whatever is built from a config now
+    cfg, model_cfg, data_cfg, *changes = configs(arm, out / fold, max_iters=steps, seed=seed, log_every=log_every,
+                                                 out_dir=str(out_dir))
+    run.Model = patched(*changes) # whatever is built from a config now
     if checkpoint.steps(out_dir):
         cfg.resume = str(out_dir)
     train.train(cfg, model_cfg, data_cfg)
@@ -436,7 +472,7 @@ def work(arm, seed, fold, steps, views, out):
     losses = [row['loss'] for row in run.read_metrics(out_dir) if 'loss' in row]
     result = {'nats': nats(model, data_cfg, meta['rows'], answers), 'train_nats': mean(losses[-2:]),
               'tokens': meta['tokens'], 'steps': steps}
-    if inputs is not mdlarc_positions: # decoding tells ours
+    if changes[0] is not mdlarc_positions: # decoding tells ours
         path = solve.solve(solve.SolveConfig(run=str(out_dir), data=str(out / fold / 'blind'), views=views))
         result |= right(path, read_tasks(answers))
     checkpoint.write_file(out_dir / 'result.json', json.dumps(result).encode())
