@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,11 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import (BATCHES, DEMOS, WINDOW, ArcDataset, ArcLoader, DataConfig, Documents, Sampler, hash64,
-                          pair_tokens, small_tasks)
+from nanoarc.data import (DEMOS, WINDOW, ArcDataset, ArcLoader, DataConfig, Documents, Sampler, hash64, pair_tokens,
+                          small_tasks)
 from nanoarc.grids import ROW
-from nanoarc.model import (Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate,
-                           width_lr)
+from nanoarc.model import Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate, width_lr
 from nanoarc.sources import read_source, read_tasks, to_json
 from nanoarc.submission import read_candidates, score
 
@@ -142,23 +142,25 @@ class Pointer(Attention):
         qkv = self.qkv(x).view(B, T, -1, self.hs)
         qk, v = qkv.split([2 * self.nh, qkv.size(2) - 2 * self.nh], 2)
         q, k = rotate(qk, *shared.rope).transpose(1, 2).split(self.nh, 1)
-        model = self.__dict__['model'][0]
+        model = self.model[0]
         v = v.transpose(1, 2)
-        tokens = F.one_hot(model.__dict__['idx'].long(), 16).type_as(v)[:, None].expand(-1, self.nh, -1, -1)
+        tokens = F.one_hot(model.idx.long(), 16).type_as(v)[:, None].expand(-1, self.nh, -1, -1)
         v = torch.cat([v, tokens], -1) if v.size(1) else tokens
         if cache is not None:
             k, v = cache.append(k, v, shared.past)
         y = attend(q, k, v, shared.masks[self.kind]).transpose(1, 2) # (B, T, nh, 16 or hs + 16)
-        model.__dict__['copied'] = (10 * self.gate(x)[..., None] * y[..., -16:]).sum(2)
+        model.copied = (10 * self.gate(x)[..., None] * y[..., -16:]).sum(2)
         width = self.proj.in_features // self.nh
         return self.proj(y[..., :width].reshape(B, T, -1))
 
 class CopyHead(nn.Linear):
     def forward(self, x):
-        return super().forward(x) + self.__dict__['model'][0].__dict__.pop('copied')
+        model = self.model[0]
+        copied, model.copied = model.copied, None
+        return super().forward(x) + copied
 
 def pointer(alone):
-    """ the last block's attention is a Pointer. modules know the model behind torch's back, copies of them the copy """
+    """ the last block's attention is a Pointer. a list hides the model from torch: a module may not be its own part """
     def change(model):
         mixer, C = model.blocks[-1].mixer, model.cfg.n_embd
         if alone:
@@ -171,28 +173,28 @@ def pointer(alone):
         nn.init.zeros_(mixer.gate.bias)
         mixer.__class__, model.head.__class__ = Pointer, CopyHead
         for module in (mixer, model.head):
-            module.__dict__['model'] = [model]
+            module.model = [model]
     return change
 
 class Focused:
     """
     what is learned is trained on less, a kind of online batch selection (arxiv 1511.06343): a task whose loss is below
     `nats` gives fewer of its documents, in proportion, at least a share of `least`. the loss of a task is a mean of
-    about its last 20 documents. patches ArcDataset for the rest of the process; a run cannot be resumed
+    about its last 20 documents. patches ArcDataset for the rest of the process, and what it knows is not saved
     """
     def __init__(self, nats, least=0.15):
-        self.nats, self.least, self.loss = nats, least, None
-        focused = self
-        def plan_window(ds, window):
-            t = np.uint64(window) * np.uint64(WINDOW) + np.arange(WINDOW, dtype=np.uint64)
-            docs = ds.plan(t)
-            if focused.loss is not None:
-                tables = ds.sampler.tables
-                shares = np.clip(focused.loss / nats, least, 1)[tables.row[tables.pair_task[docs.pairs[:, 0]]]]
-                kept = np.random.default_rng(window).random(WINDOW) < shares
-                docs = Documents(*(x[kept] for x in docs))
-            return ds.sampler.lay_out(docs, ds.cfg.batching, hash64(ds.seed, BATCHES, window))
-        ArcDataset.plan_window = plan_window
+        self.loss = None # (rows,) nats per output token, inf = not seen yet. None = no step was made
+        whole_plan = ArcDataset.plan
+        def plan(ds, t):
+            docs = whole_plan(ds, t)
+            if self.loss is None:
+                return docs
+            tables = ds.sampler.tables
+            row = tables.row[tables.pair_task[docs.pairs[:, 0]]]
+            shares = np.clip(self.loss[row] / nats, least, 1)
+            kept = np.random.default_rng(int(t[0]) // WINDOW).random(len(t)) < shares
+            return Documents(*(x[kept] for x in docs))
+        ArcDataset.plan = plan
 
     def look(self, n_task, task, targets, logits):
         """ what came out of a step, a document a row """
@@ -337,7 +339,7 @@ def patched(inputs, of_model, focus=None):
                     of_model(self)
 
         def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
-            self.__dict__['idx'] = idx # for Pointer
+            self.idx = idx # for Pointer
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
             logits, loss = super().forward(idx, targets, pos, doc, task, dihedral, cache)
@@ -400,7 +402,7 @@ class Stepper:
         _, _, self.autocast = run.get_device('cpu', self.cfg.dtype) # and settings by which the cpu is fast
         ds = ArcDataset(data_cfg)
         self.loader = ArcLoader(ds)
-        self.model = patched(*changes[:2])(run.fit_to_data(model_cfg, ds)) # focus takes no time, and patches for good
+        self.model = patched(*changes[:2])(run.fit_to_data(model_cfg, ds)) # a Focused patches for good, and is cheap
         self.optimizers = self.model.optimizers(*self.model.peak_rates(0, 0), 0.1, self.cfg.ns_steps)
 
     def seconds(self, steps):
@@ -464,6 +466,8 @@ def work(arm, seed, fold, steps, views, out):
     cfg, model_cfg, data_cfg, *changes = configs(arm, out / fold, max_iters=steps, seed=seed, log_every=log_every,
                                                  out_dir=str(out_dir))
     run.Model = patched(*changes) # whatever is built from a config now
+    if checkpoint.steps(out_dir) and changes[2]: # begun with a Focused, that is lost
+        shutil.rmtree(out_dir)
     if checkpoint.steps(out_dir):
         cfg.resume = str(out_dir)
     train.train(cfg, model_cfg, data_cfg)

@@ -100,7 +100,7 @@ def test_an_arm_with_modules_of_its_own_decodes_what_it_trains(toy, arm):
 
 def test_an_arm_with_a_focus_leaves_out_what_is_learned(toy, monkeypatch):
     import ablate
-    monkeypatch.setattr(ArcDataset, 'plan_window', ArcDataset.plan_window) # taken back at the end
+    monkeypatch.setattr(ArcDataset, 'plan', ArcDataset.plan) # taken back at the end
     ds = ArcDataset(DataConfig(data=toy(n=4)))
     focused, tables = ablate.Focused(0.5, least=0.2), ds.sampler.tables
     def counts():
