@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -35,8 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoarc import checkpoint, run, solve, train
-from nanoarc.data import (DEMOS, WINDOW, ArcDataset, ArcLoader, DataConfig, Documents, Sampler, hash64, pair_tokens,
-                          small_tasks)
+from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
 from nanoarc.grids import ROW
 from nanoarc.model import Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate, width_lr
 from nanoarc.sources import read_source, read_tasks, to_json
@@ -176,36 +174,6 @@ def pointer(alone):
             module.model = [model]
     return change
 
-class Focused:
-    """
-    what is learned is trained on less, a kind of online batch selection (arxiv 1511.06343): a task whose loss is below
-    `nats` gives fewer of its documents, in proportion, at least a share of `least`. the loss of a task is a mean of
-    about its last 20 documents. patches ArcDataset for the rest of the process, and what it knows is not saved
-    """
-    def __init__(self, nats, least=0.15):
-        self.loss = None # (rows,) nats per output token, inf = not seen yet. None = no step was made
-        whole_plan = ArcDataset.plan
-        def plan(ds, t):
-            docs = whole_plan(ds, t)
-            if self.loss is None:
-                return docs
-            tables = ds.sampler.tables
-            row = tables.row[tables.pair_task[docs.pairs[:, 0]]]
-            shares = np.clip(self.loss[row] / nats, least, 1)
-            kept = np.random.default_rng(int(t[0]) // WINDOW).random(len(t)) < shares
-            return Documents(*(x[kept] for x in docs))
-        ArcDataset.plan = plan
-
-    def look(self, n_task, task, targets, logits):
-        """ what came out of a step, a document a row """
-        if self.loss is None:
-            self.loss = np.full(n_task, np.inf)
-        targets = targets.clamp(min=-1)
-        nats = F.cross_entropy(logits.detach().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
-        means = nats.view(targets.shape).sum(1) / (targets >= 0).sum(1)
-        for row, x in zip(task[:, 0].tolist(), means.tolist()):
-            self.loss[row] = x if np.isinf(self.loss[row]) else 0.95 * self.loss[row] + 0.05 * x
-
 def last_loops(n):
     """ of several loops only the last n have a gradient, and each begins with the embedded tokens again (URM) """
     def change(model):
@@ -234,14 +202,13 @@ def residual_in_bf16(model):
         return (x, *more)
     model.blocks[0].register_forward_pre_hook(begins)
 
-SLIM = dict(expand=1, d_head=32, d_state=32, n_hidden=160) # 1.3 times the tokens
-
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
-# the model that was built; focus, see Focused; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor
-# of the learning rates; more, sources that are trained on as well
+# the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
+# rates; more, sources that are trained on as well
 ARMS = {
     'default': {},
-    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # the default until frames won
+    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0, focus=0.0), # until frames won
+    'as wide as before': dict(expand=2, d_head=64, d_state=64, n_hidden=256, focus=0.0), # until focus won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
     'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
@@ -258,8 +225,9 @@ ARMS = {
     'task decay 0': dict(model=task_decay(0)),
     'loss on all': dict(loss_on='all'),
     # less of what is learned
-    'focus': dict(focus=0.3),
-    'slim, focus': dict(**SLIM, focus=0.3),
+    'focus 0': dict(focus=0.0),
+    'focus 0.15': dict(focus=0.15),
+    'focus 0.8': dict(focus=0.8),
     # more rules in the same minutes
     'small of arc2': dict(more='+arc2/training', drop_overlap=True),
     'inverse tasks': dict(inverse=True),
@@ -282,7 +250,6 @@ ARMS = {
     'zero projections': dict(model=zero_projections),
     'residual in bf16': dict(model=residual_in_bf16),
     '1d rope': dict(rope_bases=(10000.0,)),
-    'qk norm': dict(qk_norm=True),
     'loops 2': dict(loops=2),
     'loops 4, gradient of 2': dict(loops=4, model=last_loops(2)),
     'mlp conv': dict(model=mlp_conv()),
@@ -297,20 +264,19 @@ ARMS = {
     'Newton-Schulz 3': dict(ns_steps=3),
     # sizes
     '2x64': dict(n_embd=64),
-    'n_hidden 160': dict(n_hidden=160),
-    'expand 1': dict(expand=1, d_head=32),
-    'expand 1, n_hidden 160': dict(expand=1, d_head=32, n_hidden=160),
-    'slim': SLIM,
+    'n_hidden 256': dict(n_hidden=256),
+    'expand 2': dict(expand=2),
+    'd_state 64': dict(d_state=64),
     '2x128': dict(n_embd=128),
     'depth 3': dict(depth=3),
     'depth 4': dict(depth=4),
 }
 
 def configs(arm, fold, **more):
-    """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its three changes """
+    """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
     change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='auto')
     change |= ARMS[arm] | more
-    changes = [change.pop(name, None) for name in ('inputs', 'model', 'focus')]
+    inputs, of_model = change.pop('inputs', None), change.pop('model', None)
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
     change['data'] = str(fold / 'rest') + change.pop('more', '')
     change['adapt'] = f"{fold / 'blind'}*{repeat}+arc1/evaluation"
@@ -326,11 +292,10 @@ def configs(arm, fold, **more):
     assert not change, change
     if lr_x != 1:
         cfgs[0].lr = cfgs[0].adam_lr = lr_x * width_lr(cfgs[1].resolved().n_embd)
-    return *cfgs, *changes
+    return *cfgs, inputs, of_model
 
-def patched(inputs, of_model, focus=None):
-    """ Model, its inputs and itself changed. focus: a threshold in nats """
-    focused = Focused(focus) if focus else None
+def patched(inputs, of_model):
+    """ Model, its inputs and itself changed """
     class Patched(Model):
         def __init__(self, cfg):
             super().__init__(cfg)
@@ -342,10 +307,7 @@ def patched(inputs, of_model, focus=None):
             self.idx = idx # for Pointer
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
-            logits, loss = super().forward(idx, targets, pos, doc, task, dihedral, cache)
-            if focused and self.training and targets is not None:
-                focused.look(self.n_task, task, targets, logits)
-            return logits, loss
+            return super().forward(idx, targets, pos, doc, task, dihedral, cache)
     return Patched
 
 def write_task(folder, task, answered):
@@ -402,7 +364,7 @@ class Stepper:
         _, _, self.autocast = run.get_device('cpu', self.cfg.dtype) # and settings by which the cpu is fast
         ds = ArcDataset(data_cfg)
         self.loader = ArcLoader(ds)
-        self.model = patched(*changes[:2])(run.fit_to_data(model_cfg, ds)) # a Focused patches for good, and is cheap
+        self.model = patched(*changes)(run.fit_to_data(model_cfg, ds))
         self.optimizers = self.model.optimizers(*self.model.peak_rates(0, 0), 0.1, self.cfg.ns_steps)
 
     def seconds(self, steps):
@@ -463,11 +425,9 @@ def work(arm, seed, fold, steps, views, out):
     """ one run, or the rest of it, and its result """
     out_dir = run_dir(out, arm, seed, fold, steps)
     log_every = max(steps // 20, 1)
-    cfg, model_cfg, data_cfg, *changes = configs(arm, out / fold, max_iters=steps, seed=seed, log_every=log_every,
-                                                 out_dir=str(out_dir))
-    run.Model = patched(*changes) # whatever is built from a config now
-    if checkpoint.steps(out_dir) and changes[2]: # begun with a Focused, that is lost
-        shutil.rmtree(out_dir)
+    cfg, model_cfg, data_cfg, inputs, of_model = configs(arm, out / fold, max_iters=steps, seed=seed,
+                                                         log_every=log_every, out_dir=str(out_dir))
+    run.Model = patched(inputs, of_model) # whatever is built from a config now
     if checkpoint.steps(out_dir):
         cfg.resume = str(out_dir)
     train.train(cfg, model_cfg, data_cfg)
@@ -476,7 +436,7 @@ def work(arm, seed, fold, steps, views, out):
     losses = [row['loss'] for row in run.read_metrics(out_dir) if 'loss' in row]
     result = {'nats': nats(model, data_cfg, meta['rows'], answers), 'train_nats': mean(losses[-2:]),
               'tokens': meta['tokens'], 'steps': steps}
-    if changes[0] is not mdlarc_positions: # decoding tells ours
+    if inputs is not mdlarc_positions: # decoding tells ours
         path = solve.solve(solve.SolveConfig(run=str(out_dir), data=str(out / fold / 'blind'), views=views))
         result |= right(path, read_tasks(answers))
     checkpoint.write_file(out_dir / 'result.json', json.dumps(result).encode())

@@ -304,16 +304,6 @@ CONTROLS = [
         "[..., ::BLOCK]",
         "test_model.py::test_flex_attention_skips_the_blocks_that_nobody_sees_and_asks_nothing_where_all_do"),
     Control(
-        "key heads in another order", 'model.py',
-        "k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)",
-        "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)",
-        "test_model.py::test_shared_keys_and_values_are_those_of_full_heads_that_are_equal"),
-    Control(
-        "queries of any norm", 'model.py',
-        "        if self.qk_norm:",
-        "        if False:",
-        "test_model.py::test_queries_and_keys_have_norm_one_if_asked"),
-    Control(
         "rope over the place in the row", 'model.py',
         "place = place - (place * is_first).cummax(1).values",
         "pass",

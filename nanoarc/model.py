@@ -33,20 +33,18 @@ class ModelConfig:
     head_size: int = 0 # of attention. 0 = 16 with frames, 32 without
     n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
     # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies.
-    # 'auto' = tiles, where places are of grids and n_kv_head is not set
+    # 'auto' = tiles, where places are of grids
     frames: str = 'auto'
-    n_kv_head: int = 0 # heads of keys and values, shared by the query heads (GQA, arxiv 2305.13245). 0 = one each
-    qk_norm: bool = False # queries and keys of mean square 1 (arxiv 2010.04245, there of norm 1)
     window: int = 256 # tokens that S sees, itself among them
-    n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
+    n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd, 5/3 below 128, rounded down to a multiple of 16
     # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
     rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0)
     dropout: float = 0.1 # share of the numbers of embeddings, mixers and MLPs that training sets to 0
     loops: int = 1 # times that the stack is run, with the same weights
-    d_state: int = 64 # ns, the state size of mamba-2
-    d_head: int = 64 # its head size
+    d_state: int = 0 # ns, the state size of mamba-2. 0 = 64, 32 where n_embd is below 128
+    d_head: int = 0 # its head size. 0 = likewise
     d_conv: int = 4 # width of its causal convolution
-    expand: int = 2 # its inner width over n_embd
+    expand: int = 0 # its inner width over n_embd. 0 = 2, 1 where n_embd is below 128
     chunk_size: int = 128 # tokens of a chunk of its scan
     vocab_size: int = 16 # of the grid tokens
     n_task: int = 0 # rows of the task embedding, set from the data. 0 = in context, no embedding
@@ -71,11 +69,14 @@ class ModelConfig:
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or (3 * self.depth + 1) // 2 * 32
         if self.frames == 'auto':
-            cfg.frames = 'tiles' if len(self.rope_bases) == 3 and not self.n_kv_head else ''
+            cfg.frames = 'tiles' if len(self.rope_bases) == 3 else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)
         cfg.n_head = self.n_head or len(read_frames(cfg.frames)) or max(cfg.n_embd // max(cfg.head_size, 1), 1)
-        cfg.n_kv_head = self.n_kv_head or cfg.n_head
-        cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
+        slim = cfg.n_embd < 128 # on cpu what a block is narrower by is better spent on tokens
+        cfg.n_hidden = self.n_hidden or cfg.n_embd * (5 if slim else 8) // 3 // 16 * 16
+        cfg.d_state = self.d_state or (32 if slim else 64)
+        cfg.d_head = self.d_head or (32 if slim else 64)
+        cfg.expand = self.expand or (1 if slim else 2)
         cfg.check()
         if not cfg.attends: # nobody heeds them
             cfg.frames = ''
@@ -83,9 +84,9 @@ class ModelConfig:
 
     def check(self):
         """ of a resolved config. raises ValueError that names the setting """
-        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, n_kv_head=1, window=1,
-                                 n_hidden=1, rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1,
-                                 chunk_size=1, vocab_size=16), dict(dropout=255 / 256))
+        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, window=1, n_hidden=1,
+                                 rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1,
+                                 vocab_size=16), dict(dropout=255 / 256))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
@@ -106,10 +107,8 @@ class ModelConfig:
             raise ValueError(f"head_size={self.head_size}: want a divisor of n_embd={self.n_embd}")
         if not frames and self.n_head * self.head_size != self.n_embd:
             raise ValueError(f"n_head={self.n_head}: want heads of {self.head_size} that fill n_embd={self.n_embd}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head={self.n_kv_head}: want a number that divides the {self.n_head} heads")
-        if frames and (len(self.rope_bases) != 3 or self.n_kv_head != self.n_head):
-            raise ValueError(f"frames={self.frames!r}: want 3 rope_bases, and keys of its own for each head")
+        if frames and len(self.rope_bases) != 3:
+            raise ValueError(f"frames={self.frames!r}: want 3 rope_bases")
         if frames and self.n_head % len(frames):
             raise ValueError(f"n_head={self.n_head}: want a multiple of the {len(frames)} frames")
 
@@ -358,20 +357,15 @@ class Attention(nn.Module):
         self.kind = kind
         self.hs = cfg.head_size
         self.nh = cfg.n_head
-        self.nkv = cfg.n_kv_head
-        self.qk_norm = cfg.qk_norm
         # with frames a head begins by looking at places, whatever stands there
-        self.qkv = nn.Linear(cfg.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=cfg.frames != '')
+        self.qkv = nn.Linear(cfg.n_embd, 3 * self.nh * self.hs, bias=cfg.frames != '')
         self.proj = nn.Linear(self.nh * self.hs, cfg.n_embd, bias=False)
 
     def forward(self, x, shared, cache=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hs)
-        qk, v = qkv.split([self.nh + self.nkv, self.nkv], 2) # queries and keys are treated alike, so as one
-        if self.qk_norm:
-            qk = F.rms_norm(qk, (self.hs,), eps=1e-6).type_as(v)
-        qk = rotate(qk, *shared.rope).transpose(1, 2)
-        q, k = qk.split([self.nh, self.nkv], 1) # (B, nh, T, hs) and (B, nkv, T, hs)
+        qk, v = qkv.split([2 * self.nh, self.nh], 2) # queries and keys are turned alike, so as one
+        q, k = rotate(qk, *shared.rope).transpose(1, 2).chunk(2, 1) # (B, nh, T, hs) each
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v, shared.past)
@@ -382,14 +376,11 @@ class Attention(nn.Module):
 FORWARD = {'fwd_BLOCK_M': 128, 'fwd_BLOCK_N': 64, 'fwd_num_warps': 8}
 
 def attend(q, k, v, mask):
-    """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nkv, keys, hs). mask: see make_mask """
-    group = q.size(1) // k.size(1) # query heads a kv head
+    """ softmax(q k^T / sqrt(hs)) v of (B, nh, T, hs) and twice (B, nh, keys, hs). mask: see make_mask """
     if not isinstance(mask, list):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         options = FORWARD if q.size(-1) * q.element_size() <= 128 else None # bytes, or small cards have no room
-        return flex(q, k, v, block_mask=mask, enable_gqa=group > 1, kernel_options=options)
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return flex(q, k, v, block_mask=mask, kernel_options=options)
     y = []
     for span, qs in zip(mask, q.split([span.n for span in mask], 2)):
         y.append(attend_to_all(qs, k[:, :, span.keys], v[:, :, span.keys], span.bias))
@@ -768,14 +759,14 @@ def keep_rows(x, rows):
     return x
 
 class KVCache:
-    """ of attention: keys and values, (B, nkv, room, hs) each, of which the first are in use """
+    """ of attention: keys and values, (B, nh, room, hs) each, of which the first are in use """
 
     def __init__(self):
         self.k = None
         self.v = None
 
     def append(self, k, v, past):
-        """ (B, nkv, t, hs) more, after `past` others -> all so far """
+        """ (B, nh, t, hs) more, after `past` others -> all so far """
         n = past + k.size(2)
         if self.k is None:
             self.k, self.v = k, v

@@ -12,11 +12,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from nanoarc.data import WINDOW, ArcDataset, ArcLoader, DataConfig
+from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 from nanoarc.model import Model, ModelConfig
 from nanoarc.run import make_dataset
 
@@ -72,14 +71,14 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path):
 def test_every_arm_of_the_ablation_is_a_model():
     import ablate
     for arm in ablate.ARMS:
-        _, model_cfg, data_cfg, inputs, of_model, _ = ablate.configs(arm, Path('fold'))
+        _, model_cfg, data_cfg, inputs, of_model = ablate.configs(arm, Path('fold'))
         ablate.patched(inputs, of_model)(replace(model_cfg, n_task=2))
         assert data_cfg.max_pair == 100
 
 @pytest.mark.parametrize('arm', ['pointer', 'pointer alone', 'mlp conv'])
 def test_an_arm_with_modules_of_its_own_decodes_what_it_trains(toy, arm):
     import ablate
-    _, model_cfg, _, inputs, of_model, _ = ablate.configs(arm, Path('fold'))
+    _, model_cfg, _, inputs, of_model = ablate.configs(arm, Path('fold'))
     torch.manual_seed(0)
     model = ablate.patched(inputs, of_model)(replace(model_cfg, n_task=4)).eval()
     with torch.no_grad():
@@ -97,23 +96,6 @@ def test_an_arm_with_modules_of_its_own_decodes_what_it_trains(toy, arm):
             told = dict(pos=pos[:, part], task=task[:, part], dihedral=dihedral[:, part])
             got.append(twin(idx[:, part], **told, cache=cache)[0])
     assert torch.allclose(torch.cat(got, 1), want, atol=1e-4) and want.std() > 0.1
-
-def test_an_arm_with_a_focus_leaves_out_what_is_learned(toy, monkeypatch):
-    import ablate
-    monkeypatch.setattr(ArcDataset, 'plan', ArcDataset.plan) # taken back at the end
-    ds = ArcDataset(DataConfig(data=toy(n=4)))
-    focused, tables = ablate.Focused(0.5, least=0.2), ds.sampler.tables
-    def counts():
-        return np.bincount(tables.row[tables.pair_task[ds.plan_window(1).docs.pairs[:, 0]]])
-    all_of_them = counts()
-    assert all_of_them.sum() == WINDOW
-    logits, targets, task = torch.randn(2, 3, 16), torch.tensor([[-100, 3, 4], [-1, -1, 5]]), torch.tensor([[0], [2]])
-    focused.look(4, task, targets, logits)
-    p = -logits.log_softmax(-1)
-    want = [float(p[0, 1, 3] + p[0, 2, 4]) / 2, np.inf, float(p[1, 2, 5]), np.inf]
-    assert focused.loss.tolist() == pytest.approx(want)
-    focused.loss[:] = 0.25, 3, 0.01, np.inf
-    assert counts() / all_of_them == pytest.approx([0.5, 1, 0.2, 1], abs=0.05)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [

@@ -20,16 +20,15 @@ from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Dropout, Mamba2, Mod
                            ssd, tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
-SWITCHES = {'plain': {}, 'qk_norm': dict(qk_norm=True), 'gqa': dict(n_kv_head=1), 'loops': dict(loops=2),
-            '1d_rope': dict(rope_bases=(10000.0,)), 'frames': dict(frames='tiles')}
+SWITCHES = {'plain': {}, 'loops': dict(loops=2), '1d_rope': dict(rope_bases=(10000.0,)), 'frames': dict(frames='tiles')}
 
 def make(mixer='A', n_task=4, **kwargs):
     """ a tiny model in fp64, its weights large enough that every part matters """
     torch.manual_seed(1337)
     if mixer == 'frames':
         mixer, kwargs = 'MA', {**SWITCHES['frames'], **kwargs}
-    tiny = dict(n_layer=2, n_embd=32, frames='', dropout=0.0, head_size=16, d_head=16, d_state=8, chunk_size=5,
-                window=7)
+    tiny = dict(n_layer=2, n_embd=32, frames='', dropout=0.0, head_size=16, expand=2, d_head=16, d_state=8,
+                chunk_size=5, window=7, n_hidden=80)
     model = Model(ModelConfig(mixer=mixer, n_task=n_task, **{**tiny, **kwargs})).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -145,7 +144,7 @@ def test_mamba_equals_that_of_transformers_with_the_same_weights():
     transformers = pytest.importorskip('transformers')
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
     torch.manual_seed(1337)
-    ours = Mamba2(ModelConfig(mixer='M', n_embd=64, d_head=16, d_state=8, chunk_size=16).resolved())
+    ours = Mamba2(ModelConfig(mixer='M', n_embd=64, expand=2, d_head=16, d_state=8, chunk_size=16).resolved())
     theirs = Mamba2Mixer(transformers.Mamba2Config(
         hidden_size=64, num_heads=8, head_dim=16, state_size=8, expand=2, conv_kernel=4, n_groups=1, chunk_size=8,
         num_hidden_layers=1, use_bias=False, layer_norm_epsilon=1e-6), layer_idx=0)
@@ -250,25 +249,6 @@ def test_blocks_leave_out_keys_that_none_of_them_sees():
     assert [s[:2] for s in mask] == [(BLOCK, slice(a, a + BLOCK)) for a in range(0, T, BLOCK)]
     mask = make_mask(x, 0, None, 10, 'blocks')
     assert [s.keys for s in mask] == [slice(max(a - 9, 0), a + BLOCK) for a in range(0, T, BLOCK)]
-
-def test_shared_keys_and_values_are_those_of_full_heads_that_are_equal():
-    shared, full = make('A', n_embd=64, n_kv_head=2), make('A', n_embd=64)
-    weights = shared.state_dict()
-    for name, w in weights.items():
-        if name.endswith('qkv.weight'):
-            q, k1, k2, v1, v2 = w.split([64, 16, 16, 16, 16])
-            weights[name] = torch.cat([q, k1, k1, k2, k2, v1, v1, v2, v2])
-    full.load_state_dict(weights)
-    x = random_row()
-    assert (shared(*x)[0] - full(*x)[0]).abs().max() < 1e-12
-
-@torch.no_grad()
-def test_queries_and_keys_have_norm_one_if_asked():
-    model, x = make('A', qk_norm=True), random_row()
-    before = model(*x)[0]
-    for block in model.blocks:
-        block.mixer.qkv.weight[:64] *= 5 # of q and k: their size does not matter any more
-    assert (model(*x)[0] - before).abs().max() < 1e-5 and (make('A')(*x)[0] - before).abs().max() > 1e-2
 
 # -----------------------------------------------------------------------------
 # documents
@@ -434,7 +414,7 @@ def test_cached_decoding_equals_the_full_forward(mixer, shots, toy):
         assert (torch.cat(got, 1)[0] - full[b, :n]).abs().max() < 1e-10
 
 @pytest.mark.parametrize('mixer', MIXERS)
-@pytest.mark.parametrize('switch', ['plain', '1d_rope', 'gqa', 'loops'])
+@pytest.mark.parametrize('switch', ['plain', '1d_rope', 'loops'])
 @pytest.mark.parametrize('pieces', [[5, 1, 1, 1], [2, 30, 1, 1], [1] * 8, [12, 9, 11, 1, 1], [2, 1, 90, 1]])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward_over_the_border_of_documents(mixer, switch, pieces, toy):
@@ -581,18 +561,17 @@ def test_the_dial_sets_width_heads_and_learning_rates():
 
 def test_heads_have_frames_where_places_are_of_grids():
     cfg = ModelConfig().resolved()
-    assert (cfg.frames, cfg.n_head, cfg.head_size, cfg.n_kv_head) == ('tiles', 12, 16, 12) and cfg.resolved() == cfg
-    for other in (dict(rope_bases=(10000.0,)), dict(n_kv_head=1), dict(frames='')): # text, shared keys, off
+    assert (cfg.frames, cfg.n_head, cfg.head_size) == ('tiles', 12, 16) and cfg.resolved() == cfg
+    for other in (dict(rope_bases=(10000.0,)), dict(frames='')): # text, off
         cfg = ModelConfig(**other).resolved()
         assert (cfg.frames, cfg.n_head, cfg.head_size) == ('', 3, 32) and cfg.resolved() == cfg
     assert ModelConfig(mixer='M').resolved().frames == ''
 
 @pytest.mark.parametrize('wrong', [
-    dict(frames='8'), dict(frames='0 x2'), dict(frames='0 1t', n_kv_head=1), dict(n_head=4, frames='0 1 2'),
+    dict(frames='8'), dict(frames='0 x2'), dict(frames='0', rope_bases=(9.0,)), dict(n_head=4, frames='0 1 2'),
     dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=40, frames=''), dict(head_size=4),
-    dict(n_kv_head=2), dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
-    dict(d_state=0), dict(n_hidden=-1), dict(n_kv_head=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0),
-    dict(vocab_size=10)])
+    dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=-1), dict(d_state=-1),
+    dict(expand=-1), dict(n_hidden=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0), dict(vocab_size=10)])
 def test_a_wrong_setting_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
         Model(ModelConfig(**wrong))
@@ -782,7 +761,7 @@ def test_what_a_compiler_makes_of_the_scan_has_products_in_16_bits_and_decays_in
 def test_half_precision_is_near(toy, mixer):
     batch = toy_batch(toy(n=4, side=5))
     torch.manual_seed(1337)
-    model = Model(ModelConfig(mixer=mixer, depth=2, n_task=4, qk_norm=True, n_kv_head=1))
+    model = Model(ModelConfig(mixer=mixer, depth=2, n_task=4, dropout=0.0))
     want = model(*batch)[1]
     with torch.autocast('cpu', dtype=torch.bfloat16):
         loss = model(*batch)[1]

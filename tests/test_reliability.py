@@ -692,9 +692,9 @@ def test_rows_that_a_crash_spoilt_do_not_stop_a_resume(whole, part, tmp_path):
 # settings that a resumed run must keep, with other values
 CHANGES = dict(seed=1, grad_accum=1, dtype='bfloat16', ns_steps=3, batch_tokens=61, block_size=512, batching='pack',
                shots=1, max_pair=99, colors='all', p_identity=0.3, val_tasks=1, deal=3, allow_leak=True,
-               drop_overlap=True, loss_on='all', n_layer=1, n_embd=64, mixer='A', head_size=32, n_kv_head=1,
-               qk_norm=True, window=9, n_hidden=99, rope_bases=(9.0, 9.0, 9.0), loops=2, d_state=32, d_head=32,
-               d_conv=3, expand=4, chunk_size=64, vocab_size=17)
+               drop_overlap=True, loss_on='all', n_layer=1, n_embd=64, mixer='A', head_size=32, window=9,
+               n_hidden=99, rope_bases=(9.0, 9.0, 9.0), loops=2, d_state=16, d_head=16, d_conv=3,
+               expand=4, chunk_size=64, vocab_size=17)
 
 def as_flags(name, x):
     if x is True:

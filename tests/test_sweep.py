@@ -122,7 +122,7 @@ def test_the_first_trial_of_the_small_space_is_the_default():
     assert first_trial({'lr': [1e-4]}, base) == {}
 
 def test_what_is_written_is_read_back(tmp_path):
-    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'qk_norm': True,
+    values = {'data': 'arc1/training*2+arc1/evaluation', 'lr': 1e-05, 'drop_overlap': True,
               'rope_bases': [100.0, 10.0, 10.0], 'n_layer': 3, 'mixer': 'MA', 'log': 'w"ä\\'}
     (tmp_path / 'x.toml').write_text(to_toml(values))
     default = Run(TrainConfig(), ModelConfig(), DataConfig())
