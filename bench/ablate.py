@@ -82,6 +82,42 @@ def task_decay(factor):
         model.optimizers = optimizers
     return change
 
+def task_lr(factor):
+    """ learning rate of the embedding of tasks, times that of the rest """
+    def change(model):
+        plain = model.optimizers
+        def optimizers(lr, adam_lr, weight_decay, ns_steps=5):
+            made = plain(lr, adam_lr, weight_decay, ns_steps)
+            group = made[-1].param_groups[0]
+            group['params'] = [p for p in group['params'] if p is not model.wtask.weight]
+            task = {'params': [model.wtask.weight], 'weight_decay': weight_decay / factor, 'lr': factor * adam_lr}
+            made[-1].add_param_group(task)
+            return made
+        model.optimizers = optimizers
+    return change
+
+class TaskLinear(nn.Module):
+    """ a linear map whose bias is the task's own. `task` is not called weight, so AdamW has it """
+
+    def __init__(self, linear, model):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.task = nn.Parameter(torch.zeros(model.n_task, len(self.weight)))
+        self.model = [model] # hidden from torch
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.task[self.model[0].task].type_as(x)
+
+def task_bias(*names):
+    """ the linear maps of these names, in each block, have a bias for each task, which begins at 0 """
+    def change(model):
+        for block in model.blocks:
+            for part in (block.mixer, block.mlp):
+                for name in names:
+                    if hasattr(part, name):
+                        setattr(part, name, TaskLinear(getattr(part, name), model))
+    return change
+
 class ConvMLP(nn.Module):
     """ a SwiGLU whose hidden channels go through a depthwise causal convolution (URM, arxiv 2512.14693) """
 
@@ -223,6 +259,9 @@ ARMS = {
     'weight decay 0.5': dict(weight_decay=0.5),
     'task decay x5': dict(model=task_decay(5)),
     'task decay 0': dict(model=task_decay(0)),
+    'task lr x3': dict(model=task_lr(3)),
+    'task bias': dict(model=task_bias('qkv', 'in_proj', 'fc')),
+    'task gates': dict(model=task_bias('fc')),
     'loss on all': dict(loss_on='all'),
     # less of what is learned
     'focus 0': dict(focus=0.0),
@@ -304,7 +343,7 @@ def patched(inputs, of_model):
                     of_model(self)
 
         def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
-            self.idx = idx # for Pointer
+            self.idx, self.task = idx, task # for Pointer, for TaskLinear
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
             return super().forward(idx, targets, pos, doc, task, dihedral, cache)

@@ -489,6 +489,7 @@ def test_of_the_next_window_a_share_of_the_documents_of_each_row_is_kept(toy):
     assert looks(loader.rows(0).docs) == looks(ds.plan_window(0).docs)
     loader.keep(shares / 10) # too late
     assert looks(loader.rows(1).docs) == looks(ds.plan_window(1, shares).docs)
+    assert loader.state_dict()['shares'] == {'1': shares.tolist()}
 
 @pytest.mark.parametrize('batching', ['bucket', 'pack'])
 def test_a_saved_place_knows_what_share_of_the_documents_its_windows_keep(toy, monkeypatch, batching):
