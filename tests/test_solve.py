@@ -525,7 +525,7 @@ def test_test_time_training_learns_new_tasks_and_leaves_the_run_alone(toy, tmp_p
     base = {'run': run, 'data': src, 'views': 1, 'device': 'cpu', 'out_dir': str(tmp_path / 'out')}
     with pytest.raises(ValueError, match="--ttt_steps gives them one"):
         solve(SolveConfig(**base))
-    path = solve(SolveConfig(**base, ttt_steps=80, together=3, ttt_lr=5e-3))
+    path = solve(SolveConfig(**base, ttt_steps=120, together=3, ttt_lr=5e-3))
     assert score(json.loads(path.read_text()), read_tasks(src))['solved'] == 3
     assert checkpoint.file(run, 30).read_bytes() == before
 
