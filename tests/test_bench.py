@@ -177,7 +177,7 @@ def test_flops_a_token_are_those_of_the_batches():
     import model as bench
     cfg = DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512)
     ds = make_dataset(cfg, 1)
-    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32, frames=''), ds)
+    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32, n_hidden=80, frames=''), ds)
     batch = ds.loader(0, 1, 'cpu').next_batch()
     weights = 6 * (12 * 32 * 32 // 3 + 3 * 32 * 80 + 16 * 32) # of a token: qkv and proj, SwiGLU, head
     one = bench.flops(model, batch.doc) / batch.doc.numel()
