@@ -238,13 +238,16 @@ def residual_in_bf16(model):
         return (x, *more)
     model.blocks[0].register_forward_pre_hook(begins)
 
+QUICKSTART = dict(focus=0.3, n_hidden=160, expand=1, d_state=32, d_head=32) # FAST in runs/quickstart.sh
+PLAIN = dict(focus=0.0, n_hidden=0, expand=2, d_state=64, d_head=64) # the defaults of train
+
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
 ARMS = {
-    'default': {},
-    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0, focus=0.0), # until frames won
-    'as wide as before': dict(expand=2, d_head=64, d_state=64, n_hidden=256, focus=0.0), # until focus won
+    'default': {}, # the quickstart
+    'plain': PLAIN,
+    'as before': dict(**PLAIN, frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
     'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
@@ -313,8 +316,8 @@ ARMS = {
 
 def configs(arm, fold, **more):
     """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
-    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0, dtype='auto')
-    change |= ARMS[arm] | more
+    change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0)
+    change |= QUICKSTART | ARMS[arm] | more
     inputs, of_model = change.pop('inputs', None), change.pop('model', None)
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
     change['data'] = str(fold / 'rest') + change.pop('more', '')

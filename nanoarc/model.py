@@ -36,15 +36,15 @@ class ModelConfig:
     # 'auto' = tiles, where places are of grids
     frames: str = 'auto'
     window: int = 256 # tokens that S sees, itself among them
-    n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd, 5/3 below 128, rounded down to a multiple of 16
+    n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
     # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
     rope_bases: tuple[float, ...] = (100.0, 100.0, 10.0)
     dropout: float = 0.1 # share of the numbers of embeddings, mixers and MLPs that training sets to 0
     loops: int = 1 # times that the stack is run, with the same weights
-    d_state: int = 0 # ns, the state size of mamba-2. 0 = 64, 32 where n_embd is below 128
-    d_head: int = 0 # its head size. 0 = likewise
+    d_state: int = 64 # ns, the state size of mamba-2
+    d_head: int = 64 # its head size
     d_conv: int = 4 # width of its causal convolution
-    expand: int = 0 # its inner width over n_embd. 0 = 2, 1 where n_embd is below 128
+    expand: int = 2 # its inner width over n_embd
     chunk_size: int = 128 # tokens of a chunk of its scan
     vocab_size: int = 16 # of the grid tokens
     n_task: int = 0 # rows of the task embedding, set from the data. 0 = in context, no embedding
@@ -72,11 +72,7 @@ class ModelConfig:
             cfg.frames = 'tiles' if len(self.rope_bases) == 3 else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)
         cfg.n_head = self.n_head or len(read_frames(cfg.frames)) or max(cfg.n_embd // max(cfg.head_size, 1), 1)
-        slim = cfg.n_embd < 128 # on cpu what a block is narrower by is better spent on tokens
-        cfg.n_hidden = self.n_hidden or cfg.n_embd * (5 if slim else 8) // 3 // 16 * 16
-        cfg.d_state = self.d_state or (32 if slim else 64)
-        cfg.d_head = self.d_head or (32 if slim else 64)
-        cfg.expand = self.expand or (1 if slim else 2)
+        cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
         cfg.check()
         if not cfg.attends: # nobody heeds them
             cfg.frames = ''

@@ -54,9 +54,9 @@ class TrainConfig:
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
     draw_every: int = 2000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
-    # a task of less loss than this, in nats per output token, comes less often, in proportion (Focus). 0 = off, and it
-    # is off in context
-    focus: float = 0.3
+    # a task of less loss than this, in nats per output token, comes less often, in proportion (Focus), e.g. 0.3: where
+    # minutes are few. in many it learns the hard tasks by heart. 0 = off, as it is in context
+    focus: float = 0.0
     ema: float = 0.998 # decay of averaged weights, which validation and solve use. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu

@@ -53,7 +53,7 @@ print(best)" > "$OUT/mixer"
 B)
     MIXER=$(cat "$OUT/mixer" 2> /dev/null || echo MA) MINUTES=${MINUTES:-6}
     export MIXER MINUTES
-    MODEL=${MODEL:---batching=pack --block_size=4096 --head_size=64 --frames= --mixer=$MIXER --ema=0.999 --focus=0
-        --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800 --save_every=0 --eval_every=0 --draw_every=0}
+    MODEL=${MODEL:---batching=pack --block_size=4096 --head_size=64 --frames= --mixer=$MIXER --ema=0.999 --n_layer=8
+        --n_embd=512 --batch_tokens=32768 --max_pair=800 --save_every=0 --eval_every=0 --draw_every=0}
     MODEL="$MODEL" SLICE=${SLICE:-470} OUT="$OUT/speedrun" bash runs/speedrun.sh "${WHAT:-card.sh}" ;;
 esac

@@ -4,6 +4,8 @@
 # hardware: a laptop, 2 cpu cores. minutes: 6, of which 5 are training. dollars: 0. expect: about 18 of 34 solved
 # words are passed to the training: bash runs/quickstart.sh --seed=1. two stay as they are: --max_pair, and --out_dir,
 # which is OUT=out/mine bash runs/quickstart.sh. run again after an interruption, it continues.
+# FAST is for five minutes: slimmer blocks, and what is learned comes less often. for fifteen the plain default is
+# better: FAST= bash runs/quickstart.sh --minutes=15
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/venv.sh
@@ -11,13 +13,14 @@ venv ""
 SECONDS=0
 OUT=${OUT:-out/quickstart}
 SMALL="--max_pair=100"
+FAST=${FAST-"--focus=0.3 --n_hidden=160 --expand=1 --d_state=32 --d_head=32"}
 if began "$OUT"; then
     nanoarc train --resume "$OUT" "$@"
 else
     echo "== how fast is this machine?"
-    python runs/expect.py "$@" || true
+    python runs/expect.py --flags="$FAST" "$@" || true
     echo "== training into $OUT, 5 minutes unless --minutes says another number"
-    nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --minutes 5 "$@" $SMALL --out_dir "$OUT"
+    nanoarc train --data arc1/training --adapt 'arc1/evaluation*8' --minutes 5 $FAST "$@" $SMALL --out_dir "$OUT"
 fi
 echo "== solving 34 evaluation tasks, answers unseen"
 nanoarc solve --run "$OUT" --data arc1/evaluation $SMALL

@@ -24,12 +24,11 @@ if [ "${REHEARSAL:-0}" != 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
 MINUTES=${MINUTES:-10} TARGET=${TARGET:-arc1/evaluation}
-GPU="--batching=pack --block_size=4096 --head_size=64 --frames= --mixer=${MIXER:-MA} --ema=0.999 --focus=0"
+GPU="--batching=pack --block_size=4096 --head_size=64 --frames= --mixer=${MIXER:-MA} --ema=0.999"
 GPU="$GPU --save_every=2000 --eval_every=2000 --draw_every=0"
 # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width. by the roofline of
 # dev/LOG.md a step of 32k tokens takes 27 ms with 8x512 MA and 48 with 8x768, not measured. what is larger than
-# --max_pair is not solved in so few minutes, and counts as unsolved. no frames: on cpu they brought 2 of 91, noise.
-# no --focus: what it brings with packed rows and 800 tasks nobody has looked at
+# --max_pair is not solved in so few minutes, and counts as unsolved. no frames: on cpu they brought 2 of 91, noise
 case "$MINUTES" in
     2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;;
     10) PRESET="$GPU --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800"; TIMES=2 ;;
