@@ -6,8 +6,8 @@
 # run the same command again after an interruption: it goes on, a finished seed is not repeated. FAST= takes the plain
 # default in place of the quickstart's flags, SOLVE="--views 32" changes the solver, RANKS=2 trains with two processes of
 # a thread each.
-# --config is a path from the repository's root. MINUTES, SEEDS and BOARD are for rehearsals: their row is not one of
-# dev/LEADERBOARD.md
+# --config is a path from the repository's root and wants FAST=, whose flags would win over it. MINUTES, SEEDS and BOARD
+# are for rehearsals: their row is not one of dev/LEADERBOARD.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHAT=${1:?"usage: bash runs/speedrun_cpu.sh \"what changed\" [flags of train]"}
