@@ -162,10 +162,10 @@ def test_a_trial_that_fails_fails_alone_and_train_takes_the_best(space, tmp_path
     good, bad = trials['trial-0000'], trials['trial-0001']
     assert good.state == TrialState.COMPLETE and good.value == read_metrics(out / 'trial-0000')[-1]['val_loss']
     assert bad.state == TrialState.FAIL
-    assert 'want a divisor of expand * n_embd = 33' in bad.user_attrs['error']
-    assert 'want a divisor of expand * n_embd = 33' in capsys.readouterr().out
+    assert 'want a divisor of expand * n_embd = 66' in bad.user_attrs['error']
+    assert 'want a divisor of expand * n_embd = 66' in capsys.readouterr().out
     page = (out / 'report.html').read_text()
-    assert f"{good.value:.4f}" in page and 'want a divisor of expand * n_embd = 33' in page and 'src="http' not in page
+    assert f"{good.value:.4f}" in page and 'want a divisor of expand * n_embd = 66' in page and 'src="http' not in page
     cli(['train', '--config', str(out / 'best.toml'), '--out_dir', str(tmp_path / 'again')])
     assert read_metrics(tmp_path / 'again')[-1]['val_loss'] == good.value
     path.write_text(path.read_text().replace("save_every = 10", "save_every = 11"))
