@@ -68,30 +68,16 @@ def still(*names):
                 p.requires_grad_(False).zero_()
     return change
 
-def task_decay(factor):
-    """ weight decay of the embeddings of tasks and symmetries, times that of the rest """
+def apart(names, lr=1, decay=1):
+    """ embeddings of these names: learning rate and weight decay of AdamW, times those of the rest """
     def change(model):
         plain = model.optimizers
-        def optimizers(lr, adam_lr, weight_decay, ns_steps=5):
-            made = plain(lr, adam_lr, weight_decay, ns_steps)
-            tasks = [model.wtask.weight, model.wdih.weight]
+        def optimizers(peak, adam_peak, weight_decay, ns_steps=5):
+            made = plain(peak, adam_peak, weight_decay, ns_steps)
+            weights = [getattr(model, name).weight for name in names]
             group = made[-1].param_groups[0]
-            group['params'] = [p for p in group['params'] if all(p is not task for task in tasks)]
-            made[-1].add_param_group({'params': tasks, 'weight_decay': factor * weight_decay, 'lr': adam_lr})
-            return made
-        model.optimizers = optimizers
-    return change
-
-def task_lr(factor):
-    """ learning rate of the embedding of tasks, times that of the rest """
-    def change(model):
-        plain = model.optimizers
-        def optimizers(lr, adam_lr, weight_decay, ns_steps=5):
-            made = plain(lr, adam_lr, weight_decay, ns_steps)
-            group = made[-1].param_groups[0]
-            group['params'] = [p for p in group['params'] if p is not model.wtask.weight]
-            task = {'params': [model.wtask.weight], 'weight_decay': weight_decay / factor, 'lr': factor * adam_lr}
-            made[-1].add_param_group(task)
+            group['params'] = [p for p in group['params'] if all(p is not w for w in weights)]
+            made[-1].add_param_group({'params': weights, 'weight_decay': decay * weight_decay, 'lr': lr * adam_peak})
             return made
         model.optimizers = optimizers
     return change
@@ -260,9 +246,9 @@ ARMS = {
     'ema 0': dict(ema=0.0),
     'dropout 0, ema 0': dict(dropout=0.0, ema=0.0),
     'weight decay 0.5': dict(weight_decay=0.5),
-    'task decay x5': dict(model=task_decay(5)),
-    'task decay 0': dict(model=task_decay(0)),
-    'task lr x3': dict(model=task_lr(3)),
+    'task decay x5': dict(model=apart(['wtask', 'wdih'], decay=5)),
+    'task decay 0': dict(model=apart(['wtask', 'wdih'], decay=0)),
+    'task lr x3': dict(model=apart(['wtask'], lr=3, decay=1 / 3)),
     'task bias': dict(model=task_bias('qkv', 'in_proj', 'fc')),
     'task gates': dict(model=task_bias('fc')),
     'loss on all': dict(loss_on='all'),

@@ -30,9 +30,10 @@ def test_flops_of_a_packed_row_are_those_of_its_documents():
     weights = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) + net.head.weight.numel()
     assert bench.flops(net, doc) == 6 * weights * 5 + 3 * 4 * 32 * (6 + 3)
 
-def test_what_one_may_expect_of_the_quickstart_lies_between_what_was_measured():
+@pytest.mark.parametrize('name', ['SOLVED', 'PLAIN'])
+def test_what_one_may_expect_of_the_quickstart_lies_between_what_was_measured(name):
     import expect
-    table = expect.SOLVED
+    table = getattr(expect, name)
     points = list(table.items())
     assert points == sorted(points, key=lambda point: point[1]), "more tokens, more solved"
     assert [expect.expected(tokens, table) for tokens, _ in points] == [solved for _, solved in points]
@@ -46,6 +47,15 @@ def test_flags_of_the_training_do_not_change_what_is_solved_later(name):
     line = next(x for x in text.splitlines() if 'train --data arc1/training' in x and 'echo' not in x)
     first, behind = line.split('"$@"') # the last one of two equal flags counts
     assert '--max_pair' in behind.replace('$SMALL', '--max_pair') and '--out_dir' in behind and '--minutes' in line
+
+def test_the_flags_of_five_minutes_are_the_same_everywhere():
+    import ablate
+    fast = [f"--{name}={x}" for name, x in ablate.QUICKSTART.items()]
+    for name in ('quickstart.sh', 'speedrun_cpu.sh'):
+        line, = re.findall(r'^FAST=\$\{FAST-"(.*)"\}$', (RUNS / name).read_text(), re.M)
+        assert line.split() == fast
+    notebook = (BENCH.parent / 'examples' / 'quickstart.ipynb').read_text()
+    assert " ".join(fast).replace('=', ' ') in notebook
 
 @pytest.mark.slow
 def test_the_quickstart_says_what_to_expect_here():
@@ -178,7 +188,7 @@ def test_flops_a_token_are_those_of_the_batches():
     import model as bench
     cfg = DataConfig(data='arc1/training', max_pair=60, batching='pack', block_size=256, batch_tokens=512)
     ds = make_dataset(cfg, 1)
-    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32, n_hidden=80, frames=''), ds)
+    model = leaderboard.on_meta(ModelConfig(mixer='A', n_layer=1, n_embd=32, frames=''), ds)
     batch = ds.loader(0, 1, 'cpu').next_batch()
     weights = 6 * (12 * 32 * 32 // 3 + 3 * 32 * 80 + 16 * 32) # of a token: qkv and proj, SwiGLU, head
     one = bench.flops(model, batch.doc) / batch.doc.numel()

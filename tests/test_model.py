@@ -27,8 +27,8 @@ def make(mixer='A', n_task=4, **kwargs):
     torch.manual_seed(1337)
     if mixer == 'frames':
         mixer, kwargs = 'MA', {**SWITCHES['frames'], **kwargs}
-    tiny = dict(n_layer=2, n_embd=32, frames='', dropout=0.0, head_size=16, expand=2, d_head=16, d_state=8,
-                chunk_size=5, window=7, n_hidden=80)
+    tiny = dict(n_layer=2, n_embd=32, frames='', dropout=0.0, head_size=16, d_head=16, d_state=8, chunk_size=5,
+                window=7)
     model = Model(ModelConfig(mixer=mixer, n_task=n_task, **{**tiny, **kwargs})).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -144,7 +144,7 @@ def test_mamba_equals_that_of_transformers_with_the_same_weights():
     transformers = pytest.importorskip('transformers')
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
     torch.manual_seed(1337)
-    ours = Mamba2(ModelConfig(mixer='M', n_embd=64, expand=2, d_head=16, d_state=8, chunk_size=16).resolved())
+    ours = Mamba2(ModelConfig(mixer='M', n_embd=64, d_head=16, d_state=8, chunk_size=16).resolved())
     theirs = Mamba2Mixer(transformers.Mamba2Config(
         hidden_size=64, num_heads=8, head_dim=16, state_size=8, expand=2, conv_kernel=4, n_groups=1, chunk_size=8,
         num_hidden_layers=1, use_bias=False, layer_norm_epsilon=1e-6), layer_idx=0)
@@ -570,8 +570,9 @@ def test_heads_have_frames_where_places_are_of_grids():
 @pytest.mark.parametrize('wrong', [
     dict(frames='8'), dict(frames='0 x2'), dict(frames='0', rope_bases=(9.0,)), dict(n_head=4, frames='0 1 2'),
     dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=40, frames=''), dict(head_size=4),
-    dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=-1), dict(d_state=-1),
-    dict(expand=-1), dict(n_hidden=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0), dict(vocab_size=10)])
+    dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
+    dict(d_state=0), dict(expand=0), dict(n_hidden=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0),
+    dict(vocab_size=10)])
 def test_a_wrong_setting_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
         Model(ModelConfig(**wrong))
