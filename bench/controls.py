@@ -964,6 +964,11 @@ CONTROLS = [
         "np.clip(self.loss / self.nats, 0, 1)",
         "test_train.py::test_the_share_of_a_task_is_its_loss_over_the_threshold"),
     Control(
+        "documents that never come back", 'train.py',
+        "run.focus.shares(world, factor)",
+        "run.focus.shares(world, 1.0)",
+        "test_train.py::test_a_run_that_keeps_less_of_what_is_learned_resumes_too"),
+    Control(
         "a task that overflowed once, and is lost", 'train.py',
         "seen = (tokens > 0) & np.isfinite(nats)",
         "seen = tokens > 0",

@@ -55,7 +55,7 @@ class TrainConfig:
     draw_every: int = 2000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
     # a task of less loss than this, in nats per output token, comes less often, in proportion (Focus), e.g. 0.3: where
-    # minutes are few. in many it learns the hard tasks by heart. 0 = off, as it is in context
+    # minutes are few. 0 = off, as it is in context
     focus: float = 0.0
     ema: float = 0.998 # decay of averaged weights, which validation and solve use. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
@@ -169,14 +169,14 @@ class Focus:
         """ (2, n_task) sums of all ranks. waits for the device """
         return np.array(over_ranks(world, 'SUM', *self.sums.flatten().tolist())).reshape(2, -1)
 
-    def shares(self, world):
-        """ a window is over -> (n_task,) shares """
+    def shares(self, world, factor):
+        """ a window is over -> (n_task,) shares. factor: of the peak learning rate. as it falls, all come back """
         nats, tokens = self.totals(world)
         self.sums.zero_()
         mean = (self.loss + nats / np.maximum(tokens, 1)) / 2
         seen = (tokens > 0) & np.isfinite(nats)
         self.loss = np.where(seen, mean, self.loss)
-        return np.clip(self.loss / self.nats, self.LEAST, 1)
+        return 1 - factor + factor * np.clip(self.loss / self.nats, self.LEAST, 1)
 
     def state_dict(self, world):
         state = {'loss': self.loss.tolist(), 'sums': self.totals(world).tolist()}
@@ -414,7 +414,7 @@ def loop(run, signals):
             net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up gradients once a step
             state.tokens += loader.tokens()
             if run.focus and loader.batch == 0: # a window begins
-                loader.keep(run.focus.shares(world))
+                loader.keep(run.focus.shares(world, factor))
             with timer('waiting for data'):
                 batch = fill_rows(loader.next_batch(), run.fixed_rows)
             with run.autocast():
