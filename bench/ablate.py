@@ -233,6 +233,7 @@ PLAIN = dict(focus=0.0, n_hidden=0, expand=2, d_state=64, d_head=64) # the defau
 ARMS = {
     'default': {}, # as the quickstart
     'plain': PLAIN,
+    'plain, focus': PLAIN | dict(focus=0.3),
     'as before': dict(**PLAIN, frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
