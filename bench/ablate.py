@@ -1,6 +1,7 @@
 """
-which idea is worth its time? every arm is the quickstart's model with something changed, trained as long as that
-trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the clock.
+which idea is worth its time? every arm is the quickstart's model of a cpu without bf16 with something changed, trained
+as long as that trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the
+clock.
 
 evaluation answers may judge nothing here, so small tasks of arc1/training play the evaluation tasks: they are dealt
 into --folds, and in each fold a model is trained on the other small tasks and on the demos of its own, eight times an
@@ -231,7 +232,7 @@ PLAIN = dict(focus=0.0, n_hidden=0, expand=2, d_state=64, d_head=64) # the defau
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
 ARMS = {
-    'default': {}, # as the quickstart
+    'default': {}, # as the quickstart without bf16
     'plain': PLAIN,
     'plain, focus': PLAIN | dict(focus=0.3),
     'as before': dict(**PLAIN, frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won

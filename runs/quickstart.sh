@@ -14,10 +14,10 @@ venv ""
 SECONDS=0
 OUT=${OUT:-out/quickstart}
 SMALL="--max_pair=100"
-FAST=${FAST-$(fast)}
 if began "$OUT"; then
     nanoarc train --resume "$OUT" "$@"
 else
+    FAST=${FAST-$(fast)}
     echo "== how fast is this machine?"
     python runs/expect.py --flags="$FAST" "$@" || true
     echo "== training into $OUT, 5 minutes unless --minutes says another number"

@@ -58,8 +58,10 @@ ready() {
 # flags of the training where five minutes are few tokens, on a cpu without bf16: slimmer blocks, and what is learned
 # comes less often. elsewhere none
 fast() {
-    python3 -c 'import sys, torch; from nanoarc.model import has_bf16; sys.exit(has_bf16(torch.device("cpu")))' \
-        && echo "--focus=0.3 --n_hidden=160 --expand=1 --d_state=32 --d_head=32" || true
+    python3 -c 'import torch
+from nanoarc.model import has_bf16
+slim = "--focus=0.3 --n_hidden=160 --expand=1 --d_state=32 --d_head=32"
+print("" if has_bf16(torch.device("cpu")) else slim)'
 }
 
 # `began OUT`: is there a checkpoint in it to go on from?
