@@ -97,13 +97,14 @@ class View:
 
 def make_views(sampler, pair, n, seed, query):
     """
-    pair number of a query -> list of n Views at most, equal ones once. view 0 is the query as it is, view k >= 1 an
-    augment, drawn as in training but always with its colors permuted.
+    pair number of a query -> list of n Views at most, equal ones once. view 0 is the query as it is, views 1 to 8 are
+    the eight symmetries of it in its own colors, which many rules are about. in all others colors are permuted.
     """
     assert not sampler.known[pair], "answers are to be closed here"
     k = np.arange(n)
     order = hash64(seed, DEMOS, pair, k)
     docs = sampler.plan(np.full(n, pair), visit=np.maximum(k - 1, 0), order=order, as_is=k == 0, seed=seed)
+    docs.cmap[:9] = np.arange(10)
     batch = sampler.write(one_a_row(docs), 0, n, int(docs.length.max()))
     row = int(sampler.tables.row[sampler.tables.pair_task[pair]])
     views, known = [], set()
