@@ -37,7 +37,7 @@ from rich.table import Table
 from nanoarc import checkpoint, run, solve, train
 from nanoarc.data import DEMOS, ArcDataset, ArcLoader, DataConfig, Sampler, hash64, pair_tokens, small_tasks
 from nanoarc.grids import ROW
-from nanoarc.model import Attention, Block, Mamba2, Model, ModelConfig, attend, init_weights, rotate, width_lr
+from nanoarc.model import Attention, Block, Mamba2, Model, ModelConfig, width_lr
 from nanoarc.sources import read_source, read_tasks, to_json
 from nanoarc.submission import read_candidates, score
 
@@ -69,6 +69,18 @@ def still(*names):
                 p.requires_grad_(False).zero_()
     return change
 
+def open_gates(model):
+    """ heads with a frame have no gate """
+    for block in model.blocks:
+        if isinstance(block.mixer, Attention):
+            block.mixer.gate = None
+
+def look_anywhere(model):
+    """ heads with a frame begin with a bias like the others', not at the cell that has its place there """
+    for block in model.blocks:
+        if isinstance(block.mixer, Attention):
+            nn.init.normal_(block.mixer.qkv.bias, std=0.5)
+
 def apart(names, lr=1, decay=1):
     """ embeddings of these names: learning rate and weight decay of AdamW, times those of the rest """
     def change(model):
@@ -81,28 +93,6 @@ def apart(names, lr=1, decay=1):
             made[-1].add_param_group({'params': weights, 'weight_decay': decay * weight_decay, 'lr': lr * adam_peak})
             return made
         model.optimizers = optimizers
-    return change
-
-class TaskLinear(nn.Module):
-    """ a linear map whose bias is the task's own. `task` is not called weight, so AdamW has it """
-
-    def __init__(self, linear, model):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.task = nn.Parameter(torch.zeros(model.n_task, len(self.weight)))
-        self.model = [model] # hidden from torch
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.task[self.model[0].task].type_as(x)
-
-def task_bias(*names):
-    """ the linear maps of these names, in each block, have a bias for each task, which begins at 0 """
-    def change(model):
-        for block in model.blocks:
-            for part in (block.mixer, block.mlp):
-                for name in names:
-                    if hasattr(part, name):
-                        setattr(part, name, TaskLinear(getattr(part, name), model))
     return change
 
 class ConvMLP(nn.Module):
@@ -153,50 +143,6 @@ def keep_hidden(layer, keep):
         layer.hidden = layer.hidden[rows]
     return both
 
-class Pointer(Attention):
-    """
-    also hands on which tokens it looks at, and a gate adds these to the logits (pointer networks, arxiv 1506.03134).
-    alone: these are all that it hands on
-    """
-    def forward(self, x, shared, cache=None):
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.hs)
-        qk, v = qkv.split([2 * self.nh, qkv.size(2) - 2 * self.nh], 2)
-        q, k = rotate(qk, *shared.rope).transpose(1, 2).split(self.nh, 1)
-        model = self.model[0]
-        v = v.transpose(1, 2)
-        tokens = F.one_hot(model.idx.long(), 16).type_as(v)[:, None].expand(-1, self.nh, -1, -1)
-        v = torch.cat([v, tokens], -1) if v.size(1) else tokens
-        if cache is not None:
-            k, v = cache.append(k, v, shared.past)
-        y = attend(q, k, v, shared.masks[self.kind]).transpose(1, 2) # (B, T, nh, 16 or hs + 16)
-        model.copied = (10 * self.gate(x)[..., None] * y[..., -16:]).sum(2)
-        width = self.proj.in_features // self.nh
-        return self.proj(y[..., :width].reshape(B, T, -1))
-
-class CopyHead(nn.Linear):
-    def forward(self, x):
-        model = self.model[0]
-        copied, model.copied = model.copied, None
-        return super().forward(x) + copied
-
-def pointer(alone):
-    """ the last block's attention is a Pointer. a list hides the model from torch: a module may not be its own part """
-    def change(model):
-        mixer, C = model.blocks[-1].mixer, model.cfg.n_embd
-        if alone:
-            mixer.qkv = nn.Linear(C, 2 * mixer.nh * mixer.hs)
-            mixer.proj = nn.Linear(16 * mixer.nh, C, bias=False)
-            init_weights(mixer.qkv)
-            init_weights(mixer.proj)
-        mixer.gate = nn.Linear(C, mixer.nh)
-        nn.init.zeros_(mixer.gate.weight)
-        nn.init.zeros_(mixer.gate.bias)
-        mixer.__class__, model.head.__class__ = Pointer, CopyHead
-        for module in (mixer, model.head):
-            module.model = [model]
-    return change
-
 def last_loops(n):
     """ of several loops only the last n have a gradient, and each begins with the embedded tokens again (URM) """
     def change(model):
@@ -238,10 +184,12 @@ ARMS = {
     'as before': dict(**PLAIN, frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
-    'plain heads, bias': dict(frames='0', n_head=12, model=still('wtile.weight')),
-    'no bias': dict(model=still('qkv.bias')),
+    'plain heads, bias': dict(frames='0', n_head=16, model=still('wtile.weight')),
     'no tile number': dict(model=still('wtile.weight')),
-    'no scaling': dict(frames='0 0 0t 1t 2t 3t 4t 5t 6t 7t'),
+    'no halves': dict(frames='0 0 0 0 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'),
+    'no scaling': dict(frames='0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t'),
+    'open gates': dict(model=open_gates),
+    'looks anywhere': dict(model=look_anywhere),
     # against learning the demos by heart
     'dropout 0': dict(dropout=0.0),
     'dropout 0.2': dict(dropout=0.2),
@@ -251,8 +199,6 @@ ARMS = {
     'task decay x5': dict(model=apart(['wtask', 'wdih'], decay=5)),
     'task decay 0': dict(model=apart(['wtask', 'wdih'], decay=0)),
     'task lr x3': dict(model=apart(['wtask'], lr=3, decay=1 / 3)),
-    'task bias': dict(model=task_bias('qkv', 'in_proj', 'fc')),
-    'task gates': dict(model=task_bias('fc')),
     'loss on all': dict(loss_on='all'),
     # less of what is learned
     'focus 0': dict(focus=0.0),
@@ -283,8 +229,6 @@ ARMS = {
     'loops 2': dict(loops=2),
     'loops 4, gradient of 2': dict(loops=4, model=last_loops(2)),
     'mlp conv': dict(model=mlp_conv()),
-    'pointer': dict(model=pointer(alone=False)),
-    'pointer alone': dict(model=pointer(alone=True)),
     # the optimizer
     'lr x2': dict(lr_x=2),
     '4096 tokens a step, lr x1.4': dict(batch_tokens=4096, lr_x=1.4),
@@ -334,7 +278,6 @@ def patched(inputs, of_model):
                     of_model(self)
 
         def forward(self, idx, targets=None, pos=None, doc=None, task=None, dihedral=None, cache=None):
-            self.idx, self.task = idx, task # for Pointer, for TaskLinear
             if inputs is not None:
                 pos, dihedral = inputs(idx, pos, dihedral)
             return super().forward(idx, targets, pos, doc, task, dihedral, cache)

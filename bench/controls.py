@@ -247,7 +247,22 @@ CONTROLS = [
         "frames of a tile that lies on its side", 'model.py',
         "            asks = row % h, col % w",
         "            asks = row % w, col % h",
-        "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input"),
+        "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_scaled_or_halved_input"),
+    Control(
+        "a second half that begins at the border between the two", 'model.py',
+        "        i, j = i - (H - h), j - (W - w)",
+        "        i, j = i - H // 2 * (h < H), j - W // 2 * (w < W)",
+        "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_scaled_or_halved_input"),
+    Control(
+        "heads that begin open", 'model.py',
+        "(self.gate(x) - CLOSED).sigmoid()",
+        "(self.gate(x) + CLOSED).sigmoid()",
+        "test_model.py::test_a_head_with_a_frame_begins_by_looking_at_its_cell_and_is_closed"),
+    Control(
+        "heads that look at the output for what the input has", 'model.py',
+        "turn[-len(z) :] = -z",
+        "turn[-len(z) :] = z",
+        "test_model.py::test_a_head_with_a_frame_begins_by_looking_at_its_cell_and_is_closed"),
     Control(
         "an input whose size is that of another document", 'model.py',
         "        pair = pair + 256 * doc.int()",

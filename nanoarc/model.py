@@ -32,8 +32,8 @@ class ModelConfig:
     n_embd: int = 0 # width of the residual stream. 0 = 48 a layer of depth, rounded up to a multiple of 32
     head_size: int = 0 # of attention. 0 = 16 with frames, 32 without
     n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
-    # what the heads see of an input, see frame_places: a frame a head, e.g. '0 0 3t 0x2', or 'tiles'. '' = as it lies.
-    # 'auto' = tiles, where places are of grids
+    # what the heads see of an input, see Frame: a frame a head, e.g. '0 0 3t 0x2 a b', or 'all'. '' = as it lies.
+    # 'auto' = all, where places are of grids
     frames: str = 'auto'
     window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
@@ -69,7 +69,7 @@ class ModelConfig:
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or (3 * self.depth + 1) // 2 * 32
         if self.frames == 'auto':
-            cfg.frames = 'tiles' if len(self.rope_bases) == 3 else ''
+            cfg.frames = 'all' if len(self.rope_bases) == 3 else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)
         cfg.n_head = self.n_head or len(read_frames(cfg.frames)) or max(cfg.n_embd // max(cfg.head_size, 1), 1)
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
@@ -108,18 +108,28 @@ class ModelConfig:
         if frames and self.n_head % len(frames):
             raise ValueError(f"n_head={self.n_head}: want a multiple of the {len(frames)} frames")
 
-FRAMES = {'tiles': '0 0 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
+class Frame(NamedTuple):
+    """ what a head sees of an input: it turned by a symmetry, and one of KINDS of that """
+    kind: str
+    symmetry: int = 0
+    scale: int = 1
+
+# as it lies, repeated as tiles, scaled up, its first and its second half along the longer side
+KINDS = ('', 't', 'x', 'a', 'b')
+FRAMES = {'all': '0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
 
 @functools.cache # asked at each forward
 def read_frames(text):
-    """ '0 3t 0x2' or a name -> list of (symmetry, unit): unit 0 = as it lies, 1 = as tiles, 2.. = scaled up so much """
+    """ '0 3t 0x2 a b' or a name -> list of Frames. raises ValueError """
     frames = []
     for word in FRAMES.get(text, text).split():
-        if not re.fullmatch(r"[0-7](t|x[2-9])?", word):
-            raise ValueError(f"frames={text!r}: want {' or '.join(FRAMES)}, or a symmetry 0..7 a head, each as it is "
-                             f"or with a t (tiles) or x2 to x9 (scaled up), got {word!r}")
-        unit = {'': 0, 't': 1}.get(word[1:]) # None = scaled up
-        frames.append((int(word[0]), int(word[2]) if unit is None else unit))
+        if word in ('a', 'b'):
+            frames.append(Frame(word))
+        elif re.fullmatch(r"[0-7](t|x[2-9])?", word):
+            frames.append(Frame(word[1:2], int(word[0]), int(word[2:] or 1)))
+        else:
+            raise ValueError(f"frames={text!r}: want {' or '.join(FRAMES)}, or a word a head: a symmetry 0..7, as it "
+                             f"is or with a t (tiles) or x2 to x9 (scaled up), or a or b (a half), got {word!r}")
     return frames
 
 def width_lr(n_embd):
@@ -207,11 +217,15 @@ def rope_shares(hs, axes):
     share = math.ceil(hs / 2 / axes)
     return [share] * (axes - 1) + [hs // 2 - share * (axes - 1)]
 
+def rope_freqs(hs, bases, device=None):
+    """ -> of each axis a tensor of the angles by which its pairs are turned a step """
+    return [base ** -(torch.arange(n, dtype=torch.float32, device=device) / n)
+            for n, base in zip(rope_shares(hs, len(bases)), bases)]
+
 def rope_tables(pos, hs, bases):
     """ (B, T, heads or 1, axes) places -> their cos and sin, (B, T, heads or 1, hs/2) fp32 """
     angles = []
-    for axis, (n, base) in enumerate(zip(rope_shares(hs, len(bases)), bases)):
-        freq = base ** -(torch.arange(n, dtype=torch.float32, device=pos.device) / n)
+    for axis, freq in enumerate(rope_freqs(hs, bases, pos.device)):
         angles.append(pos[..., axis, None].float() * freq) # (B, T, heads, n)
     angles = torch.cat(angles, -1) # (B, T, heads, hs/2)
     return angles.cos(), angles.sin()
@@ -249,22 +263,32 @@ def turned_place(i, j, H, W, d):
         i, j, H, W = W - 1 - j, i, W, H
     return i, j, H, W
 
+def place_in_frame(frame, i, j, H, W):
+    """ where a frame puts the cell (i, j) of an input (H, W), and height and width of what it makes of that """
+    if frame.kind not in ('a', 'b'):
+        return turned_place(i, j, H, W, frame.symmetry)
+    h, w = torch.where(H > W, H // 2, H), torch.where(H > W, W, W // 2)
+    if frame.kind == 'b': # a row or column between the halves belongs to none
+        i, j = i - (H - h), j - (W - w)
+    return i, j, h, w
+
 def frame_places(pos, size, frames, n_head):
     """
-    places (B, T, 3), input_sizes, a list of (symmetry, unit) that is repeated over the heads
-    -> (B, T, 2 n_head, 3) the places of the queries of each head, then of its keys
+    places (B, T, 3), input_sizes, a list of Frames that is repeated over the heads
+    -> (B, T, 2 n_head, 3) the places of the queries of each head, then of its keys. they are equal but for z where the
+    query's token predicts what the key's cell is in that frame
     """
     row, col, z = pos.int().unbind(-1)
     is_input = z % 2 == 0
     queries, keys = [], []
-    for d, unit in frames:
-        i, j, h, w = turned_place(row, col - 1, *size, d) # cell (i, j) stands at (i, j + 1)
-        keys.append(torch.stack([torch.where(is_input, i, row), torch.where(is_input, j + 1, col), z], -1))
-        asks = row, col # of the output's own cells. a token asks for the one that it predicts, to the right of it
-        if unit == 1:
+    for frame in frames:
+        i, j, h, w = place_in_frame(frame, row, col - 1, *size) # cell (i, j) stands in column j + 1
+        keys.append(torch.stack([torch.where(is_input, i, row), torch.where(is_input, j, col - 1), z], -1))
+        asks = row, col # a token of the output asks for the cell that it predicts, to the right of its own
+        if frame.kind == 't':
             asks = row % h, col % w
-        elif unit > 1:
-            asks = row // unit, col // unit
+        elif frame.kind == 'x':
+            asks = row // frame.scale, col // frame.scale
         queries.append(torch.stack([torch.where(is_input, row, asks[0]), torch.where(is_input, col, asks[1]), z], -1))
     times = n_head // len(frames)
     return torch.stack(queries * times + keys * times, 2)
@@ -345,17 +369,31 @@ def compiled(f):
 # -----------------------------------------------------------------------------
 # attention
 
+CLOSED = 3.0 # a gate begins at sigmoid(-3) = 5%
+SHARP = 5.0 # the bias by which a head looks at one place: at first nine tenths of its attention are there
+
 class Attention(nn.Module):
-    """ multi-head attention with rope on q and k. what a token may see is the mask's business """
+    """
+    multi-head attention with rope on q and k. what a token may see is the mask's business.
+
+    a head with a frame begins by looking at one cell, that which has its place there, and begins closed: a gate (as in
+    Qiu et al., arxiv 2505.06708) lets through what it finds. so a task opens the few heads that it needs
+    """
 
     def __init__(self, cfg, kind):
         super().__init__()
         self.kind = kind
         self.hs = cfg.head_size
         self.nh = cfg.n_head
-        # with frames a head begins by looking at places, whatever stands there
-        self.qkv = nn.Linear(cfg.n_embd, 3 * self.nh * self.hs, bias=cfg.frames != '')
+        self.bases = cfg.rope_bases
+        frames = read_frames(cfg.frames)
+        self.qkv = nn.Linear(cfg.n_embd, 3 * self.nh * self.hs, bias=len(frames) > 0)
         self.proj = nn.Linear(self.nh * self.hs, cfg.n_embd, bias=False)
+        self.gate = None
+        has_frame = [frame.kind != '' for frame in frames] * (self.nh // max(len(frames), 1))
+        if any(has_frame):
+            self.register_buffer('has_frame', torch.tensor(has_frame), persistent=False) # (nh,)
+            self.gate = nn.Linear(cfg.n_embd, self.nh, bias=False)
 
     def forward(self, x, shared, cache=None):
         B, T, C = x.shape
@@ -365,8 +403,21 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v, shared.past)
-        y = attend(q, k, v, shared.masks[self.kind]) # (B, nh, T, hs)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, shared.masks[self.kind]).transpose(1, 2) # (B, T, nh, hs)
+        if self.gate is not None:
+            opened = torch.where(self.has_frame, (self.gate(x) - CLOSED).sigmoid(), 1) # (B, T, nh)
+            y = y * opened[..., None]
+        return self.proj(y.reshape(B, T, -1))
+
+    def look_at_places(self):
+        """ queries and keys of heads with a frame agree where the place is the same, and the key is of the input """
+        turn = torch.zeros(self.hs // 2)
+        z = rope_freqs(self.hs, self.bases)[-1] # it stands one before the output
+        turn[-len(z) :] = -z
+        q, k, _ = self.qkv.bias.view(3, self.nh, 2, self.hs // 2).unbind()
+        has_frame = self.has_frame[:, None, None]
+        q.copy_(torch.where(has_frame, SHARP * torch.stack([turn.cos(), turn.sin()]), q))
+        k.copy_(torch.where(has_frame, SHARP * torch.tensor([[1.0], [0.0]]), k))
 
 # of FlexAttention. torch's own forward kernel, 128 x 128 in 4 warps, has no room in the registers of Hopper
 FORWARD = {'fwd_BLOCK_M': 128, 'fwd_BLOCK_N': 64, 'fwd_num_warps': 8}
@@ -683,6 +734,9 @@ def init_weights(m):
         nn.init.normal_(m.weight, std=0.02)
         if getattr(m, 'bias', None) is not None: # of queries, keys and values, where there are frames
             nn.init.normal_(m.bias, std=0.5)
+    elif isinstance(m, Attention) and m.gate is not None:
+        with torch.no_grad():
+            m.look_at_places()
     elif isinstance(m, Mamba2): # the paper's: decays of 1..16 a unit of time, steps of 0.001 to 0.1
         bound = len(m.conv) ** -0.5
         nn.init.uniform_(m.conv, -bound, bound)

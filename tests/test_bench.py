@@ -92,7 +92,7 @@ def test_every_arm_of_the_ablation_is_a_model():
         ablate.patched(inputs, of_model)(replace(model_cfg, n_task=2))
         assert data_cfg.max_pair == 100
 
-@pytest.mark.parametrize('arm', ['pointer', 'pointer alone', 'mlp conv', 'task bias'])
+@pytest.mark.parametrize('arm', ['mlp conv', 'open gates'])
 def test_an_arm_with_modules_of_its_own_decodes_what_it_trains(toy, arm):
     import ablate
     _, model_cfg, _, inputs, of_model = ablate.configs(arm, Path('fold'))

@@ -20,7 +20,7 @@ from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Dropout, Mamba2, Mod
                            ssd, tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
-SWITCHES = {'plain': {}, 'loops': dict(loops=2), '1d_rope': dict(rope_bases=(10000.0,)), 'frames': dict(frames='tiles')}
+SWITCHES = {'plain': {}, 'loops': dict(loops=2), '1d_rope': dict(rope_bases=(10000.0,)), 'frames': dict(frames='all')}
 
 def make(mixer='A', n_task=4, **kwargs):
     """ a tiny model in fp64, its weights large enough that every part matters """
@@ -329,20 +329,30 @@ def tokens_of(*grids):
             places.append((r + 1, 0, z))
     return torch.tensor([places], dtype=torch.uint8)
 
-@pytest.mark.parametrize('d', range(8))
-@pytest.mark.parametrize('unit', [0, 1, 2, 3])
+def made(x, frame):
+    """ what a frame makes of a grid: the output that its head finds cell by cell """
+    H, W = x.shape
+    if frame in ('a', 'b'):
+        x = x if H > W else x.T
+        half = len(x) // 2
+        x = x[:half] if frame == 'a' else x[-half:]
+        return x if H > W else x.T
+    y = dihedral(x, int(frame[0]))
+    if frame.endswith('t'):
+        return np.tile(y, (2, 3))
+    scale = int(frame[2:] or 1)
+    return y.repeat(scale, 0).repeat(scale, 1)
+
+@pytest.mark.parametrize('frame', [*(f"{d}{kind}" for d in range(8) for kind in ('', 't', 'x2', 'x3')), 'a', 'b'])
 @pytest.mark.parametrize('pairs', [1, 2])
-def test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input(d, unit, pairs):
-    rng = np.random.default_rng(d)
+def test_a_frame_finds_the_cell_of_the_turned_tiled_scaled_or_halved_input(frame, pairs):
     grids = []
-    for _ in range(pairs):
-        x = np.arange(6).reshape(2, 3) + 10 # each cell is another one
-        x = x if rng.integers(2) else x.T
-        turned = dihedral(x, d)
-        y = [turned, np.tile(turned, (2, 3)), turned.repeat(2, 0).repeat(2, 1), turned.repeat(3, 0).repeat(3, 1)][unit]
-        grids += [x, y]
+    for n in range(pairs):
+        x = np.arange(14).reshape(2, 7) + 10 # each cell is another one
+        x = x if n == 0 else x.T
+        grids += [x, made(x, frame)]
     pos = tokens_of(*grids)
-    places = frame_places(pos, input_sizes(pos, None), [(0, 0), (d, unit)], 2)
+    places = frame_places(pos, input_sizes(pos, None), read_frames(f"0 {frame}"), 2)
     query, key = places[0, :, 1].tolist(), places[0, :, 3].tolist() # of the second head
     z = pos[0, :, 2].tolist()
     for n in range(len(z)):
@@ -351,12 +361,34 @@ def test_a_frame_finds_the_cell_of_the_turned_tiled_and_scaled_input(d, unit, pa
         out = grids[len(grids) - 1 - z[n] // 2 * 2]
         if z[n] % 2 == 0 or r >= out.shape[0] or c >= out.shape[1]:
             continue
-        want = [query[n][0], query[n][1] + 1, z[n] - 1]
+        want = [*query[n][:2], z[n] - 1]
         found = [k for k in range(len(z)) if [*key[k][:2], z[k]] == want and pos[0, k, 1] > 0]
         assert len(found) == 1
         i, j, _ = pos[0, found[0]].tolist()
         assert grid[i, j - 1] == out[r, c]
-    assert torch.equal(places[:, :, 0], pos.long()) and torch.equal(places[:, :, 2], pos.long()) # of the first head
+    here = pos.int() # of the first head: as it lies
+    assert torch.equal(places[:, :, 0], here)
+    assert torch.equal(places[:, :, 2], here - torch.tensor([0, 1, 0]))
+
+def test_a_head_with_a_frame_begins_by_looking_at_its_cell_and_is_closed(monkeypatch):
+    x = np.arange(9).reshape(3, 3)
+    pos = tokens_of(x, x)
+    T, seen = pos.size(1), {}
+    model = Model(ModelConfig(mixer='A', depth=1)).eval()
+    layer = model.blocks[0].mixer
+    def look(q, k, v, mask):
+        seen['share'] = (q * q.size(-1) ** -0.5 @ k.mT + mask[0].bias).softmax(-1)[0] # (nh, T, T)
+        return attend(q, k, v, mask)
+    monkeypatch.setattr('nanoarc.model.attend', look)
+    layer.proj.register_forward_pre_hook(lambda module, args: seen.update(found=args[0][0].unflatten(-1, (16, 16))))
+    model(torch.zeros(1, T, dtype=torch.int64), pos=pos)
+    t = pos[0].tolist().index([1, 0, 1]) # the output's second row begins: it predicts (1, 0)
+    for h in range(6, 15): # 0t to 7t, 0x2
+        want = 0 if h == 14 else dihedral(x, h - 6)[1, 0]
+        cell = pos[0].tolist().index([want // 3, want % 3 + 1, 0])
+        assert seen['share'][h, t].argmax() == cell and seen['share'][h, t, cell] > 0.7
+    size = seen['found'].norm(dim=-1).mean(0) # (nh,)
+    assert size[4:].max() < 0.2 * size[:4].min()
 
 def test_a_tile_has_a_number():
     pos = tokens_of(np.zeros((2, 3)), np.zeros((4, 9)))
@@ -375,6 +407,8 @@ def test_attention_with_frames_is_a_plain_double_loop(toy):
     shared = Shared(cfg, x, pos, input_sizes(pos, doc), doc, None)
     y = layer(x, shared)
     places = frame_places(pos, input_sizes(pos, doc), read_frames(cfg.frames), 3)[0]
+    gates = (x[0] @ layer.gate.weight.T - 3).sigmoid()
+    gates[:, 0] = 1 # of the frame that is no frame
     q, k, v = layer.qkv(x)[0].view(60, 3, 3, 12).unbind(1)
     turns = [(axis, base ** -x) for axis, base in enumerate(cfg.rope_bases) for x in (0.0, 0.5)] # frequency of a pair
     want = torch.zeros(60, 3, 12, dtype=torch.float64)
@@ -390,7 +424,7 @@ def test_attention_with_frames_is_a_plain_double_loop(toy):
                     score += (a * c + b * d) * np.cos(angle) + (b * c - a * d) * -np.sin(angle)
                 scores.append(score / 12 ** 0.5)
             share = torch.stack(scores).softmax(0)
-            want[i, h] = sum(s * v[j, h] for s, j in zip(share, seen))
+            want[i, h] = gates[i, h] * sum(s * v[j, h] for s, j in zip(share, seen))
     assert relative(y[0], layer.proj(want.flatten(1))) < 1e-6 # cos and sin are fp32
 
 # -----------------------------------------------------------------------------
@@ -561,7 +595,7 @@ def test_the_dial_sets_width_heads_and_learning_rates():
 
 def test_heads_have_frames_where_places_are_of_grids():
     cfg = ModelConfig().resolved()
-    assert (cfg.frames, cfg.n_head, cfg.head_size) == ('tiles', 12, 16) and cfg.resolved() == cfg
+    assert (cfg.frames, cfg.n_head, cfg.head_size) == ('all', 16, 16) and cfg.resolved() == cfg
     for other in (dict(rope_bases=(10000.0,)), dict(frames='')): # text, off
         cfg = ModelConfig(**other).resolved()
         assert (cfg.frames, cfg.n_head, cfg.head_size) == ('', 3, 32) and cfg.resolved() == cfg
