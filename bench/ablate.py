@@ -1,6 +1,6 @@
 """
-which idea is worth its time? every arm is the quickstart's model of a cpu without bf16 with something changed, trained
-as long as that trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the
+which idea is worth its time? every arm is the quickstart's model with something changed, trained as long as
+that trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the
 clock.
 
 evaluation answers may judge nothing here, so small tasks of arc1/training play the evaluation tasks: they are dealt
@@ -171,17 +171,12 @@ def residual_in_bf16(model):
         return (x, *more)
     model.blocks[0].register_forward_pre_hook(begins)
 
-QUICKSTART = dict(focus=0.3, n_hidden=160, expand=1, d_state=32, d_head=32) # fast in runs/venv.sh
-PLAIN = dict(focus=0.0, n_hidden=0, expand=2, d_state=64, d_head=64) # the defaults of train
-
 # settings of TrainConfig, ModelConfig and DataConfig, and: inputs, a change of what the model is told; model, one of
 # the model that was built; repeat, how often the tasks to adapt to come in an epoch; lr_x, a factor of the learning
 # rates; more, sources that are trained on as well
 ARMS = {
-    'default': {}, # as the quickstart without bf16
-    'plain': PLAIN,
-    'plain, focus': PLAIN | dict(focus=0.3),
-    'as before': dict(**PLAIN, frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
+    'default': {},
+    'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
     'plain heads, bias': dict(frames='0', n_head=16, model=still('wtile.weight')),
@@ -200,10 +195,6 @@ ARMS = {
     'task decay 0': dict(model=apart(['wtask', 'wdih'], decay=0)),
     'task lr x3': dict(model=apart(['wtask'], lr=3, decay=1 / 3)),
     'loss on all': dict(loss_on='all'),
-    # less of what is learned
-    'focus 0': dict(focus=0.0),
-    'focus 0.15': dict(focus=0.15),
-    'focus 0.8': dict(focus=0.8),
     # more rules in the same minutes
     'small of arc2': dict(more='+arc2/training', drop_overlap=True),
     'inverse tasks': dict(inverse=True),
@@ -238,9 +229,7 @@ ARMS = {
     'Newton-Schulz 3': dict(ns_steps=3),
     # sizes
     '2x64': dict(n_embd=64),
-    'n_hidden 256': dict(n_hidden=256),
-    'expand 2': dict(expand=2),
-    'd_state 64': dict(d_state=64),
+    'slim': dict(n_hidden=160, expand=1, d_state=32, d_head=32),
     '2x128': dict(n_embd=128),
     'depth 3': dict(depth=3),
     'depth 4': dict(depth=4),
@@ -249,7 +238,7 @@ ARMS = {
 def configs(arm, fold, **more):
     """ name of an arm, folder of a fold, settings -> TrainConfig, ModelConfig, DataConfig, and its two changes """
     change = dict(batch_tokens=2048, max_pair=100, val_tasks=0, minutes=0, eval_every=0, draw_every=0)
-    change |= QUICKSTART | ARMS[arm] | more
+    change |= ARMS[arm] | more
     inputs, of_model = change.pop('inputs', None), change.pop('model', None)
     repeat, lr_x = change.pop('repeat', 8), change.pop('lr_x', 1)
     change['data'] = str(fold / 'rest') + change.pop('more', '')

@@ -968,41 +968,6 @@ CONTROLS = [
         "cfg.warmup_frac * max_iters or ",
         "",
         "test_sweep.py::test_warm_up_as_a_share_of_the_steps"),
-    Control(
-        "a resumed run that forgot what it has learned", 'train.py',
-        "if self.focus and meta.get('focus'):",
-        "if False:",
-        "test_train.py::test_a_run_that_keeps_less_of_what_is_learned_resumes_too"),
-    Control(
-        "no document of a task that is learned", 'train.py',
-        "np.clip(self.loss / self.nats, self.LEAST, 1)",
-        "np.clip(self.loss / self.nats, 0, 1)",
-        "test_train.py::test_the_share_of_a_task_is_its_loss_over_the_threshold"),
-    Control(
-        "documents that never come back", 'train.py',
-        "run.focus.shares(world, factor)",
-        "run.focus.shares(world, 1.0)",
-        "test_train.py::test_a_run_that_keeps_less_of_what_is_learned_resumes_too"),
-    Control(
-        "a task that overflowed once, and is lost", 'train.py',
-        "seen = (tokens > 0) & np.isfinite(nats)",
-        "seen = tokens > 0",
-        "test_train.py::test_the_share_of_a_task_is_its_loss_over_the_threshold"),
-    Control(
-        "losses of tasks that ranks count again", 'train.py',
-        "torch.tensor(state['sums']) / world",
-        "torch.tensor(state['sums'])",
-        "test_train.py::test_ranks_share_what_all_of_them_saw_resumed_or_not"),
-    Control(
-        "shares that are not saved", 'data.py',
-        "state['shares'] = {str(window): x.tolist() for window, x in kept.items()}",
-        "state['shares'] = {}",
-        "test_data.py::test_a_saved_place_knows_what_share_of_the_documents_its_windows_keep"),
-    Control(
-        "shares of a window that is planned already", 'data.py',
-        "self.shares.setdefault(self.window + 1, shares)",
-        "self.shares[self.window + 1] = shares",
-        "test_data.py::test_of_the_next_window_a_share_of_the_documents_of_each_row_is_kept"),
 ]
 
 def planted(control, temp, env):

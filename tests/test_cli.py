@@ -386,4 +386,4 @@ def test_no_line_no_function_and_no_file_is_too_long():
     n_core = sum(len(code[name]) for name in CORE) // 4
     n_all = sum(map(len, code.values())) // 4
     # the aim is 29,000 and 70,000. what is here may shrink, it is not to grow
-    assert n_core <= 43_600 and n_all <= 110_150, f"the core has {n_core:,} tokens, all have {n_all:,}"
+    assert n_core <= 43_200 and n_all <= 109_750, f"the core has {n_core:,} tokens, all have {n_all:,}"

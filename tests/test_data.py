@@ -472,44 +472,6 @@ def test_a_window_holds_each_document_once_in_batches_of_the_right_size(toy, bat
     if batching != 'bucket':
         assert set(batches[:, 2]) == {128} and set(batches[:, 1] - batches[:, 0]) <= {2, 3} # even: none is a rest
 
-def looks(docs):
-    """ Documents -> bytes of each: its pairs and augment """
-    return [b''.join(x[i].tobytes() for x in docs[:3]) for i in range(len(docs.length))]
-
-def test_of_the_next_window_a_share_of_the_documents_of_each_row_is_kept(toy):
-    ds = ArcDataset(DataConfig(data=toy(n=4), batch_tokens=300))
-    loader, shares, tables = ArcLoader(ds), np.array([1.0, 0.6, 0.2, 1.0]), ds.sampler.tables
-    loader.keep(shares)
-    n = []
-    for docs in (ds.plan_window(1).docs, loader.rows(1).docs):
-        n.append(np.bincount(tables.row[tables.pair_task[docs.pairs[:, 0]]]))
-    assert (n[1][[0, 3]] == n[0][[0, 3]]).all() and np.abs(n[1] / n[0] - shares).max() < 0.05
-    left = iter(looks(ds.plan_window(1).docs)) # what is kept is what it was, in its order
-    assert all(doc in left for doc in looks(loader.rows(1).docs))
-    assert looks(loader.rows(0).docs) == looks(ds.plan_window(0).docs)
-    loader.keep(shares / 10) # too late
-    assert looks(loader.rows(1).docs) == looks(ds.plan_window(1, shares).docs)
-    assert loader.state_dict()['shares'] == {'1': shares.tolist()}
-
-@pytest.mark.parametrize('batching', ['bucket', 'pack'])
-def test_a_saved_place_knows_what_share_of_the_documents_its_windows_keep(toy, monkeypatch, batching):
-    monkeypatch.setattr(data, 'WINDOW', 64)
-    ds = ArcDataset(DataConfig(data=toy(n=4), batch_tokens=128, batching=batching, block_size=64))
-    rng, loader, states, batches = np.random.default_rng(0), ArcLoader(ds), [], []
-    for _ in range(60):
-        if loader.batch == 0:
-            loader.keep(rng.uniform(0.1, 1, 4))
-        states.append(json.loads(json.dumps(loader.state_dict())))
-        batches.append(loader.next_batch().idx.clone())
-    assert states[-1]['window'] > 4 and len(states[-1]['shares']) == 2
-    for first in (5, 17, 18, 19, 33):
-        again, n = ArcLoader(ds), 0
-        again.load_state_dict(states[first])
-        while again.window <= states[first]['window'] + 1: # what comes then it is told by training
-            assert torch.equal(again.next_batch().idx, batches[first + n])
-            n += 1
-        assert n > 5
-
 def share(spec, **kwargs):
     """ useful tokens / all tokens of a window """
     docs, _, _, batches, _ = ArcDataset(DataConfig(data=spec, **kwargs)).plan_window(0)

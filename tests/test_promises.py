@@ -249,9 +249,9 @@ CHANGED = dict(shots=1, max_pair=90, extra_pairs=3, block_size=99, batching='pad
 def test_a_place_in_another_stream_is_refused_by_exactly_the_name_of_what_differs(toy):
     src = toy(n=4)
     state = ArcLoader(ArcDataset(DataConfig(data=src))).state_dict()
-    assert set(state) == {'format', 'window', 'batch', 'seed', 'corpus_sha256', 'shares', *CHANGED}
+    assert set(state) == {'format', 'window', 'batch', 'seed', 'corpus_sha256', *CHANGED}
     for field in state:
-        if field not in ('window', 'batch', 'shares'):
+        if field not in ('window', 'batch'):
             assert names_alone(field).fullmatch(refusal({**state, field: "other"}, data=src))
     for field, x in CHANGED.items():
         assert names_alone(field).fullmatch(refusal(state, data=src, **{field: x}))

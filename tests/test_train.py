@@ -3,19 +3,18 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
-from nanoarc import checkpoint, data, grids, train, view
+from nanoarc import checkpoint, grids, train, view
 from nanoarc.cli import main as cli
 from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.decode import Answer
 from nanoarc.model import Dropout, Model, ModelConfig
 from nanoarc.run import load_run, read_metrics
-from nanoarc.train import Focus, TrainConfig, evaluate, get_lr
+from nanoarc.train import TrainConfig, evaluate, get_lr
 
 def logged(out_dir, name='loss'):
     """ every value under this name """
@@ -157,50 +156,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, tmp_path, mixer, accum
     torch.manual_seed(0) # whatever random numbers this process was at
     cli(['train', '--resume', str(out)])
     assert is_same(checkpoint.load(out)[0], want) and losses(out) == before
-
-def test_a_run_that_keeps_less_of_what_is_learned_resumes_too(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'WINDOW', 32)
-    out = tmp_path / 'run'
-    cli(['train', f"--data={toy(n=4)}", f"--out_dir={out}", '--max_iters=25', '--save_every=16', '--eval_every=0',
-         '--log_every=1', '--focus=5', *TINY])
-    (want, meta), before = checkpoint.load(out), losses(out)
-    assert meta['stream']['window'] > 3
-    assert 0.7 < min(min(x) for x in meta['stream']['shares'].values()) < 1 # the learning rate has fallen
-    for kind in ('sha256', 'safetensors'): # as if killed after step 16
-        checkpoint.file(out, 25, kind).unlink()
-    cli(['train', '--resume', str(out)])
-    assert is_same(checkpoint.load(out)[0], want) and losses(out) == before
-    assert checkpoint.load(out)[1]['focus'] == meta['focus']
-
-# -----------------------------------------------------------------------------
-# what is learned is trained on less
-
-def test_the_share_of_a_task_is_its_loss_over_the_threshold():
-    focus, seen = Focus(4, 0.5, torch.device('cpu')), []
-    assert (focus.shares(1, 1.0) == 1).all() # nothing is known
-    for _ in range(2): # two windows
-        logits, targets = torch.randn(2, 3, 16), torch.tensor([[-100, 3, 4], [-1, -1, 5]])
-        task = torch.tensor([[0, 0, 0], [2, 2, 2]])
-        focus.look(SimpleNamespace(targets=targets, task=task), logits)
-        p = -logits.log_softmax(-1)
-        seen.append([float(p[0, 1, 3] + p[0, 2, 4]) / 2, float(p[1, 2, 5])])
-        focus.shares(1, 1.0)
-    want = [0.125 + a / 4 + b / 2 for a, b in zip(*seen)] # it begins at the threshold
-    assert focus.loss[[0, 2]] == pytest.approx(want, rel=1e-5) and (focus.loss[[1, 3]] == 0.5).all()
-    focus.loss[:] = 0.25, 0.01, 3.0, 0.5
-    focus.sums[:] = torch.tensor([[1.0, 0, float('inf'), 0], [2.0, 0, 9.0, 0]]) # a step that overflowed is not seen
-    assert focus.shares(1, 1.0).tolist() == [0.75, 0.15, 1, 1] and (focus.sums == 0).all()
-    assert focus.loss[2] == 3
-    focus.loss[:] = 0.25, 0.01, 3.0, 0.5
-    assert focus.shares(1, 0.2) == pytest.approx([0.9, 0.83, 1, 1]) # the learning rate has fallen
-    assert (focus.shares(1, 0.0) == 1).all()
-
-def test_ranks_share_what_all_of_them_saw_resumed_or_not(monkeypatch):
-    monkeypatch.setattr(train, 'over_ranks', lambda world, op, *x: [value + 5 * (world - 1) for value in x])
-    focus, again = (Focus(2, 0.5, torch.device('cpu')) for _ in range(2))
-    focus.sums += 3 # the other rank has 5
-    again.load_state_dict(json.loads(json.dumps(focus.state_dict(2))), 2)
-    assert (focus.sums == 4).all() and (again.sums == 4).all() and (again.loss == focus.loss).all()
 
 @pytest.mark.parametrize('ema', [0.0, 0.9])
 def test_dropout_is_on_in_steps_alone(toy, tmp_path, monkeypatch, ema):
