@@ -1,7 +1,6 @@
 """
-which idea is worth its time? every arm is the quickstart's model with something changed, trained as long as
-that trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the
-clock.
+which idea is worth its time? every arm is the quickstart's model with something changed, trained as long as that
+trains in --minutes on one core: how fast an arm is, is measured first, so later nothing depends on the clock.
 
 evaluation answers may judge nothing here, so small tasks of arc1/training play the evaluation tasks: they are dealt
 into --folds, and in each fold a model is trained on the other small tasks and on the demos of its own, eight times an

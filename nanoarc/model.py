@@ -410,7 +410,7 @@ class Attention(nn.Module):
     def look_at_places(self):
         """ queries and keys of heads with a frame agree where the place is the same, and the key is of the input """
         turn = torch.zeros(self.hs // 2)
-        z = rope_freqs(self.hs, self.bases)[-1] # it stands one before the output
+        z = rope_freqs(self.hs, self.bases)[-1] # an input stands one before its output in z
         turn[-len(z) :] = -z
         q, k, _ = self.qkv.bias.view(3, self.nh, 2, self.hs // 2).unbind()
         has_frame = self.has_frame[:, None, None]
