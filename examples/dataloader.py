@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from nanoarc.data import ArcDataset, ArcStream, DataConfig
+from nanoarc.data import ArcDataset, DataConfig
+from nanoarc.workers import ArcStream
 
 CONFIG = DataConfig(shots=-1, batching='pack', block_size=1024, batch_tokens=4096)
 

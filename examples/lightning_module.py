@@ -3,7 +3,8 @@ import lightning
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from nanoarc.data import VOCAB_SIZE, ArcDataset, ArcStream, DataConfig
+from nanoarc.data import VOCAB_SIZE, ArcDataset, DataConfig
+from nanoarc.workers import ArcStream
 
 class ArcData(lightning.LightningDataModule):
     def __init__(self, cfg, num_workers=0):
@@ -35,5 +36,4 @@ def main(cfg=DataConfig(shots=-1, block_size=1024, batch_tokens=4096), steps=50,
     trainer = lightning.Trainer(max_steps=steps, accelerator='cpu', default_root_dir=out, logger=False)
     trainer.fit(Bigram(), datamodule=ArcData(cfg), ckpt_path=resume) # resume: a file in out/checkpoints
 
-if __name__ == '__main__':
-    main()
+if __name__ == '__main__': main()

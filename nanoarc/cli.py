@@ -12,8 +12,8 @@ from typing import Annotated
 
 # in reading order, the others from the ground up: a file imports only files above it
 CORE = ['grids.py', 'data.py', 'model.py', 'train.py', 'decode.py', 'solve.py', 'checkpoint.py']
-REST = ['settings.py', 'jit.py', 'corpus.py', 'sources.py', 'lm.py', 'text.py', 'run.py', 'submission.py', 'view.py',
-        'finetune.py', 'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
+REST = ['settings.py', 'jit.py', 'paint.py', 'corpus.py', 'sources.py', 'workers.py', 'lm.py', 'text.py', 'run.py',
+        'submission.py', 'view.py', 'finetune.py', 'hellaswag.py', 'sweep.py', 'cli.py', '__main__.py', '__init__.py']
 
 # -----------------------------------------------------------------------------
 # one function a command, its docstring is its help. imports are inside: torch takes seconds

@@ -23,7 +23,8 @@ from nanoarc import checkpoint
 from nanoarc.corpus import read_json
 from nanoarc.data import ArcDataset, one_a_row
 from nanoarc.decode import decode
-from nanoarc.grids import PALETTE, ROW, captioned, decode_grid
+from nanoarc.grids import ROW, decode_grid
+from nanoarc.paint import PALETTE, captioned
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks, to_json
 from nanoarc.submission import read_attempts, read_candidates, read_submission, score

@@ -17,11 +17,12 @@ from hypothesis.extra.numpy import arrays
 
 from nanoarc import data, grids
 from nanoarc.corpus import Corpus
-from nanoarc.data import WINDOW, ArcDataset, ArcLoader, ArcStream, Batch, DataConfig, Rows, Sampler
+from nanoarc.data import WINDOW, ArcDataset, ArcLoader, Batch, DataConfig, Rows, Sampler
 from nanoarc.grids import END, IN, MAX_PAIR, MAX_SHOTS, OUT, PAD, ROW, VOCAB_SIZE, Task, grid_bytes
 from nanoarc.model import Model, ModelConfig
 from nanoarc.sources import read_source, read_tasks
 from nanoarc.train import evaluate
+from nanoarc.workers import ArcStream
 
 def grid_of(most):
     """ any grid of sides up to `most`, for hypothesis """

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from nanoarc import data
-from nanoarc.data import ArcDataset, ArcLoader, ArcStream, Batch, DataConfig
+from nanoarc.data import ArcDataset, ArcLoader, Batch, DataConfig
 from nanoarc.grids import VOCAB_SIZE
+from nanoarc.workers import ArcStream
 
 EXAMPLES = sorted((Path(__file__).parent.parent / 'examples').glob('*.py'))
 LIBRARIES = {'dataloader': 'torchdata', 'hf_trainer': 'transformers', 'lightning_module': 'lightning'}

@@ -12,7 +12,7 @@ from conftest import toy_tasks
 
 from nanoarc import submission, view
 from nanoarc.cli import main as cli
-from nanoarc.grids import PALETTE
+from nanoarc.paint import PALETTE
 from nanoarc.sources import read_tasks, to_json
 
 def solved_directory(out, data, tasks, answered):

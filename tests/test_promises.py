@@ -20,8 +20,9 @@ from slow_loader import SlowLoader
 from test_data import sampler_of, visits
 
 from nanoarc import data
-from nanoarc.data import DEMOS, EPOCH, ArcDataset, ArcLoader, ArcStream, DataConfig, bijection, hash64
+from nanoarc.data import DEMOS, EPOCH, ArcDataset, ArcLoader, DataConfig, bijection, hash64
 from nanoarc.sources import read_tasks
+from nanoarc.workers import ArcStream
 
 pytestmark = pytest.mark.reliability
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from nanoarc import view
 from nanoarc.cli import main as cli
-from nanoarc.grids import PALETTE
+from nanoarc.paint import PALETTE
 from nanoarc.run import read_metrics
 from nanoarc.sources import read_tasks
 
