@@ -18,6 +18,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -34,8 +35,7 @@ from nanoarc.sources import read_tasks
 from nanoarc.submission import rank_candidates, read_candidates
 from nanoarc.view import pyplot
 
-SELECT = 'votes', 'product'
-RIGHT = *SELECT, 'oracle' # counts of right outputs
+RIGHT = 'votes', 'product', 'oracle' # counts of right outputs
 SETTINGS = 'p_min', 'ttt_steps', 'ttt_lr', 'ttt_tokens', 'together', 'minutes', 'score_most' # and views
 
 def write_val(run, out):
@@ -86,9 +86,10 @@ def measure(run, src, answers, settings, out):
     right = {name: 0 for name in RIGHT}
     for k, task in enumerate(tasks):
         for i, (_, y) in enumerate(task.queries):
-            for select in SELECT:
-                best = [c for c, _ in rank_candidates([found[k, i]], select)]
-                right[select] += is_right(best[:2], y)
+            by_votes = [replace(c, score=None) for c in found[k, i]] # as if nobody had judged them
+            for name, candidates in (('votes', by_votes), ('product', found[k, i])):
+                best = [c for c, _ in rank_candidates([candidates])]
+                right[name] += is_right(best[:2], y)
             right['oracle'] += is_right(found[k, i], y)
     return {'propose_s': spent['propose'], 'judge_s': spent['judge'], 'other_s': total - sum(spent.values()),
             'outputs': sum(len(task.queries) for task in tasks), **right}

@@ -48,9 +48,7 @@ class SolveConfig:
     minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
-    # which two candidates are the attempts: 'product' = most probable under all views | 'votes' = answer of most views
-    select: str = 'product'
-    # so many candidates of a query at most are judged under all views, those with the most votes
+    # so many candidates of a query at most are judged under all views, those that most views answer
     score_most: int = 8
     # test-time training: so many steps on the demos of the tasks that are solved together, in a copy of the model
     ttt_steps: int = 0
@@ -70,8 +68,6 @@ class SolveConfig:
         """ raises ValueError that names the setting """
         check_numbers(self, dict(views=1, decode_rows=1, together=1, score_most=1, ttt_tokens=1),
                       dict(p_min=1, seed=MAX_SEED, views=MOST_VIEWS))
-        if self.select not in ('product', 'votes'):
-            raise ValueError(f"select={self.select!r}: want product or votes")
         if self.p_min == 0:
             raise ValueError("p_min=0: want a probability above 0, 1 = the greedy answer alone")
         if not self.run and not (self.merge and self.out_dir):
@@ -379,13 +375,11 @@ class Job:
         first = max(cfg.decode_rows // len(queries), 1) if self.device.type == 'cuda' else 1
         rounds = view_rounds(cfg.views, cfg.minutes, first)
         now = time.perf_counter()
-        share = 0.7 if cfg.select == 'product' else 1.0 # the rest is the judge's
-        solver.deadline = now + share * (deadline - now)
+        solver.deadline = now + 0.7 * (deadline - now) # the rest is the judge's
         for a, b in rounds:
             solver.propose([x for x in solver.views if a <= x.number < b])
         solver.deadline = deadline
-        if cfg.select == 'product':
-            solver.judge(rounds)
+        solver.judge(rounds)
         keeper.close()
 
 def solve(cfg):
@@ -428,8 +422,8 @@ def solve_into(out_dir, cfg, signals):
     if rank == 0 and any(parts): # of a solve that was stopped at its beginning there is nothing to write
         ranked = {}
         for query in set().union(*parts):
-            ranked[query] = rank_candidates([part.get(query, []) for part in parts], cfg.select)
-        about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views, 'select': cfg.select,
+            ranked[query] = rank_candidates([part.get(query, []) for part in parts])
+        about = {'run': cfg.run, 'data': cfg.data, 'merge': cfg.merge, 'views': cfg.views,
                  'ttt_steps': cfg.ttt_steps, 'seed': cfg.seed, 'leaks': sorted(leaks)}
         checkpoint.write_file(out_dir / 'solve.json', json.dumps(about, indent=1).encode()) # first: it tells of leaks
         write_results(out_dir, tasks, ranked)

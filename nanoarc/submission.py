@@ -83,13 +83,13 @@ def merge(same):
     score = sum(scores) / len(scores) if scores else None
     return Candidate(same[0].grid, sum(c.votes for c in same), found, score)
 
-def beliefs(candidates, select):
+def beliefs(candidates):
     """
-    Candidates of one run for a query -> the share of each, 1 in all: of the votes, or with 'product' of the probability
-    under all views (a product of experts), where one without a score has none
+    Candidates of one run for a query -> the share of each, 1 in all: of the probability under all views (a product of
+    experts), where one without a score has none; if all have none, of the votes
     """
     scores = [c.score for c in candidates if c.score is not None]
-    if select == 'product' and scores:
+    if scores:
         top = max(scores)
         weights = [0.0 if c.score is None else math.exp(c.score - top) for c in candidates]
     else:
@@ -97,21 +97,20 @@ def beliefs(candidates, select):
     total = sum(weights) or 1
     return [x / total for x in weights]
 
-def rank_candidates(parts, select):
+def rank_candidates(parts):
     """
     candidates of a query, by run: list of lists of Candidate -> list of (Candidate, belief), the best first. beliefs
     add up over the runs. where they are equal the log-probability decides, then the bytes of the grid.
     """
     same, belief = defaultdict(list), defaultdict(float) # by the bytes of a grid
     for part in parts:
-        for c, x in zip(part, beliefs(part, select)):
+        for c, x in zip(part, beliefs(part)):
             same[grid_bytes(c.grid)].append(c)
             belief[grid_bytes(c.grid)] += x
     merged = {key: merge(candidates) for key, candidates in same.items()}
     def order(key):
         c = merged[key]
-        has_score = select == 'product' and c.score is not None
-        score = c.score if has_score else -1e9 # behind all that have one
+        score = -1e9 if c.score is None else c.score # behind all that have one
         return -round(belief[key], 6), -score, -c.log_prob, key
     return [(merged[key], belief[key]) for key in sorted(merged, key=order)]
 

@@ -167,8 +167,8 @@ def test_the_submission_is_the_same_bytes_when_the_answers_are_gone(tiny_run, tm
     assert all(len(x) == 2 and x[0].keys() == {'attempt_1', 'attempt_2'} for x in submission.values())
 
 @pytest.mark.parametrize('how', [
-    {'select': 'product', 'p_min': 0.05}, {'select': 'votes', 'p_min': 1.0}, {'ttt_steps': 3, 'together': 1},
-    {'ttt_steps': 2, 'together': 2, 'select': 'votes'}, {'minutes': 5.0, 'views': 20}])
+    {'p_min': 0.05}, {'p_min': 1.0}, {'ttt_steps': 3, 'together': 1}, {'ttt_steps': 2, 'together': 2},
+    {'minutes': 5.0, 'views': 20}])
 def test_no_answer_is_looked_at_whatever_is_asked_for(tiny_run, tmp_path, how):
     run, src = tiny_run
     closed = change_tasks(src, without_answers, tmp_path / 'closed')
@@ -253,7 +253,7 @@ def test_a_query_before_which_no_demo_fits_is_named(toy, tmp_path, capsys, short
 
 @pytest.mark.parametrize('args, want', [
     (['--views=0'], "views=0"), (['--decode_rows=0'], "decode_rows=0"), (['--device=cuda:9'], "device='cuda:9'"),
-    (['--run=/no'], "no checkpoint here"), (['--select=both'], "select='both'"), (['--p_min=0'], "p_min=0"),
+    (['--run=/no'], "no checkpoint here"), (['--p_min=0'], "p_min=0"),
     (['--ttt_steps=-1'], "ttt_steps=-1"), (['--max_pair=1'], "no task in"), (['--seed=-1'], "seed=-1"),
     ([f"--seed={2**70}"], f"seed={2**70}"), (['--minutes=nan'], "minutes=nan"), (['--minutes=inf'], "minutes=inf"),
     (['--p_min=nan'], "p_min=nan"), (['--ttt_lr=inf'], "ttt_lr=inf"), ([f"--views={2**17}"], "views=131072"),
@@ -430,8 +430,8 @@ def test_a_solve_goes_on_with_the_same_settings_alone(tiny_run, tmp_path, monkey
     with monkeypatch.context() as mp, pytest.raises(SystemExit):
         signal_at(mp, 'decode', 5, signal.SIGTERM)
         solve(SolveConfig(**work))
-    others = dict(views=7, p_min=0.2, select='votes', score_most=3, ttt_steps=1, ttt_lr=0.1, ttt_tokens=9, together=3,
-                  max_pair=99, seed=1, minutes=1.0, dtype='float16')
+    others = dict(views=7, p_min=0.2, score_most=3, ttt_steps=1, ttt_lr=0.1, ttt_tokens=9, together=3, max_pair=99,
+                  seed=1, minutes=1.0, dtype='float16')
     for name, x in others.items():
         with pytest.raises(ValueError, match=rf"solving-0.json is of a solve .* {name} differs \(kept .*, now {x}"):
             solve(SolveConfig(**{**work, name: x}))

@@ -158,7 +158,7 @@ def test_votes_rank_and_ties_are_decided_by_log_probability_then_bytes():
     found = [candidate([[1]], 1, -3.0), candidate([[2] * 2], 1, -1.0), candidate([[3] * 3], 2, -9.0),
              candidate([[4] * 4], 1, -1.0)]
     for part in (found, found[::-1]):
-        ranked = rank_candidates([part], 'votes')
+        ranked = rank_candidates([part])
         assert [c.grid.shape[1] for c, _ in ranked] == [3, 2, 4, 1]
         assert ranked[0][1] == 2 / 5
         assert sum(belief for _, belief in ranked) == pytest.approx(1)
@@ -166,24 +166,23 @@ def test_votes_rank_and_ties_are_decided_by_log_probability_then_bytes():
 def test_a_product_of_experts_hears_the_doubts_of_those_that_answer_otherwise():
     a, b = candidate([[1]], 3, -0.1, -5.0), candidate([[2]], 1, -0.2, -1.0)
     c = candidate([[3]], 0, -2.0) # was not asked about
-    assert colors(rank_candidates([[a, b, c]], 'votes')) == [1, 2, 3]
-    ranked = rank_candidates([[a, b, c]], 'product')
+    ranked = rank_candidates([[a, b, c]])
     assert colors(ranked) == [2, 1, 3]
     p = 1 / (1 + np.exp(-4.0))
     assert [round(belief, 6) for _, belief in ranked] == [round(p, 6), round(1 - p, 6), 0]
     parts = [[candidate([[1]], 3, -0.1)], [candidate([[2]], 1, -0.1)]] # nothing was asked about: votes
-    assert colors(rank_candidates(parts, 'product')) == [1, 2]
+    assert colors(rank_candidates(parts)) == [1, 2]
 
 def test_the_second_attempt_is_the_more_probable_one_though_neither_is_believed():
     sure = candidate([[1]], 9, -0.1, -0.1)
     likely = candidate([[2]], 0, -2.0, -24.0)
     found = candidate([[3]], 0, -1.0, -38.0)
-    assert colors(rank_candidates([[found, likely, sure]], 'product')) == [1, 2, 3]
+    assert colors(rank_candidates([[found, likely, sure]])) == [1, 2, 3]
 
 def test_runs_that_agree_outvote_one_that_is_sure():
     parts = [[candidate([[1]], 5, -0.1), candidate([[2]], 4, -0.1)],
              [candidate([[3]], 6, -0.1), candidate([[2]], 4, -0.1)]]
-    merged = rank_candidates(parts, 'votes')
+    merged = rank_candidates(parts)
     assert colors(merged) == [2, 3, 1]
     assert merged[0][0].votes == 8 and len(merged[0][0].found) == 8
 
