@@ -178,7 +178,7 @@ ARMS = {
     'as before': dict(frames='', n_layer=4, n_embd=128, dropout=0.0, ema=0.0), # until frames won
     # what the heads of attention see, and what is left of that without its parts
     'no frames': dict(frames=''),
-    'plain heads, bias': dict(frames='0', n_head=16, model=still('wtile.weight')),
+    'plain heads, bias': dict(frames=' '.join(16 * '0'), model=still('wtile.weight')),
     'no tile number': dict(model=still('wtile.weight')),
     'no halves': dict(frames='0 0 0 0 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'),
     'no scaling': dict(frames='0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t'),

@@ -79,7 +79,7 @@ CONTROLS = [
         "self.turn = (turn + 1) % 2",
         "test_promises.py::test_a_batch_is_valid_until_the_second_next_call"),
     Control(
-        "workers that all do the same", 'data.py',
+        "workers that all do the same", 'workers.py',
         "worker, n = (info.id, info.num_workers) if info else (0, 1)",
         "worker, n = 0, 1",
         "test_promises.py::test_worker_processes_make_the_same_bytes_in_the_same_order"),
@@ -332,11 +332,11 @@ CONTROLS = [
         "a chunk that sees what comes after it", 'model.py',
         ".tril().exp().tril()",
         ".tril().exp()",
-        "test_model.py::test_chunks_handed_on_at_once_are_those_of_a_chain"),
+        "test_model.py::test_states_handed_on_at_once_are_those_of_a_chain"),
     Control(
         "a state that does not decay", 'model.py',
-        "new[:, i] + state * keep[:, i]",
-        "new[:, i] + state",
+        "(until[..., :, None] - until[..., None, :]).tril().exp().tril()",
+        "torch.ones_like(until[..., None] - until[..., None, :]).tril()",
         "test_model.py::test_ssd_matches_the_recurrence"),
     Control(
         "a scan that sees one token ahead", 'model.py',

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors, save as dump_tensors
 
-FORMAT = 5 # 4 had heads without gates
+FORMAT = 6 # 5 had a number of heads beside their frames
 KEEP = 2 # checkpoints on disk
 # what write_file puts into the directory of a run, by way of .NAME.tmp
 WRITTEN = ('metrics.jsonl', 'val.json', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl',
@@ -231,11 +231,8 @@ def refuse_others(have, want, what):
 def restore_training(model, optimizers, tensors, meta):
     """ weights, and optimizer state by parameter name. raises ValueError that names what differs """
     mine = trained(model, optimizers)
-    fresh = meta.get('fresh')
-    if fresh is None: # an older checkpoint does not say it: there it was all or nothing
-        fresh = [name for name, *_ in mine] if meta['step'] == 0 else []
     for name, p, _ in mine: # a step passes over what has no gradient
-        p.grad = None if name in fresh else torch.zeros_like(p)
+        p.grad = None if name in meta['fresh'] else torch.zeros_like(p)
     for optimizer in optimizers: # the step makes the states that are filled below
         optimizer.step()
         optimizer.zero_grad()

@@ -30,11 +30,10 @@ class ModelConfig:
     mixer: str = 'MA'
     n_layer: int = 0 # blocks, each a mixer and a SwiGLU. 0 = depth
     n_embd: int = 0 # width of the residual stream. 0 = 48 a layer of depth, rounded up to a multiple of 32
-    head_size: int = 0 # of attention. 0 = 16 with frames, 32 without
-    n_head: int = 0 # heads of attention. 0 = one a frame, without frames n_embd / head_size
-    # what the heads see of an input, see Frame: a frame a head, e.g. '0 0 3t 0x2 a b', or 'all'. '' = as it lies.
-    # 'auto' = all, where places are of grids
+    # heads of attention, see Frame: what each sees of an input, e.g. '0 0 3t 0x2 a b', or 'all'. 'auto' = all, where
+    # places are of grids. '' = n_embd / head_size plain heads
     frames: str = 'auto'
+    head_size: int = 0 # 0 = 16 with frames, 32 without
     window: int = 256 # tokens that S sees, itself among them
     n_hidden: int = 0 # width of the SwiGLU. 0 = 8/3 n_embd rounded down to a multiple of 16
     # bases of the angles of row, col, z. a single one, e.g. 10000: of the place in the document in their stead
@@ -71,7 +70,6 @@ class ModelConfig:
         if self.frames == 'auto':
             cfg.frames = 'all' if len(self.rope_bases) == 3 else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)
-        cfg.n_head = self.n_head or len(read_frames(cfg.frames)) or max(cfg.n_embd // max(cfg.head_size, 1), 1)
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
         cfg.check()
         if not cfg.attends: # nobody heeds them
@@ -80,9 +78,9 @@ class ModelConfig:
 
     def check(self):
         """ of a resolved config. raises ValueError that names the setting """
-        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, n_head=1, window=1, n_hidden=1,
-                                 rope_bases=1, loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1,
-                                 vocab_size=16), dict(dropout=255 / 256))
+        check_numbers(self, dict(depth=1, n_layer=1, n_embd=1, head_size=2, window=1, n_hidden=1, rope_bases=1,
+                                 loops=1, d_state=1, d_head=1, d_conv=2, expand=1, chunk_size=1, vocab_size=16),
+                      dict(dropout=255 / 256))
         if self.mixer == '' or set(self.mixer) - set('ASM'):
             raise ValueError(f"mixer={self.mixer!r}: want a pattern of A, S and M, e.g. 'MA'")
         if len(self.rope_bases) not in (1, 3):
@@ -101,12 +99,8 @@ class ModelConfig:
             raise ValueError(f"head_size={self.head_size}: want an even number, two channels a rope axis at least")
         if not frames and self.n_embd % self.head_size:
             raise ValueError(f"head_size={self.head_size}: want a divisor of n_embd={self.n_embd}")
-        if not frames and self.n_head * self.head_size != self.n_embd:
-            raise ValueError(f"n_head={self.n_head}: want heads of {self.head_size} that fill n_embd={self.n_embd}")
         if frames and len(self.rope_bases) != 3:
             raise ValueError(f"frames={self.frames!r}: want 3 rope_bases")
-        if frames and self.n_head % len(frames):
-            raise ValueError(f"n_head={self.n_head}: want a multiple of the {len(frames)} frames")
 
 class Frame(NamedTuple):
     """ what a head sees of an input """
@@ -166,7 +160,7 @@ class Shared:
             pos = place_in_document(doc, B, self.past + T, x.device)[:, self.past :, None]
         places = pos[:, :, None] # (B, T, 1, axes), one for all heads
         if cfg.frames:
-            places = frame_places(pos, size, read_frames(cfg.frames), cfg.n_head)
+            places = frame_places(pos, size, read_frames(cfg.frames))
         self.rope = rope_tables(places, cfg.head_size, cfg.rope_bases)
         how = 'one'
         if on_cpu:
@@ -270,11 +264,10 @@ def place_in_frame(frame, i, j, H, W):
         i, j = i - (H - h), j - (W - w)
     return i, j, h, w
 
-def frame_places(pos, size, frames, n_head):
+def frame_places(pos, size, frames):
     """
-    places (B, T, 3), input_sizes, a list of Frames that is repeated over the heads
-    -> (B, T, 2 n_head, 3) the places of the queries of each head, then of its keys. they are equal but for z where the
-    query's token predicts what the key's cell is in that frame
+    places (B, T, 3), input_sizes, a list of a Frame a head -> (B, T, 2 nh, 3) the places of the queries of each head,
+    then of the keys. they are equal but for z where the query's token predicts what the key's cell is in that frame
     """
     row, col, z = pos.int().unbind(-1)
     is_input = z % 2 == 0
@@ -288,8 +281,7 @@ def frame_places(pos, size, frames, n_head):
         elif frame.kind == 'x':
             asks = row // frame.scale, col // frame.scale
         queries.append(torch.stack([torch.where(is_input, row, asks[0]), torch.where(is_input, col, asks[1]), z], -1))
-    times = n_head // len(frames)
-    return torch.stack(queries * times + keys * times, 2)
+    return torch.stack(queries + keys, 2)
 
 def tile_number(pos, size):
     """ -> (B, T): in which tile of the input's size an output token stands, 1 + 4 * down + right, 0 in an input """
@@ -381,14 +373,14 @@ class Attention(nn.Module):
     def __init__(self, cfg, kind):
         super().__init__()
         self.kind = kind
-        self.hs = cfg.head_size
-        self.nh = cfg.n_head
-        self.bases = cfg.rope_bases
         frames = read_frames(cfg.frames)
+        self.hs = cfg.head_size
+        self.nh = len(frames) or cfg.n_embd // self.hs
+        self.bases = cfg.rope_bases
         self.qkv = nn.Linear(cfg.n_embd, 3 * self.nh * self.hs, bias=len(frames) > 0)
         self.proj = nn.Linear(self.nh * self.hs, cfg.n_embd, bias=False)
         self.gate = None
-        has_frame = [frame.kind != '' for frame in frames] * (self.nh // max(len(frames), 1))
+        has_frame = [frame.kind != '' for frame in frames]
         if any(has_frame):
             self.register_buffer('has_frame', torch.tensor(has_frame), persistent=False) # (nh,)
             self.gate = nn.Linear(cfg.n_embd, self.nh, bias=False)
@@ -492,21 +484,10 @@ def hand_on(x, s, Bm, state):
     new = x.transpose(3, 4) @ Bm[:, :, None] # (B, n, nh, hs, ns) what each chunk adds
     if state is None:
         state = torch.zeros_like(new[:, 0])
-    if s.is_cuda:
-        return hand_on_at_once(new, s[..., -1], state)
-    keep = s[..., -1, None, None].exp() # (B, n, nh, 1, 1) what is left of a state after a chunk
-    new, before = new.type_as(s), []
-    state = state.type_as(s)
-    for i in range(new.size(1)):
-        before.append(state)
-        state = new[:, i] + state * keep[:, i]
-    return torch.stack(before, 1), state
-
-def hand_on_at_once(new, s, state):
-    """ the same as one product. s (B, n, nh) log decay of each chunk. a chain of steps has no room in registers """
+    # one product in place of a chain of steps, for which a gpu has no room in its registers
     new = torch.cat([state.type_as(new)[:, None], new], 1).permute(0, 2, 1, 3, 4) # (B, nh, n + 1, hs, ns)
-    s = F.pad(s.transpose(1, 2).cumsum(2), (1, 0)) # (B, nh, n + 1) log decay until each border
-    L = (s[..., :, None] - s[..., None, :]).tril().exp().tril() # (B, nh, n + 1, n + 1)
+    until = F.pad(s[..., -1].transpose(1, 2).cumsum(2), (1, 0)) # (B, nh, n + 1) log decay until each border
+    L = (until[..., :, None] - until[..., None, :]).tril().exp().tril() # (B, nh, n + 1, n + 1)
     states = (L.type_as(new) @ new.flatten(3)).unflatten(3, new.shape[3:]).transpose(1, 2)
     return states[:, :-1], states[:, -1].type_as(s)
 

@@ -16,7 +16,7 @@ from nanoarc.data import ArcDataset, ArcLoader, DataConfig
 from nanoarc.decode import decode
 from nanoarc.grids import END, IN, OUT, ROW, VOCAB_SIZE, decode_grid, dihedral, may_follow, next_place
 from nanoarc.model import (BLOCK, FORGET, Attention, Cache, Dropout, Mamba2, Model, ModelConfig, Muon, Shared, Span,
-                           attend, frame_places, hand_on_at_once, input_sizes, make_mask, orthogonalize, read_frames,
+                           attend, frame_places, hand_on, input_sizes, make_mask, orthogonalize, read_frames,
                            ssd, tile_number, width_lr)
 
 MIXERS = ['A', 'M', 'MA', 'MS']
@@ -120,16 +120,17 @@ def test_ssd_has_the_gradient_of_the_recurrence():
         grads.append([v.grad for v in z])
     assert all((p - q).abs().max() < 1e-9 for p, q in zip(*grads))
 
-def test_chunks_handed_on_at_once_are_those_of_a_chain():
+def test_states_handed_on_at_once_are_those_of_a_chain():
     torch.manual_seed(1337)
-    new, s = torch.randn(2, 6, 3, 4, 5).double(), -3 * torch.rand(2, 6, 3).double()
+    x, Bm = torch.randn(2, 6, 3, 1, 4).double(), torch.randn(2, 6, 1, 5).double() # chunks of a token
+    s = -3 * torch.rand(2, 6, 3, 1).double()
     s[:, 3] = FORGET
-    args = [x.requires_grad_() for x in (new, s, torch.randn(2, 3, 4, 5).double())]
-    h, before = args[2], []
+    args = [z.requires_grad_() for z in (x, s, Bm, torch.randn(2, 3, 4, 5).double())]
+    h, before = args[3], []
     for i in range(6):
         before.append(h)
-        h = new[:, i] + h * s[:, i, :, None, None].exp()
-    want, found = (torch.stack(before, 1), h), hand_on_at_once(*args)
+        h = x[:, i, :, 0, :, None] * Bm[:, i, 0, None, None] + h * s[:, i, :, :, None].exp()
+    want, found = (torch.stack(before, 1), h), hand_on(*args)
     g = [torch.randn_like(x) for x in want]
     for x, y in zip(found + torch.autograd.grad(found, args, g), want + torch.autograd.grad(want, args, g)):
         assert relative(x, y) < 1e-10
@@ -352,7 +353,7 @@ def test_a_frame_finds_the_cell_of_the_turned_tiled_scaled_or_halved_input(frame
         x = x if n == 0 else x.T
         grids += [x, made(x, frame)]
     pos = tokens_of(*grids)
-    places = frame_places(pos, input_sizes(pos, None), read_frames(f"0 {frame}"), 2)
+    places = frame_places(pos, input_sizes(pos, None), read_frames(f"0 {frame}"))
     query, key = places[0, :, 1].tolist(), places[0, :, 3].tolist() # of the second head
     z = pos[0, :, 2].tolist()
     for n in range(len(z)):
@@ -406,7 +407,7 @@ def test_attention_with_frames_is_a_plain_double_loop(toy):
     x = torch.randn(1, 60, cfg.n_embd, dtype=torch.float64)
     shared = Shared(cfg, x, pos, input_sizes(pos, doc), doc, None)
     y = layer(x, shared)
-    places = frame_places(pos, input_sizes(pos, doc), read_frames(cfg.frames), 3)[0]
+    places = frame_places(pos, input_sizes(pos, doc), read_frames(cfg.frames))[0]
     gates = (x[0] @ layer.gate.weight.T - 3).sigmoid()
     gates[:, 0] = 1 # of the frame that is no frame
     q, k, v = layer.qkv(x)[0].view(60, 3, 3, 12).unbind(1)
@@ -595,15 +596,17 @@ def test_the_dial_sets_width_heads_and_learning_rates():
 
 def test_heads_have_frames_where_places_are_of_grids():
     cfg = ModelConfig().resolved()
-    assert (cfg.frames, cfg.n_head, cfg.head_size) == ('all', 16, 16) and cfg.resolved() == cfg
+    assert (cfg.frames, cfg.head_size) == ('all', 16) and cfg.resolved() == cfg
+    assert Model(cfg).blocks[1].mixer.nh == 16
     for other in (dict(rope_bases=(10000.0,)), dict(frames='')): # text, off
         cfg = ModelConfig(**other).resolved()
-        assert (cfg.frames, cfg.n_head, cfg.head_size) == ('', 3, 32) and cfg.resolved() == cfg
+        assert (cfg.frames, cfg.head_size) == ('', 32) and cfg.resolved() == cfg
+        assert Model(cfg).blocks[1].mixer.nh == 3
     assert ModelConfig(mixer='M').resolved().frames == ''
 
 @pytest.mark.parametrize('wrong', [
-    dict(frames='8'), dict(frames='0 x2'), dict(frames='0', rope_bases=(9.0,)), dict(n_head=4, frames='0 1 2'),
-    dict(n_head=3), dict(mixer='AB'), dict(mixer=''), dict(depth=0), dict(head_size=40, frames=''), dict(head_size=4),
+    dict(frames='8'), dict(frames='0 x2'), dict(frames='0', rope_bases=(9.0,)), dict(mixer='AB'),
+    dict(mixer=''), dict(depth=0), dict(head_size=40, frames=''), dict(head_size=4),
     dict(rope_bases=(1.0, 2.0)), dict(loops=0), dict(window=0), dict(d_head=60), dict(d_head=0),
     dict(d_state=0), dict(expand=0), dict(n_hidden=-1), dict(head_size=3), dict(d_conv=1), dict(chunk_size=0),
     dict(vocab_size=10)])
