@@ -485,9 +485,15 @@ def print_noise(results):
         pairs.append({'seeds': [a, b], **row})
     return pairs
 
+def known_arm(name):
+    """ an argument as it is, if it names an arm """
+    if name not in ARMS:
+        raise argparse.ArgumentTypeError(f"no arm {name}")
+    return name
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('arms', nargs='*', metavar='ARM', help=", ".join(ARMS))
+    parser.add_argument('arms', nargs='*', type=known_arm, metavar='ARM', help=", ".join(ARMS))
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2])
     parser.add_argument('--folds', type=int, default=2)
     parser.add_argument('--minutes', type=float, default=5.0)
@@ -504,8 +510,6 @@ def main():
         return work(arm, int(seed), fold, int(steps), args.views, out)
     if args.folds < 2:
         parser.error("--folds: want at least 2, what is not asked is trained on")
-    if unknown := {*args.arms} - set(ARMS):
-        parser.error(f"no arm {', '.join(unknown)}")
     others = [] if args.noise else [arm for arm in args.arms or ARMS if arm != args.base]
     arms = [args.base, *others]
     folds = write_folds(out, args.folds, args.max_pair)

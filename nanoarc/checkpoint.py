@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors, save as dump_tensors
 
-FORMAT = 6 # 5 had a number of heads beside their frames
+FORMAT = 6 # 5 had n_head
 KEEP = 2 # checkpoints on disk
 # what write_file puts into the directory of a run, by way of .NAME.tmp
 WRITTEN = ('metrics.jsonl', 'val.json', 'trained_on.txt', 'tokenizer.json', 'submission.json', 'candidates.jsonl',

@@ -67,7 +67,8 @@ class ModelConfig:
         cfg = replace(self)
         cfg.n_layer = self.n_layer or self.depth
         cfg.n_embd = self.n_embd or (3 * self.depth + 1) // 2 * 32
-        if self.frames == 'auto':
+        cfg.frames = self.frames.strip()
+        if cfg.frames == 'auto':
             cfg.frames = 'all' if len(self.rope_bases) == 3 else ''
         cfg.head_size = self.head_size or (16 if cfg.frames else 32)
         cfg.n_hidden = self.n_hidden or cfg.n_embd * 8 // 3 // 16 * 16
@@ -104,24 +105,24 @@ class ModelConfig:
 
 class Frame(NamedTuple):
     """ what a head sees of an input """
-    kind: str # '' = it as it lies, 't' = tiles of it, 'x' = it scaled up, 'a', 'b' = a half of it along its longer side
+    kind: str # '' = it as it lies, 't' = tiles of it, 'x' = it scaled up, 'a', 'b' = its halves, upper, lower if H > W
     symmetry: int = 0 # by which it is turned before
     scale: int = 1
 
-FRAMES = {'all': '0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'}
+ALL_FRAMES = '0 0 0 0 a b 0t 1t 2t 3t 4t 5t 6t 7t 0x2 0x3'
 
 @functools.cache # asked at each forward
 def read_frames(text):
-    """ '0 3t 0x2 a b' or a name -> list of Frames. raises ValueError """
+    """ '0 3t 0x2 a b' or 'all' -> list of Frames. raises ValueError """
     frames = []
-    for word in FRAMES.get(text, text).split():
+    for word in (ALL_FRAMES if text == 'all' else text).split():
         if word in ('a', 'b'):
             frames.append(Frame(word))
         elif re.fullmatch(r"[0-7](t|x[2-9])?", word):
             frames.append(Frame(word[1:2], int(word[0]), int(word[2:] or 1)))
         else:
-            raise ValueError(f"frames={text!r}: want {' or '.join(FRAMES)}, or a word a head: a symmetry 0..7, as it "
-                             f"is or with a t (tiles) or x2 to x9 (scaled up), or a or b (a half), got {word!r}")
+            raise ValueError(f"frames={text!r}: want all, or a word a head: a symmetry 0..7, as it is or with a t "
+                             f"(tiles) or x2 to x9 (scaled up), or a or b (a half), got {word!r}")
     return frames
 
 def width_lr(n_embd):
@@ -380,7 +381,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, 3 * self.nh * self.hs, bias=len(frames) > 0)
         self.proj = nn.Linear(self.nh * self.hs, cfg.n_embd, bias=False)
         self.gate = None
-        has_frame = [frame.kind != '' for frame in frames]
+        has_frame = [frame != Frame('') for frame in frames]
         if any(has_frame):
             self.register_buffer('has_frame', torch.tensor(has_frame), persistent=False) # (nh,)
             self.gate = nn.Linear(cfg.n_embd, self.nh, bias=False)
@@ -484,10 +485,10 @@ def hand_on(x, s, Bm, state):
     new = x.transpose(3, 4) @ Bm[:, :, None] # (B, n, nh, hs, ns) what each chunk adds
     if state is None:
         state = torch.zeros_like(new[:, 0])
-    # one product in place of a chain of steps, for which a gpu has no room in its registers
+    # all borders in one product. a chain of steps spills a gpu's registers, and is no faster on cpu
     new = torch.cat([state.type_as(new)[:, None], new], 1).permute(0, 2, 1, 3, 4) # (B, nh, n + 1, hs, ns)
     until = F.pad(s[..., -1].transpose(1, 2).cumsum(2), (1, 0)) # (B, nh, n + 1) log decay until each border
-    L = (until[..., :, None] - until[..., None, :]).tril().exp().tril() # (B, nh, n + 1, n + 1)
+    L = (until[..., :, None] - until[..., None, :]).tril().exp().tril() # first tril: exp would overflow
     states = (L.type_as(new) @ new.flatten(3)).unflatten(3, new.shape[3:]).transpose(1, 2)
     return states[:, :-1], states[:, -1].type_as(s)
 
@@ -623,7 +624,7 @@ class Model(nn.Module):
             self.wtask = nn.Embedding(cfg.n_task, cfg.n_embd)
             self.wdih = nn.Embedding(8, cfg.n_embd)
         if cfg.frames:
-            self.wtile = nn.Embedding(17, cfg.n_embd) # tile_number
+            self.wtile = nn.Embedding(17, cfg.n_embd) # tile_number, up to 16
         self.learns_places = not cfg.attends and len(cfg.rope_bases) == 3 # where no rope tells them
         if self.learns_places:
             self.wrow = nn.Embedding(32, cfg.n_embd)

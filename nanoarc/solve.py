@@ -48,7 +48,7 @@ class SolveConfig:
     minutes: float = 0.0
     # besides the greedy answer of a view every other one that is at least so probable there. 1 = none
     p_min: float = 0.03
-    # so many candidates of a query at most are judged under all views, those that most views answer
+    # so many candidates of a query at most are judged under all views, those with the most votes
     score_most: int = 8
     # test-time training: so many steps on the demos of the tasks that are solved together, in a copy of the model
     ttt_steps: int = 0
@@ -94,7 +94,7 @@ class View:
 def make_views(sampler, pair, n, seed, query):
     """
     pair number of a query -> list of n Views at most, equal ones once. view 0 is the query as it is, views 1 to 8 are
-    the eight symmetries of it in its own colors, which many rules are about. in all others colors are permuted.
+    its eight symmetries, in its own colors, which many rules are about. in all others colors are permuted.
     """
     assert not sampler.known[pair], "answers are to be closed here"
     k = np.arange(n)

@@ -202,7 +202,7 @@ class TextDataset:
         return ''
 
     def plan_window(self, window):
-        """ nothing to plan: a batch is found by its number """
+        """ ArcLoader wants it, TextLoader does not ask: a batch is found by its number """
 
     def places(self, k, rank, world):
         """ number of a global batch -> (B,) the shard of each of this rank's rows, (B,) where the row begins there """

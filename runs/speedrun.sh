@@ -28,7 +28,8 @@ GPU="--batching=pack --block_size=4096 --head_size=64 --frames= --mixer=${MIXER:
 GPU="$GPU --save_every=2000 --eval_every=2000 --draw_every=0"
 # the model is sized so that an epoch comes some hundred times, as in mdlARC; lr is set by the width. by the roofline of
 # dev/LOG.md a step of 32k tokens takes 27 ms with 8x512 MA and 48 with 8x768, not measured. what is larger than
-# --max_pair is not solved in so few minutes, and counts as unsolved. no frames: on cpu they brought 2 of 91, noise
+# --max_pair is not solved in so few minutes, and counts as unsolved. no frames: on cpu they win, on a gpu nobody has
+# tried their heads of 16
 case "$MINUTES" in
     2) PRESET="$GPU --n_layer=4 --n_embd=512 --batch_tokens=32768 --max_pair=300"; TIMES=4 ;;
     10) PRESET="$GPU --n_layer=8 --n_embd=512 --batch_tokens=32768 --max_pair=800"; TIMES=2 ;;

@@ -222,7 +222,8 @@ def test_a_command_of_a_page_works(words, world, monkeypatch):
     "nanoarc solve --run out/all --veiws 3", "nanoarc data check arc1/trainng", "nanoarc score none.json arc1",
     "nanoarc view out/all --outt x.png", "nanoarc text sample --modell x", "nanoarc finetune --base x --rang 4",
     "python bench/loader.py --milion", "python bench/page.py --fast", "python bench/none.py", "bash runs/quickstrat.sh",
-    "bash runs/quickstart.sh --sead=1", "MINUTE=3 bash runs/speedrun.sh", "bash runs/kaggle.sh --lr=1",
+    "python bench/ablate.py 'qk norm'", "bash runs/quickstart.sh --sead=1", "MINUTE=3 bash runs/speedrun.sh",
+    "bash runs/kaggle.sh --lr=1",
     "torchrun --nproc_per_gnome=8 -m nanoarc train", "torchrun --nproc_per_node=8 -m nanoarc train --loopz=2",
     "pip install 'nanoarc[fine]'", "pip install -c none.txt", "frobnicate",
 ])

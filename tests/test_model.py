@@ -603,6 +603,10 @@ def test_heads_have_frames_where_places_are_of_grids():
         assert (cfg.frames, cfg.head_size) == ('', 32) and cfg.resolved() == cfg
         assert Model(cfg).blocks[1].mixer.nh == 3
     assert ModelConfig(mixer='M').resolved().frames == ''
+    assert ModelConfig(frames=' ').resolved().frames == ''
+
+def test_a_head_that_only_turns_has_a_frame_too():
+    assert Model(ModelConfig(mixer='A', frames='3 0 0t')).blocks[0].mixer.has_frame.tolist() == [True, False, True]
 
 @pytest.mark.parametrize('wrong', [
     dict(frames='8'), dict(frames='0 x2'), dict(frames='0', rope_bases=(9.0,)), dict(mixer='AB'),
