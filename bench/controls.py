@@ -254,6 +254,11 @@ CONTROLS = [
         "        i, j = i - H // 2 * (h < H), j - W // 2 * (w < W)",
         "test_model.py::test_a_frame_finds_the_cell_of_the_turned_tiled_scaled_or_halved_input"),
     Control(
+        "heads that only turn, without a gate", 'model.py',
+        "frame != Frame('')",
+        "frame.kind != ''",
+        "test_model.py::test_a_head_that_only_turns_has_a_frame_too"),
+    Control(
         "heads that begin open", 'model.py',
         "(self.gate(x) - CLOSED).sigmoid()",
         "(self.gate(x) + CLOSED).sigmoid()",
