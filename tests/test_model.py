@@ -805,11 +805,15 @@ def test_half_precision_is_near(toy, mixer):
     torch.manual_seed(1337)
     model = Model(ModelConfig(mixer=mixer, depth=2, n_task=4, dropout=0.0))
     want = model(*batch)[1]
+    want_grads = torch.autograd.grad(want, list(model.parameters()))
     with torch.autocast('cpu', dtype=torch.bfloat16):
         loss = model(*batch)[1]
-    loss.backward()
+    grads = torch.autograd.grad(loss, list(model.parameters()))
     assert loss.dtype == torch.float32 and abs((loss / want).item() - 1) < 0.01
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    # bf16 rounds by 2^-9 at most. a gradient goes through some ten products, so a few of these
+    norm = torch.cat([x.flatten() for x in want_grads]).norm()
+    error = torch.cat([(x - y).flatten() for x, y in zip(grads, want_grads)]).norm() / norm
+    assert 0 < error < 10 * 2**-9
 
 @pytest.mark.parametrize('mixer', MIXERS)
 @pytest.mark.parametrize('batching', ['bucket', 'pack'])
