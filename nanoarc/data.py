@@ -748,7 +748,7 @@ class ArcDataset(torch.utils.data.Dataset):
         return self.sampler.plan(target, visit, order, False, self.seed, self.cfg.p_identity)
 
     def plan_window(self, window):
-        """ window number -> Rows of the documents of that window """
+        """ window number -> Rows of its documents """
         t = U(window) * U(WINDOW) + np.arange(WINDOW, dtype=U)
         return self.sampler.lay_out(self.plan(t), self.cfg.batching, hash64(self.seed, BATCHES, window))
 
@@ -801,7 +801,7 @@ class ArcLoader:
         self.ds, self.rank, self.world = dataset, rank, world
         self.device, self.prefetch = torch.device(device), prefetch
         self.window, self.batch = 0, 0 # the place of the batch that comes next
-        self.plan_window = lru_cache(maxsize=2)(dataset.plan_window)
+        self.plan_window = lru_cache(maxsize=2)(lambda w: dataset.plan_window(w))
         self.start()
 
     def start(self):

@@ -201,9 +201,6 @@ class TextDataset:
         """ no query of a task """
         return ''
 
-    def plan_window(self, window):
-        """ ArcLoader wants it, TextLoader does not ask: a batch is found by its number """
-
     def places(self, k, rank, world):
         """ number of a global batch -> (B,) the shard of each of this rank's rows, (B,) where the row begins there """
         a, b = split(self.batch_rows, rank, world)
